@@ -1,0 +1,1 @@
+"""tte: an ahead-of-time training compiler for microcontrollers."""

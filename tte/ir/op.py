@@ -1,0 +1,74 @@
+"""The table of operators: everything the compiler knows of an operator's mathematics is one record in it."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tte.ir.types import TensorType
+
+Attr = int | float | bool | str | tuple  # type: ignore[type-arg]
+Attrs = dict[str, Attr]
+
+
+class InvalidType(ValueError):
+    """A type rule refuses its operands; the message says why. Whoever built the node knows where it came from."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator.
+
+    infer   type rule:   (input types..., *, attributes) -> type or tuple of types; raises InvalidType.
+            Its keyword-only parameters *are* the operator's attributes and their defaults.
+    ref     semantics:   (input arrays..., *, attributes) -> array or tuple of arrays, in numpy
+    grad    vjp rule:    (backward, dy, inputs..., *, attributes) -> one Value or None per input; None: not differentiable.
+            ``backward`` is a passes.autodiff.Backward: it says what is wanted and builds nodes.
+    kind    "elementwise": y[i] depends on operands at i (or broadcast) only: fusable, and computable in place
+            "view":        the same bytes under another shape: no kernel
+            "anchor":      has a kernel of its own; an elementwise tail may be fused into its store
+            "opaque":      has a kernel of its own, nothing is fused into it
+    inplace the inputs whose buffer output 0 may take over when they die here
+    macs    multiply-accumulates: (input types..., *, attributes) -> int
+    """
+
+    name: str
+    infer: Callable[..., TensorType | tuple[TensorType, ...]]
+    ref: Callable[..., Any]
+    grad: Callable[..., Any] | None = None
+    kind: str = "opaque"
+    inplace: tuple[int, ...] = ()
+    macs: Callable[..., int] | None = None
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Name -> default (inspect.Parameter.empty where it must be given)."""
+        parameters = inspect.signature(self.infer).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    @property
+    def doc(self) -> str:
+        return inspect.getdoc(self.infer) or ""
+
+    def complete(self, attrs: Attrs) -> Attrs:
+        """The attributes with defaults filled in, in the order of the type rule."""
+        known = self.attributes
+        if unknown := sorted(set(attrs) - set(known)):
+            raise InvalidType(f"{self.name} has no attribute {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        if missing := [k for k, v in known.items() if v is inspect.Parameter.empty and k not in attrs]:
+            raise InvalidType(f"{self.name} needs the attribute {missing[0]!r}")
+        return {k: attrs.get(k, default) for k, default in known.items()}
+
+    def infer_types(self, types: tuple[TensorType, ...], attrs: Attrs) -> tuple[TensorType, ...]:
+        result = self.infer(*types, **attrs)
+        return result if isinstance(result, tuple) else (result,)
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    assert op.name not in OPS, f"{op.name} is registered twice"
+    assert op.kind in ("elementwise", "view", "anchor", "opaque"), op.kind
+    OPS[op.name] = op
+    return op

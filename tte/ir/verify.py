@@ -1,0 +1,123 @@
+"""Re-reads a graph with suspicion; runs after every pass."""
+
+from tte.ir.graph import Graph, Node, Value
+from tte.ir.op import OPS, InvalidType
+
+
+class InvalidGraph(Exception):
+    """A graph that breaks a rule of the language: a bug in whatever wrote it."""
+
+
+def verify(graph: Graph) -> Graph:
+    """Check single assignment, definition before use, types, updates and in-place rules; return the graph.
+
+    Raises InvalidGraph, naming the node.
+    """
+    _verify(graph, f"@{graph.name}")
+    return graph
+
+
+def _verify(graph: Graph, where: str) -> None:
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise InvalidGraph(f"{where}: {what}")
+
+    defined: dict[str, Value] = {}
+    for value in (*graph.inputs, *graph.params, *graph.consts):
+        require(value.name not in defined, f"{value.name} is defined twice")
+        defined[value.name] = value
+    for stored in (*graph.params, *graph.consts):
+        same = stored.data.shape == stored.type.shape and stored.data.dtype == stored.type.numpy
+        require(same, f"@{stored.name} is {stored.type}, its data {stored.data.shape} {stored.data.dtype}")
+    for i, node in enumerate(graph.nodes):
+        at = f"node {i} ({node.op}, layer {node.layer or '-'})"
+        for value in node.inputs:
+            require(defined.get(value.name) == value, f"{at} reads %{value.name}, which is not defined before it")
+        if node.body:
+            require(node.op == "region", f"{at} has a body")
+            own = [v.type for v in node.body.inputs]
+            require(own == [v.type for v in node.inputs], f"{at}: operands do not fit the region's inputs")
+            require(not node.body.params and not node.body.updates, f"{at}: params belong to the outer graph")
+            _verify(node.body, f"{where} {at}")
+            types = tuple(v.type for v in node.body.outputs)
+        else:
+            require(node.op in OPS, f"{at}: no such operator")
+            try:
+                require(list(node.attrs) == list(OPS[node.op].attributes), f"{at}: attributes {list(node.attrs)}")
+                types = OPS[node.op].infer_types(tuple(v.type for v in node.inputs), node.attrs)
+            except InvalidType as problem:
+                raise InvalidGraph(f"{where}: {at}: {problem}") from problem
+        require(types == tuple(v.type for v in node.outputs), f"{at}: typed {node.outputs}, inferred {types}")
+        for value in node.outputs:
+            require(value.name not in defined, f"{at} defines %{value.name} a second time")
+            defined[value.name] = value
+    for value in graph.outputs:
+        require(defined.get(value.name) == value, f"returns %{value.name}, which is not defined")
+    _verify_updates(graph, defined, require)
+    _verify_inplace(graph, require)
+
+
+def _verify_updates(graph, defined, require) -> None:  # type: ignore[no-untyped-def]
+    params = {p.name: p for p in graph.params}
+    targets = [p.name for p, _ in graph.updates]
+    require(len(targets) == len(set(targets)), "a param is updated twice")
+    for param, value in graph.updates:
+        require(params.get(param.name) == param, f"@{param.name} is updated but is not a param")
+        require(defined.get(value.name) == value, f"@{param.name} := %{value.name}, which is not defined")
+        require(param.type == value.type, f"@{param.name}: {param.type} := {value.type}")
+
+
+def inplace_inputs(node: Node) -> tuple[int, ...]:
+    """The inputs whose buffer output 0 may take over, by the operators' declared contracts.
+
+    A region's first output may take over an input that is read, at the same index, by elementwise operators only.
+    """
+    if not node.body:
+        return OPS[node.op].inplace
+    body = node.body
+    target = body.outputs[0].type
+    allowed = []
+    for i, value in enumerate(body.inputs):
+        readers = [n for n in body.nodes if value.name in [v.name for v in n.inputs]]
+        safe = all(OPS[n.op].kind == "elementwise" for n in readers)
+        if readers and safe and value.type.shape == target.shape and value.type.dtype == target.dtype:
+            allowed.append(i)
+    return tuple(allowed)
+
+
+def _verify_inplace(graph: Graph, require) -> None:  # type: ignore[no-untyped-def]
+    last = graph.last_use()
+    views = {n.output.name: n.inputs[0].name for n in graph.nodes if n.op != "region" and OPS[n.op].kind == "view"}
+
+    def root(name: str) -> str:
+        while name in views:
+            name = views[name]
+        return name
+
+    ends: dict[str, int] = {}
+    for name, end in last.items():
+        ends[root(name)] = max(end, ends.get(root(name), -1))
+    external = {v.name for v in (*graph.inputs, *graph.consts)}
+    targets = {v.name: p.name for p, v in graph.updates}
+    params = {p.name for p in graph.params}
+    for i, node in enumerate(graph.nodes):
+        if node.inplace is None:
+            continue
+        at = f"node {i} ({node.op}) works in place"
+        require(node.inplace in inplace_inputs(node), f"{at} on input {node.inplace}, which its contract does not allow")
+        taken = node.inputs[node.inplace]
+        owner = root(taken.name)
+        require(taken.type.nbytes == node.output.type.nbytes, f"{at} on a buffer of another size")
+        require(owner not in external, f"{at} on %{owner}, which is not ours to write")
+        if owner in params:
+            require(targets.get(node.output.name) == owner, f"{at} on @{owner} without updating it")
+        require(ends[owner] <= i, f"{at} on %{owner}, which is read later")
+        twice = [v for j, v in enumerate(node.inputs) if j != node.inplace and root(v.name) == owner]
+        require(not twice or node.op != "region" or _same_index(node), f"{at} and reads %{owner} elsewhere")
+
+
+def _same_index(node: Node) -> bool:
+    """All inputs that share the overwritten buffer are read at the index that is written."""
+    assert node.inplace is not None
+    name = node.inputs[node.inplace].name
+    return all(i in inplace_inputs(node) for i, v in enumerate(node.inputs) if v.name == name)
