@@ -1,0 +1,104 @@
+"""Fuses an operator with the elementwise work behind it into one region, so that nothing in between gets a buffer."""
+
+from dataclasses import dataclass, field, replace
+
+from tte.ir import OPS, Graph, Node, Value, rewrite
+
+UPDATE = "nn.sgd"
+
+
+def fuse_updates(graph: Graph) -> Graph:
+    """Gradient + update: a gradient that is consumed at once never gets a buffer."""
+    return _fuse(graph, updates=True)
+
+
+def fuse_elementwise(graph: Graph) -> Graph:
+    """Convolution (or other anchor) + bias + residual add + activation, and chains of elementwise operators."""
+    return _fuse(graph, updates=False)
+
+
+@dataclass
+class _Group:
+    """Consecutive members; each but the last is read by the next one only."""
+
+    members: list[Node] = field(default_factory=list)
+
+    @property
+    def output(self) -> Value:
+        return self.members[-1].output
+
+
+def _fuse(graph: Graph, updates: bool) -> Graph:
+    readers: dict[str, int] = {}
+    for node in graph.nodes:
+        for value in node.inputs:
+            readers[value.name] = readers.get(value.name, 0) + 1
+    for value in (*graph.outputs, *(v for _, v in graph.updates)):
+        readers[value.name] = readers.get(value.name, 0) + 1
+    ending = _names_leading_to_updates(graph)
+    groups: dict[str, _Group] = {}  # by the name of the group's output
+    order: list[_Group] = []
+    for node in graph.nodes:
+        group = None
+        if node.body is None and node.definition.kind == "elementwise" and (node.output.name in ending) == updates:
+            group = _extendable(node, groups, readers)
+        if group is None:
+            group = _Group()
+        else:
+            order.remove(group)  # a region stands where its last member stood
+        group.members.append(node)
+        groups[group.output.name] = group
+        order.append(group)
+    return rewrite(graph, [_region(g) if len(g.members) > 1 else g.members[0] for g in order])
+
+
+def _names_leading_to_updates(graph: Graph) -> set[str]:
+    """Results of elementwise calls from which the way leads only into an update."""
+    names: set[str] = set()
+    readers: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        for value in node.inputs:
+            readers.setdefault(value.name, []).append(node)
+    for node in reversed(graph.nodes):
+        after = readers.get(node.output.name, [])
+        if node.op == UPDATE or (after and all(n.output.name in names for n in after) and _is_elementwise(node)):
+            names.add(node.output.name)
+    return names
+
+
+def _is_elementwise(node: Node) -> bool:
+    return node.body is None and OPS[node.op].kind == "elementwise"
+
+
+def _extendable(node: Node, groups: dict[str, _Group], readers: dict[str, int]) -> _Group | None:
+    """The group that ``node`` may join: it alone reads the group's output, element by element."""
+    for value in reversed(node.inputs):
+        group = groups.get(value.name)
+        if group is None or readers[value.name] != 1 or value.type != node.output.type:
+            continue
+        head = group.members[0]
+        kind = "opaque" if head.body else head.definition.kind
+        if kind in ("anchor", "elementwise") and node.output.type.dtype == "float32":
+            return group
+    return None
+
+
+def _region(group: _Group) -> Node:
+    """One node around the members; its inputs are what they read from outside."""
+    inner = {m.output.name for m in group.members}
+    outside: dict[str, Value] = {}
+    for member in group.members:
+        for value in member.inputs:
+            if value.name not in inner:
+                outside.setdefault(value.name, value)
+    arguments = {name: Value(f"a{i}", v.type) for i, (name, v) in enumerate(outside.items())}
+    nodes = tuple(replace(m, inputs=tuple(arguments.get(v.name, v) for v in m.inputs)) for m in group.members)
+    body = Graph("region", tuple(arguments.values()), nodes=nodes, outputs=(group.output,)).renumbered()
+    return Node(
+        "region",
+        tuple(outside.values()),
+        {"strategy": "fused"},
+        (group.output,),
+        group.members[0].layer,
+        body=body,
+    )

@@ -1,0 +1,76 @@
+"""Makes a graph smaller without changing what it computes: constant folding, common subexpressions, dead code."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from tte.ir import OPS, Builder, Const, Graph, Node, Origin, Value, rewrite
+
+MOVES = ("reshape", "transpose", "slice", "take")  # operators that only move elements: origins move along
+
+
+def fold_constants(graph: Graph) -> Graph:
+    """Compute what depends on constants only."""
+    builder = Builder()
+    folded: dict[str, Value] = {}
+    nodes = []
+    for node in graph.nodes:
+        inputs = tuple(folded.get(v.name, v) for v in node.inputs)
+        node = replace(node, inputs=inputs)
+        if node.body or len(node.outputs) != 1 or not inputs or not all(isinstance(v, Const) for v in inputs):
+            nodes.append(node)
+            continue
+        constants = [v for v in inputs if isinstance(v, Const)]
+        data = np.ascontiguousarray(OPS[node.op].ref(*(c.data for c in constants), **node.attrs))
+        origin = _moved(constants[0].origin, node) if node.op in MOVES else None
+        # A moved weight keeps the user's name as long as nobody reads the unmoved one.
+        name = constants[0].name if origin and _single_use(graph, constants[0]) else None
+        folded[node.output.name] = builder.const(data, name, origin)
+    outputs = tuple(folded.get(v.name, v) for v in graph.outputs)
+    replaced = {c.name for c in builder.consts.values()}
+    kept = tuple(c for c in graph.consts if c.name not in replaced)
+    return rewrite(graph, nodes, consts=(*kept, *builder.consts.values()), outputs=outputs)
+
+
+def _moved(origin: Origin | None, node: Node) -> Origin | None:
+    if origin is None:
+        return None
+    ref = OPS[node.op].ref
+    scale = None if origin.scale is None else ref(origin.scale, **node.attrs)
+    return replace(origin, index=ref(origin.index, **node.attrs), scale=scale)
+
+
+def _single_use(graph: Graph, const: Const) -> bool:
+    return sum(v.name == const.name for node in graph.nodes for v in node.inputs) == 1
+
+
+def eliminate_common_subexpressions(graph: Graph) -> Graph:
+    """Compute equal calls once. Calls that update a param in place are left alone."""
+    seen: dict[object, tuple[Value, ...]] = {}
+    same: dict[str, Value] = {}
+    nodes = []
+    for node in graph.nodes:
+        node = replace(node, inputs=tuple(same.get(v.name, v) for v in node.inputs))
+        key = (node.op, tuple(v.name for v in node.inputs), repr(node.attrs))
+        if node.body is None and node.inplace is None and key in seen:
+            same |= {old.name: new for old, new in zip(node.outputs, seen[key], strict=True)}
+            continue
+        seen[key] = node.outputs
+        nodes.append(node)
+    return rewrite(
+        graph,
+        nodes,
+        outputs=tuple(same.get(v.name, v) for v in graph.outputs),
+        updates=tuple((p, same.get(v.name, v)) for p, v in graph.updates),
+    )
+
+
+def eliminate_dead_code(graph: Graph) -> Graph:
+    """Drop every call whose result reaches neither an output nor an update."""
+    live = {v.name for v in graph.outputs} | {v.name for _, v in graph.updates}
+    nodes = []
+    for node in reversed(graph.nodes):
+        if any(v.name in live for v in node.outputs):
+            nodes.append(node)
+            live |= {v.name for v in node.inputs}
+    return rewrite(graph, reversed(nodes))
