@@ -1,0 +1,282 @@
+"""The command line: each command calls one function of tte and prints what it returns, as a table or as JSON."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from tte.errors import TTEError
+
+# Everything else is imported inside the commands: `tte --help` must not wait for torch.
+
+app = typer.Typer(
+    name="tte",
+    help="Compile a trained model into a C project that fine-tunes it on a microcontroller.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="an .onnx file, a .pt2 file of torch.export.save, or tte's own text (.ir)")]
+Scheme = Annotated[
+    str,
+    typer.Option("--update-scheme", "-u", help="YAML file, or full, last-layer, bias-only, last-k:N", show_default=True),
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+
+
+def main() -> NoReturn:
+    """Entry point: a TTEError is three lines on stderr and exit status 1; anything else is our bug and a traceback."""
+    try:
+        app()
+    except TTEError as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+@app.command()
+def analyze(
+    model: Model,
+    write_scheme: Annotated[Path | None, typer.Option(help="write a commented scheme to start from")] = None,
+    json_: Json = False,
+) -> None:
+    """List the layers of a model: names for a scheme, shapes, parameters, cost, and what can learn."""
+    import tte
+
+    analysis = tte.analyze(model)
+    if write_scheme:
+        _write(write_scheme, analysis.scheme_yaml())
+    if json_:
+        return _print_json(analysis.to_dict())
+    rows = [
+        (row["name"], row["op"], "x".join(map(str, row["shape"])), row["parameters"], row["macs"], row["trainable"])
+        for row in analysis.to_dict()["layers"]
+    ]
+    _print_table("layers", ("layer", "operator", "output", "parameters", "MACs", "can learn"), rows)
+
+
+@app.command("compile")
+def compile_model(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the C project")],
+    update_scheme: Scheme = "full",
+    target: Annotated[str, typer.Option("-t", "--target", help="see `tte targets`")] = "cortex-m7",
+    name: Annotated[str | None, typer.Option(help="prefix of every C symbol and file")] = None,
+    arena: Annotated[str, typer.Option(help="static: inside the project; extern: given to <name>_init")] = "static",
+    input_: Annotated[str, typer.Option("--input", help="caller: the caller's buffer; arena: a buffer in it")] = "caller",
+    clock: Annotated[str | None, typer.Option(help="core clock for time estimates, e.g. 216MHz")] = None,
+    disable_pass: Annotated[list[str] | None, typer.Option(help="leave out a pass (again for more)")] = None,
+    dump_ir: Annotated[Path | None, typer.Option(help="write the program after every pass into this folder")] = None,
+    json_: Json = False,
+) -> None:
+    """Write the C project that trains the model: forward, backward, update, memory plan, report."""
+    import tte
+
+    artifact = tte.compile(
+        model,
+        update_scheme=update_scheme,
+        target=target,
+        name=name,
+        arena=arena,
+        input=input_,
+        clock=clock,
+        disable_passes=disable_pass or (),
+        dump_ir=dump_ir,
+    )
+    artifact.export(output)
+    if json_:
+        return _print_json(artifact.report)
+    _print_report(artifact.report, output)
+
+
+@app.command()
+def run(
+    build: Annotated[Path, typer.Argument(help="folder written by `tte compile`")],
+    data: Annotated[Path, typer.Option(help=".npz with x: (N, ...) in the model's own layout, y: labels or targets")],
+    epochs: Annotated[int | None, typer.Option(min=1, help="passes over the data (default 1)")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="training steps, instead of epochs")] = None,
+    eval_: Annotated[Path | None, typer.Option("--eval", help=".npz to measure before and after on")] = None,
+    emulator: Annotated[str, typer.Option(help="unicorn or qemu")] = "unicorn",
+    host: Annotated[bool, typer.Option("--host", help="run the same C on this computer: fast")] = False,
+    lr: Annotated[float | None, typer.Option(help="learning rate, instead of the scheme's")] = None,
+    seed: Annotated[int, typer.Option(help="order of the samples")] = 0,
+    save: Annotated[Path | None, typer.Option(help="write the trained weights (.npz, the model's own names)")] = None,
+    json_: Json = False,
+) -> None:
+    """Build the firmware and train it on an emulated microcontroller, or on this computer."""
+    if epochs and steps:
+        raise TTEError("TTE-E059", "--epochs and --steps exclude each other", fix="give one of them")
+    from tte.runner import train
+
+    result = train(
+        build,
+        data,
+        epochs=epochs,
+        steps=steps,
+        eval=eval_,
+        emulator="host" if host else emulator,
+        lr=lr,
+        seed=seed,
+        save=save,
+        progress=not json_,
+    )
+    if json_:
+        return _print_json(result)
+    _print_run(result)
+
+
+@app.command()
+def verify(
+    model: Model,
+    update_scheme: Scheme = "full",
+    steps: Annotated[int, typer.Option(min=1, help="training steps to follow")] = 10,
+    data: Annotated[Path | None, typer.Option(help=".npz with x and y; made up when not given")] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="largest relative error allowed")] = 1e-4,
+    json_: Json = False,
+) -> None:
+    """Compare every gradient and every trained weight with PyTorch; exit status 1 beyond the tolerance."""
+    import tte
+
+    proof = tte.compile(model, update_scheme=update_scheme).verify(steps=steps, data=data, tolerance=tolerance)
+    if json_:
+        _print_json(proof)
+    else:
+        rows = [(r["name"], r["gradient_error"], r["weight_error"], r["ok"]) for r in proof["tensors"]]
+        _print_table(f"against PyTorch, {steps} steps", ("tensor", "gradient", "weights", "within"), rows)
+    if not proof["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def state(
+    blob: Annotated[Path, typer.Argument(help="bytes that <name>_state_save wrote on the device")],
+    build: Annotated[Path, typer.Option("--build", "-b", help="folder the firmware was built from")],
+    output: Annotated[Path, typer.Option("-o", "--output", help=".npz with the model's own names and layouts")],
+    json_: Json = False,
+) -> None:
+    """Turn a saved state of a device into weights with the model's own names and layouts."""
+    import numpy as np
+
+    from tte.weights import read_state
+
+    weights = read_state(blob, build)
+    try:
+        np.savez(output, **weights)
+    except OSError as problem:
+        raise _unwritable(output, problem) from problem
+    if json_:
+        return _print_json({"weights": {k: list(v.shape) for k, v in weights.items()}, "output": str(output)})
+    _print_table(str(output), ("tensor", "shape"), [(k, "x".join(map(str, v.shape))) for k, v in weights.items()])
+
+
+@app.command()
+def ops(json_: Json = False) -> None:
+    """List the operators of the language: what a model may be made of, and what training adds."""
+    import tte.ops  # noqa: F401  fills the table
+    from tte.ir import OPS
+
+    rows = [
+        {
+            "name": op.name,
+            "kind": op.kind,
+            "differentiable": op.grad is not None,
+            "attributes": list(op.attributes),
+            "doc": op.doc.partition("\n")[0],
+        }
+        for _, op in sorted(OPS.items())
+    ]
+    if json_:
+        return _print_json({"ops": rows})
+    table = [(r["name"], r["kind"], r["differentiable"], ", ".join(r["attributes"]), r["doc"]) for r in rows]
+    _print_table("operators", ("name", "kind", "gradient", "attributes", ""), table)
+
+
+@app.command()
+def targets(json_: Json = False) -> None:
+    """List the cores and boards that tte knows, with their memories."""
+    from dataclasses import asdict
+
+    from tte.target import TARGETS
+
+    rows = [asdict(target) for target in TARGETS.values()]
+    if json_:
+        return _print_json({"targets": rows})
+    columns = list(rows[0])
+    _print_table("targets", columns, [tuple(row[c] for c in columns) for row in rows])
+
+
+def _print_report(report: dict[str, Any], output: Path) -> None:
+    memory = report["memory"]
+    gap = memory["arena_bytes"] - memory["lower_bound_bytes"]
+    arena = "proved optimal" if memory["proved_optimal"] else f"at most {gap:,} bytes above the optimum"
+    rows = [
+        ("arena", memory["arena_bytes"], arena),
+        ("trained parameters", memory["trained_bytes"], f"{len(report['gradients'])} tensors learn"),
+        ("RAM, all in all", memory["static_ram_bytes"], f"{report['source']}: .data + .bss + stack"),
+        ("flash", report["flash_bytes"], report["source"]),
+    ]
+    _print_table(f"{report['model']} for {report['target']}: {output}", ("", "bytes", ""), rows)
+    peak = [(t["name"], t["bytes"], t["layer"]) for t in memory["peak_tensors"]]
+    _print_table("alive at the peak", ("tensor", "bytes", "layer"), peak)
+
+
+def _print_run(result: dict[str, Any]) -> None:
+    loss = result["loss"]
+    rows: list[tuple[Any, ...]] = [("steps", result["steps"]), ("loss, first and last", f"{loss[0]:.4f}  {loss[-1]:.4f}")]
+    for key in ("accuracy_before", "accuracy_after"):
+        if result.get(key) is not None:
+            rows.append((key.replace("_", " "), f"{result[key]:.2%}"))
+    for key in ("instructions_per_step", "stack_bytes", "arena_bytes"):
+        if result.get(key) is not None:
+            rows.append((key.replace("_", " "), result[key]))
+    _print_table("training", ("", ""), [*rows, ("weights sha256", result["weights_sha256"][:16])])
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Numbers to the right with thousands separators, the rest as it is."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = list(rows)
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row))
+    # A pipe gets every column in full; a terminal gets what fits.
+    console = Console(highlight=False)
+    Console(highlight=False, width=None if console.is_terminal else 200).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2e}"
+    return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as problem:
+        raise _unwritable(path, problem) from problem
+
+
+def _unwritable(path: Path, problem: OSError) -> TTEError:
+    return TTEError("TTE-E045", f"cannot write: {problem.strerror}", where=str(path), fix="choose another place")
+
+
+if __name__ == "__main__":
+    main()
