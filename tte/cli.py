@@ -24,7 +24,9 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="an .onnx file, a .pt2 file of torch.export.save, or tte's own text (.ir)")]
 Scheme = Annotated[
     str,
-    typer.Option("--update-scheme", "-u", help="YAML file, or full, last-layer, bias-only, last-k:N", show_default=True),
+    typer.Option(
+        "--update-scheme", "-u", help="YAML file, or full, last-layer, bias-only, last-k:N", show_default=True
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
@@ -68,7 +70,7 @@ def compile_model(
     target: Annotated[str, typer.Option("-t", "--target", help="see `tte targets`")] = "cortex-m7",
     name: Annotated[str | None, typer.Option(help="prefix of every C symbol and file")] = None,
     arena: Annotated[str, typer.Option(help="static: inside the project; extern: given to <name>_init")] = "static",
-    input_: Annotated[str, typer.Option("--input", help="caller: the caller's buffer; arena: a buffer in it")] = "caller",
+    input_: Annotated[str, typer.Option("--input", help="caller: a buffer of the caller; arena: inside it")] = "caller",
     clock: Annotated[str | None, typer.Option(help="core clock for time estimates, e.g. 216MHz")] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(help="leave out a pass (again for more)")] = None,
     dump_ir: Annotated[Path | None, typer.Option(help="write the program after every pass into this folder")] = None,
@@ -227,7 +229,10 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
 
 def _print_run(result: dict[str, Any]) -> None:
     loss = result["loss"]
-    rows: list[tuple[Any, ...]] = [("steps", result["steps"]), ("loss, first and last", f"{loss[0]:.4f}  {loss[-1]:.4f}")]
+    rows: list[tuple[Any, ...]] = [
+        ("steps", result["steps"]),
+        ("loss, first and last", f"{loss[0]:.4f}  {loss[-1]:.4f}"),
+    ]
     for key in ("accuracy_before", "accuracy_after"):
         if result.get(key) is not None:
             rows.append((key.replace("_", " "), f"{result[key]:.2%}"))
