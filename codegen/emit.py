@@ -1,0 +1,304 @@
+"""Writes the C project: programs, their kernels and their memory plan in, file contents out."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from tte.codegen.plan import Plan
+from tte.codegen.schedule import CTYPES, Call, Kernel, schedule
+from tte.ir import OPS, Const, Graph, Node, Param, TensorType, Value
+
+HERE = Path(__file__).parent
+RUNTIME = HERE.parent / "runtime_c"
+
+
+@dataclass(frozen=True)
+class Program:
+    """One entry point: ``role`` is "infer", "evaluate" or "train"."""
+
+    role: str
+    graph: Graph
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What the C API exposes. Types are those of the caller's buffers; ``target`` is None for `target: input`."""
+
+    name: str
+    input: TensorType
+    output: TensorType
+    target: TensorType | None
+    classes: int | None
+    learning_rate: float
+    input_layout: str
+    model_hash: str
+    version: str
+    arena: str = "static"
+    input_in_arena: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+
+def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
+    """Path in the project -> text. The same input gives the same bytes: no dates, no paths, no hash order."""
+    environment = _environment(interface.name)
+    layout = StateLayout.of(programs)
+    constants = _constants(programs)
+    names = _c_names(interface.name, constants)
+    kernels: dict[Kernel, str] = {}
+    bodies = []
+    for program in programs:
+        calls = schedule(program.graph)
+        for call in calls:
+            if call.kernel not in kernels:
+                kernels[call.kernel] = f"{interface.name}_k{len(kernels):02d}_{call.kernel.template}"
+        bodies.append(_program(program, calls, kernels, layout, names))
+    functions = [
+        {"name": name, "template": kernel.template} | kernel.arguments() for kernel, name in kernels.items()
+    ]
+    used = {call for body in bodies for call in body["constants"]}
+    slots = []
+    for i, (param, offset) in enumerate(layout.slots):
+        array = _array(f"{interface.name}_initial_{i}", param)
+        slots.append(array | {"offset": offset, "initial": array["name"]})
+    context = {
+        "api": interface,
+        "programs": bodies,
+        "functions": [f | {"body": _kernel_body(environment, f)} for f in functions],
+        "weights": [_array(names[c.name], c) for c in constants if names[c.name] in used] + slots,
+        "state": layout,
+        "slots": slots,
+        "hash_bytes": [str(b) for b in bytes.fromhex(interface.model_hash)[:16]],
+        "arena_bytes": max(1, *(program.plan.arena_bytes for program in programs)),
+        "ctype": CTYPES,
+    }
+    files = {}
+    for template, path in FILES.items():
+        files[path.format(m=interface.name)] = environment.get_template(template).render(context)
+    runtime = (RUNTIME / "tte_math.h").read_text()
+    files[f"Core/Src/{interface.name}_math.h"] = _prefixed(runtime, interface.name)
+    header = environment.get_template("file_header.j2").render(context)
+    return {
+        path: (header + "\n" + text if path.endswith((".c", ".h")) else text).rstrip("\n") + "\n"
+        for path, text in files.items()
+    }
+
+
+FILES = {
+    "model.h.j2": "Core/Inc/{m}.h",
+    "model.c.j2": "Core/Src/{m}.c",
+    "build.h.j2": "Core/Src/{m}_build.h",
+    "kernels.h.j2": "Core/Src/{m}_kernels.h",
+    "kernels.c.j2": "Core/Src/{m}_kernels.c",
+    "weights.h.j2": "Core/Src/{m}_weights.h",
+    "weights.c.j2": "Core/Src/{m}_weights.c",
+    "CMakeLists.txt.j2": "CMakeLists.txt",
+    "module.yml.j2": "zephyr/module.yml",
+}
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """Where each trained parameter lives: (param, byte offset), 4-aligned, in the order of the training graph.
+
+    The same bytes are the payload of a saved state. The learning rate is a setting, not something learned: it is not
+    part of it.
+    """
+
+    slots: tuple[tuple[Param, int], ...]
+    nbytes: int
+
+    @staticmethod
+    def of(programs: Sequence[Program]) -> "StateLayout":
+        params = {p.name: p for program in programs for p, _ in program.graph.updates}
+        slots, offset = [], 0
+        for param in params.values():
+            slots.append((param, offset))
+            offset += (param.type.nbytes + 3) // 4 * 4
+        return StateLayout(tuple(slots), offset)
+
+    def offset(self, name: str) -> int | None:
+        return next((offset for param, offset in self.slots if param.name == name), None)
+
+
+def _program(
+    program: Program,
+    calls: list[Call],
+    kernels: Mapping[Kernel, str],
+    layout: StateLayout,
+    names: Mapping[str, str],
+) -> dict[str, Any]:
+    """The calls of one entry point as the template prints them."""
+    graph = program.graph
+    storage = _Storage(program, layout, names)
+    rows = []
+    for call in calls:
+        node = graph.nodes[call.node]
+        arguments = [storage.pointer(v, const=True) for v in call.inputs]
+        arguments += [storage.pointer(v, const=False) for v in call.outputs]
+        updated = [p.name for p, v in graph.updates if v in node.outputs]
+        rows.append(
+            {
+                "kernel": kernels[call.kernel],
+                "arguments": arguments,
+                "comment": _comment(node, updated),
+                "is_loss": bool(graph.updates or program.role == "evaluate") and node.output == graph.outputs[0],
+                "logits": storage.pointer(node.inputs[0], const=True),
+                "logits_size": node.inputs[0].type.shape[-1] if node.inputs[0].type.rank else 1,
+                "loss": storage.pointer(node.output, const=True),
+                "op": node.op,
+            }
+        )
+    copies = []
+    for param, value in graph.updates:
+        if not storage.is_state(value):
+            copies.append({"to": storage.state(param), "from": storage.pointer(value, const=True), "size": value.type.nbytes})
+    return {
+        "role": program.role,
+        "calls": rows,
+        "copies": copies,
+        "result": storage.pointer(graph.outputs[0], const=True),
+        "constants": list(storage.used),
+        "reads_target": any("target" in row["arguments"] for row in rows),
+    }
+
+
+class _Storage:
+    """Where a value lives, as a C expression."""
+
+    def __init__(self, program: Program, layout: StateLayout, names: Mapping[str, str]) -> None:
+        self.graph, self.plan, self.layout, self.names = program.graph, program.plan, layout, names
+        self.producer = program.graph.producer()
+        self.consts = {c.name for c in program.graph.consts}
+        self.params = {p.name for p in program.graph.params}
+        self.inputs = {v.name: i for i, v in enumerate(program.graph.inputs)}
+        self.used: dict[str, None] = {}
+
+    def root(self, value: Value) -> Value:
+        """The value whose buffer this one shares, through views and in-place results."""
+        while (node := self.producer.get(value.name)) is not None:
+            if node.body is None and OPS[node.op].kind == "view":
+                value = node.inputs[0]
+            elif node.inplace is not None and value == node.output:
+                value = node.inputs[node.inplace]
+            else:
+                break
+        return value
+
+    def is_state(self, value: Value) -> bool:
+        return self.root(value).name in self.params
+
+    def state(self, param: Value) -> str:
+        offset = self.layout.offset(param.name)
+        return "&learning_rate" if offset is None else f"STATE({CTYPES[param.type.dtype]}, {offset})"
+
+    def pointer(self, value: Value, const: bool) -> str:
+        root = self.root(value)
+        if root.name in self.inputs:
+            return ("x", "target")[self.inputs[root.name]]
+        if root.name in self.params:
+            return self.state(root)
+        if root.name in self.consts:
+            self.used[self.names[root.name]] = None
+            return self.names[root.name]
+        return f"ARENA({CTYPES[value.type.dtype]}, {self.plan.offsets[root.name]})"
+
+
+def _comment(node: Node, updated: list[str]) -> str:
+    what = " + ".join(n.op.removeprefix("nn.") for n in node.body.nodes) if node.body else node.op.removeprefix("nn.")
+    update = f" -> {', '.join(updated)}" if updated else ""
+    return _safe(f"{node.layer or '-'}: {what}{update}")
+
+
+def _safe(text: str) -> str:
+    """Text that cannot end a C comment."""
+    return re.sub(r"[^\x20-\x7e]", "?", text).replace("*/", "* /").replace("/*", "/ *")
+
+
+def _constants(programs: Sequence[Program]) -> list[Const]:
+    return list({c.name: c for program in programs for c in program.graph.consts}.values())
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def _c_names(prefix: str, constants: Sequence[Const]) -> dict[str, str]:
+    """A distinct C identifier for every constant, as near to the user's name as C allows."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for const in constants:
+        base = name = f"{prefix}_w_{_identifier(const.name)}"
+        number = 2
+        while name in taken:
+            name, number = f"{base}_{number}", number + 1
+        taken.add(name)
+        names[const.name] = name
+    return names
+
+
+def _array(name: str, stored: Const | Param) -> dict[str, Any]:
+    """A constant array as C text; floats with the nine digits that read back to the same bits."""
+    flat = stored.data.reshape(-1)
+    if stored.type.dtype == "float32":
+        assert np.isfinite(flat).all(), f"{stored.name} has values that are not finite"
+        items = [_float(float(v)) for v in flat]
+    else:
+        items = [str(int(v)) for v in flat]
+    rows = [", ".join(items[i : i + 8]) for i in range(0, len(items), 8)]
+    return {
+        "name": name,
+        "ctype": CTYPES[stored.type.dtype],
+        "size": max(1, len(items)),
+        "rows": rows or ["0"],
+        "comment": _safe(f"{stored.name} {stored.type.shape}"),
+        "nbytes": stored.type.nbytes,
+    }
+
+
+def _float(value: float | str) -> str:
+    """A C float literal that reads back to the same single-precision bits."""
+    text = f"{float(np.float32(value)):.9g}"
+    return text + ("" if "." in text or "e" in text else ".0") + "f"
+
+
+def _literal(value: float, dtype: str) -> str:
+    return _float(value) if dtype == "float32" else str(int(value))
+
+
+def emit_selftest(interface: Interface, steps: int, golden: Mapping[str, int]) -> dict[str, str]:
+    """The self-test; ``golden``: CRC-32 of the output and of the saved state, from a run of this very code."""
+    environment = _environment(interface.name)
+    context = {"api": interface, "steps": steps, "golden": golden}
+    header = environment.get_template("file_header.j2").render(context)
+    text = environment.get_template("selftest.c.j2").render(context)
+    return {f"Core/Src/{interface.name}_selftest.c": header + "\n" + text}
+
+
+def _environment(prefix: str) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([HERE / "kernels", HERE / "templates"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"f32": _float, "literal": _literal, "json": lambda v: json.dumps(v, indent=2)}
+    environment.globals |= {"p": prefix, "P": prefix.upper(), "ctypes": CTYPES}
+    return environment
+
+
+def _kernel_body(environment: jinja2.Environment, function: Mapping[str, Any]) -> str:
+    text = environment.get_template(f"{function['template']}.c.j2").render(function)
+    return "\n".join(line for line in text.splitlines() if line.strip())
+
+
+def _prefixed(text: str, name: str) -> str:
+    """The project's own C with the model's prefix, so that several models link into one firmware."""
+    return text.replace("tte_", f"{name}_").replace("TTE_", f"{name.upper()}_")
