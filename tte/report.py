@@ -95,10 +95,10 @@ def make_report(
         },
         "flash_bytes": (code or 0) + const + initial,
         "flash": {"code_bytes": code, "const_bytes": const, "initial_values_bytes": initial},
-        "infer": _cost(firmware and firmware.stack_infer, firmware and firmware.instructions_infer, clock_hz),
-        "train_step": _cost(
-            firmware and firmware.stack_train_step, firmware and firmware.instructions_train_step, clock_hz
-        ),
+        "infer": _cost(firmware.stack_infer, firmware.instructions_infer, clock_hz) if firmware else _cost(),
+        "train_step": _cost(firmware.stack_train_step, firmware.instructions_train_step, clock_hz)
+        if firmware
+        else _cost(),
         "layers": list_layers(graph),
         "gradients": list(dict.fromkeys(_user_name(p) for p in trained)),
     }
@@ -209,7 +209,7 @@ def _summary(block: Block) -> dict[str, Any]:
     }
 
 
-def _cost(stack: int | None, instructions: int | None, clock_hz: int | None) -> dict[str, Any]:
+def _cost(stack: int | None = None, instructions: int | None = None, clock_hz: int | None = None) -> dict[str, Any]:
     """ms_estimate supposes one instruction per cycle: an estimate, and no more than that."""
     estimate = round(1000 * instructions / clock_hz, 3) if instructions and clock_hz else None
     return {"stack_bytes": stack, "instructions": instructions, "ms_estimate": estimate}
