@@ -64,4 +64,116 @@ static inline float tte_logf(float x) {
     return __builtin_fmaf((float)e, 0.693145752f, __builtin_fmaf((float)e, 1.42860677e-6f, y));
 }
 
+/* log(1 + x), 0 <= x: what 1 + x loses is given back to first order. */
+static inline float tte_log1pf(float x) {
+    const float u = 1.0f + x;
+    return tte_logf(u) + (x - (u - 1.0f)) / u;
+}
+
+static inline float tte_sigmoidf(float x) {
+    const float e = tte_expf(-__builtin_fabsf(x));
+    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+/* |x| < 0.625: x + x^3 P(x^2), a minimax fit; beyond: (1 - e) / (1 + e), e = exp(-2 |x|). */
+static inline float tte_tanhf(float x) {
+    const float a = __builtin_fabsf(x), z = x * x;
+    if (a < 0.625f) {
+        float y = -6.19203822e-3f;
+        y = __builtin_fmaf(y, z, 2.10889187e-2f);
+        y = __builtin_fmaf(y, z, -5.38795515e-2f);
+        y = __builtin_fmaf(y, z, 1.33330868e-1f);
+        y = __builtin_fmaf(y, z, -3.33333374e-1f);
+        return __builtin_fmaf(y * z, x, x);
+    }
+    const float e = tte_expf(-2.0f * a), y = (1.0f - e) / (1.0f + e);
+    return x < 0.0f ? -y : y;
+}
+
+/* |x| < 1: x P(x^2); beyond: 1 - exp(-x^2) Q(1 / (1 + |x| / 2)); minimax fits. */
+static inline float tte_erff(float x) {
+    const float a = __builtin_fabsf(x), z = x * x;
+    if (a < 1.0f) {
+        float y = 7.88912041e-5f;
+        y = __builtin_fmaf(y, z, -8.02084154e-4f);
+        y = __builtin_fmaf(y, z, 5.18953537e-3f);
+        y = __builtin_fmaf(y, z, -2.68544446e-2f);
+        y = __builtin_fmaf(y, z, 1.12836002e-1f);
+        y = __builtin_fmaf(y, z, -3.76126271e-1f);
+        y = __builtin_fmaf(y, z, 1.12837917f);
+        return x * y;
+    }
+    if (a > 4.0f)
+        return x < 0.0f ? -1.0f : 1.0f;
+    const float t = 1.0f / (1.0f + 0.5f * a);
+    float y = 1.19777224e-1f;
+    y = __builtin_fmaf(y, t, -4.72778138e-1f);
+    y = __builtin_fmaf(y, t, 5.65720308e-1f);
+    y = __builtin_fmaf(y, t, -1.05693197e-1f);
+    y = __builtin_fmaf(y, t, 3.4884577e-1f);
+    y = __builtin_fmaf(y, t, 2.59379294e-1f);
+    y = __builtin_fmaf(y, t, 2.84962345e-1f);
+    y = __builtin_fmaf(y, t, -1.57577068e-4f);
+    y = 1.0f - tte_expf(-z) * y;
+    return x < 0.0f ? -y : y;
+}
+
+static inline float tte_clampf(float x, float c) {
+    return x < -c ? -c : (x > c ? c : x);
+}
+
+/* max(0, min(1, x / 6 + 1 / 2)) */
+static inline float tte_hard_sigmoidf(float x) {
+    const float y = x / 6.0f + 0.5f;
+    return y < 0.0f ? 0.0f : (y > 1.0f ? 1.0f : y);
+}
+
+static inline float tte_hard_swish_gradf(float x) {
+    return x <= -3.0f ? 0.0f : (x >= 3.0f ? 1.0f : x / 3.0f + 0.5f);
+}
+
+static inline float tte_silu_gradf(float x) {
+    const float s = tte_sigmoidf(x);
+    return s * (1.0f + x * (1.0f - s));
+}
+
+/* x Phi(x), Phi the normal distribution */
+static inline float tte_geluf(float x) {
+    return 0.5f * x * (1.0f + tte_erff(x * 0.707106781f));
+}
+
+static inline float tte_gelu_gradf(float x) {
+    return 0.5f * (1.0f + tte_erff(x * 0.707106781f)) + x * 0.398942280f * tte_expf(-0.5f * x * x);
+}
+
+/* x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) */
+static inline float tte_gelu_tanhf(float x) {
+    return 0.5f * x * (1.0f + tte_tanhf(0.797884561f * (x + 0.044715f * x * x * x)));
+}
+
+static inline float tte_gelu_tanh_gradf(float x) {
+    const float t = tte_tanhf(0.797884561f * (x + 0.044715f * x * x * x));
+    const float inner = 0.797884561f * (1.0f + 3.0f * 0.044715f * x * x);
+    return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * inner;
+}
+
+/* log(1 + exp(beta x)) / beta, x itself where beta x > threshold */
+static inline float tte_softplusf(float x, float beta, float threshold) {
+    const float bx = beta * x;
+    if (bx > threshold)
+        return x;
+    return ((bx > 0.0f ? bx : 0.0f) + tte_log1pf(tte_expf(-__builtin_fabsf(bx)))) / beta;
+}
+
+static inline float tte_softplus_gradf(float x, float beta, float threshold) {
+    const float bx = beta * x;
+    return bx > threshold ? 1.0f : tte_sigmoidf(bx);
+}
+
+/* d^2 / 2 for |d| < delta, else delta (|d| - delta / 2) */
+static inline float tte_huberf(float d, float delta) {
+    const float a = __builtin_fabsf(d);
+    return a < delta ? 0.5f * d * d : delta * (a - 0.5f * delta);
+}
+
 #endif

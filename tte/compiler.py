@@ -1,0 +1,196 @@
+"""The pipeline: model -> graph -> passes -> schedule -> plan -> C. The only module that knows every room."""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tte.codegen.check import check_plan
+from tte.codegen.emit import Interface, Program, StateLayout, emit
+from tte.codegen.plan import plan_memory
+from tte.errors import TTEError
+from tte.frontends import import_model
+from tte.ir import Graph, Value, verify
+from tte.passes.autodiff import differentiate
+from tte.passes.batch_norm import fold_batch_norm
+from tte.passes.canonicalize import canonicalize
+from tte.passes.channels import select_channels
+from tte.passes.fuse import fuse_elementwise, fuse_updates
+from tte.passes.head import replace_head
+from tte.passes.inplace import work_in_place
+from tte.passes.io import apply_input_format, own_layout
+from tte.passes.layout import to_nhwc
+from tte.passes.loss import append_loss
+from tte.passes.optimizer import attach_sgd
+from tte.passes.reorder import reorder
+from tte.passes.select_updates import select_updates
+from tte.passes.simplify import eliminate_common_subexpressions, eliminate_dead_code, fold_constants
+from tte.scheme import Resolved, UpdateScheme, resolve
+from tte.target import Target, find_target
+
+Pass = Callable[[Graph], Graph]
+
+# One form per idea: what the frontends bring becomes the graph that layers are selected in.
+SIMPLIFY: tuple[Pass, ...] = (
+    canonicalize,
+    fold_constants,
+    to_nhwc,
+    fold_constants,
+    fold_batch_norm,
+    fold_constants,
+    eliminate_common_subexpressions,
+    eliminate_dead_code,
+)
+# Make it small. These may be turned off one by one, to see what each buys.
+SHRINK: tuple[Pass, ...] = (
+    eliminate_common_subexpressions,
+    eliminate_dead_code,
+    fuse_updates,
+    fuse_elementwise,
+    reorder,
+    work_in_place,
+)
+OPTIONAL = {p.__name__: p for p in (eliminate_common_subexpressions, *SHRINK[2:])}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Runs passes with ``verify`` after each; writes every graph into ``dump`` where one is given."""
+
+    dump: Path | None = None
+    disabled: tuple[str, ...] = ()
+
+    def run(self, graph: Graph, passes: Sequence[Pass], stage: str) -> Graph:
+        for number, apply in enumerate(passes):
+            if apply.__name__ in self.disabled:
+                continue
+            graph = verify(apply(graph))
+            self.write(graph, f"{stage}.{number:02d}-{apply.__name__}")
+        return graph
+
+    def write(self, graph: Graph, name: str) -> None:
+        if self.dump is not None:
+            self.dump.mkdir(parents=True, exist_ok=True)
+            (self.dump / f"{name}.ir").write_text(str(graph))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """All that is known of a model before C is written.
+
+    forward:   the model with what learns as params, as the user's head and input format make it
+    gradients: forward, loss and backward; outputs are the loss and one gradient per param
+    programs:  infer, evaluate and train, each with its memory plan
+    """
+
+    forward: Graph
+    gradients: Graph
+    resolved: Resolved
+    target: Target
+    interface: Interface
+    programs: tuple[Program, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def train(self) -> Program:
+        return next(p for p in self.programs if p.role == "train")
+
+    @property
+    def state(self) -> StateLayout:
+        return StateLayout.of(self.programs)
+
+
+def lower(model: Any, example_inputs: tuple[Any, ...] | None = None, pipeline: Pipeline | None = None) -> Graph:
+    """The forward graph of a model in the form that schemes are resolved against."""
+    pipeline = pipeline or Pipeline()
+    graph = verify(import_model(model, example_inputs))
+    pipeline.write(graph, "0-import")
+    return pipeline.run(graph, SIMPLIFY, "1-simplify")
+
+
+def compile_graphs(
+    model: Any,
+    example_inputs: tuple[Any, ...] | None,
+    scheme: UpdateScheme,
+    target: Target,
+    name: str,
+    version: str,
+    pipeline: Pipeline,
+    arena: str = "static",
+) -> Compiled:
+    """Everything up to the C: the three programs, planned and checked."""
+    imported = verify(import_model(model, example_inputs))
+    pipeline.write(imported, "0-import")
+    prepared = apply_input_format(imported, scheme.io.input)
+    forward = pipeline.run(prepared, SIMPLIFY, "1-simplify")
+    if scheme.head is not None:
+        forward = verify(replace_head(forward, scheme.head.layer, scheme.head.classes, scheme.head.init))
+    resolved = resolve(scheme, forward)
+    forward, notes = select_channels(forward, resolved)
+    forward = verify(select_updates(verify(forward), resolved))
+    pipeline.write(forward, "2-forward")
+    with_loss = verify(append_loss(forward, scheme.loss, scheme.io.target == "input"))
+    differentiated = verify(differentiate(with_loss, scheme.optimizer.clip_loss_grad))
+    gradients = verify(eliminate_dead_code(differentiated))
+    pipeline.write(gradients, "3-gradients")
+    train = verify(attach_sgd(gradients, scheme.optimizer.lr))
+    roles = {"train": train, "infer": forward, "evaluate": with_loss}
+    programs = []
+    for role, graph in roles.items():
+        small = pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}")
+        plan = plan_memory(small)
+        check_plan(small, plan)
+        programs.append(Program(role, small, plan))
+    target_value = next((v for v in with_loss.inputs if v.name == "target"), None)
+    interface = Interface(
+        name=name,
+        input=forward.inputs[0].type,
+        output=forward.outputs[0].type,
+        target=target_value.type if target_value else None,
+        classes=forward.outputs[0].type.shape[-1] if scheme.loss.name == "cross_entropy" else None,
+        learning_rate=scheme.optimizer.lr,
+        input_layout=own_layout(imported.inputs[0].type) if scheme.io.input.layout == "model" else scheme.io.input.layout,
+        model_hash=hash_model(forward, train),
+        version=version,
+        arena=arena,
+        notes=tuple(notes),
+    )
+    return Compiled(forward, gradients, resolved, target, interface, tuple(programs), tuple(notes))
+
+
+def hash_model(forward: Graph, train: Graph) -> str:
+    """Names what a saved state belongs to: the model, its initial values and what learns, in 16 bytes of SHA-256.
+
+    Target, schedule, plan and version of tte are not in it: an updated firmware keeps what was learned.
+    """
+    digest = hashlib.sha256(str(forward).encode())
+    for stored in (*forward.params, *forward.consts):
+        digest.update(stored.name.encode() + stored.data.tobytes())
+    for param, _ in train.updates:
+        digest.update(param.name.encode())
+    return digest.hexdigest()[:32]
+
+
+def c_name(name: str) -> str:
+    """A model's name as a C identifier. Raises TTEError where nothing is left of it."""
+    result = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_").lower()
+    if not result or result[0].isdigit():
+        result = f"m_{result}".rstrip("_")
+    return result
+
+
+def find_passes(names: Sequence[str]) -> tuple[str, ...]:
+    """The full names of passes to leave out. Raises TTEError for a name that is not among OPTIONAL."""
+    for name in names:
+        if name not in OPTIONAL:
+            raise TTEError(
+                "TTE-E044",
+                f"no pass {name!r} that can be left out",
+                where="--disable-pass",
+                fix=f"one of {', '.join(OPTIONAL)}",
+            )
+    return tuple(names)
+
+
