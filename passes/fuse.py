@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from tte.ir import OPS, Graph, Node, Value, rewrite
+from tte.ir import OPS, Const, Graph, Node, Param, Value, rewrite
 
 UPDATE = "nn.sgd"
 
@@ -36,14 +36,17 @@ def _fuse(graph: Graph, updates: bool) -> Graph:
     for value in (*graph.outputs, *(v for _, v in graph.updates)):
         readers[value.name] = readers.get(value.name, 0) + 1
     ending = _names_leading_to_updates(graph)
+    split = {} if updates else _split_weights(graph)
     groups: dict[str, _Group] = {}  # by the name of the group's output
     order: list[_Group] = []
     for node in graph.nodes:
+        if node.output.name in split:
+            continue  # every reader reads the parts
         group = None
         if node.body is None and node.definition.kind == "elementwise" and (node.output.name in ending) == updates:
             group = _extendable(node, groups, readers)
         if group is None:
-            group = _Group()
+            group = _Group([split[v.name] for v in node.inputs if v.name in split])
         else:
             order.remove(group)  # a region stands where its last member stood
         group.members.append(node)
@@ -66,6 +69,23 @@ def _names_leading_to_updates(graph: Graph) -> set[str]:
     return names
 
 
+def _split_weights(graph: Graph) -> dict[str, Node]:
+    """Weights put together from stored parts whose readers can all read the parts where they are: no buffer for the whole."""
+    candidates = {
+        n.output.name: n
+        for n in graph.nodes
+        if n.op == "concatenate" and all(isinstance(v, Param | Const) for v in n.inputs)
+    }
+    for node in graph.nodes:
+        for i, value in enumerate(node.inputs):
+            # Convolutions, dense and matmul read their second operand in parts.
+            if i != 1 or node.body or node.definition.kind != "anchor":
+                candidates.pop(value.name, None)
+    for value in graph.outputs:
+        candidates.pop(value.name, None)
+    return candidates
+
+
 def _is_elementwise(node: Node) -> bool:
     return node.body is None and OPS[node.op].kind == "elementwise"
 
@@ -76,7 +96,7 @@ def _extendable(node: Node, groups: dict[str, _Group], readers: dict[str, int]) 
         group = groups.get(value.name)
         if group is None or readers[value.name] != 1 or value.type != node.output.type:
             continue
-        head = group.members[0]
+        head = next(m for m in group.members if m.op != "concatenate" or m is group.members[-1])
         kind = "opaque" if head.body else head.definition.kind
         if kind in ("anchor", "elementwise") and node.output.type.dtype == "float32":
             return group
@@ -85,7 +105,7 @@ def _extendable(node: Node, groups: dict[str, _Group], readers: dict[str, int]) 
 
 def _region(group: _Group) -> Node:
     """One node around the members; its inputs are what they read from outside."""
-    inner = {m.output.name for m in group.members}
+    inner = {m.output.name for m in group.members[:-1]}
     outside: dict[str, Value] = {}
     for member in group.members:
         for value in member.inputs:
@@ -99,6 +119,6 @@ def _region(group: _Group) -> Node:
         tuple(outside.values()),
         {"strategy": "fused"},
         (group.output,),
-        group.members[0].layer,
+        next(m.layer for m in group.members if m.op != "concatenate"),
         body=body,
     )
