@@ -59,9 +59,7 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
             if call.kernel not in kernels:
                 kernels[call.kernel] = f"{interface.name}_k{len(kernels):02d}_{call.kernel.template}"
         bodies.append(_program(program, calls, kernels, layout, names))
-    functions = [
-        {"name": name, "template": kernel.template} | kernel.arguments() for kernel, name in kernels.items()
-    ]
+    functions = [{"name": name, "template": kernel.template} | kernel.arguments() for kernel, name in kernels.items()]
     used = {call for body in bodies for call in body["constants"]}
     slots = []
     for i, (param, offset) in enumerate(layout.slots):
@@ -140,8 +138,8 @@ def _program(
     rows = []
     for call in calls:
         node = graph.nodes[call.node]
-        arguments = [storage.pointer(v, const=True) for v in call.inputs]
-        arguments += [storage.pointer(v, const=False) for v in call.outputs]
+        arguments = [storage.pointer(v) for v in call.inputs]
+        arguments += [storage.pointer(v) for v in call.outputs]
         updated = [p.name for p, v in graph.updates if v in node.outputs]
         rows.append(
             {
@@ -149,21 +147,22 @@ def _program(
                 "arguments": arguments,
                 "comment": _comment(node, updated),
                 "is_loss": bool(graph.updates or program.role == "evaluate") and node.output == graph.outputs[0],
-                "logits": storage.pointer(node.inputs[0], const=True),
+                "logits": storage.pointer(node.inputs[0]),
                 "logits_size": node.inputs[0].type.shape[-1] if node.inputs[0].type.rank else 1,
-                "loss": storage.pointer(node.output, const=True),
+                "loss": storage.pointer(node.output),
                 "op": node.op,
             }
         )
     copies = []
     for param, value in graph.updates:
         if not storage.is_state(value):
-            copies.append({"to": storage.state(param), "from": storage.pointer(value, const=True), "size": value.type.nbytes})
+            source = storage.pointer(value)
+            copies.append({"to": storage.state(param), "from": source, "size": value.type.nbytes})
     return {
         "role": program.role,
         "calls": rows,
         "copies": copies,
-        "result": storage.pointer(graph.outputs[0], const=True),
+        "result": storage.pointer(graph.outputs[0]),
         "constants": list(storage.used),
         "reads_target": any("target" in row["arguments"] for row in rows),
     }
@@ -198,7 +197,7 @@ class _Storage:
         offset = self.layout.offset(param.name)
         return "&learning_rate" if offset is None else f"STATE({CTYPES[param.type.dtype]}, {offset})"
 
-    def pointer(self, value: Value, const: bool) -> str:
+    def pointer(self, value: Value) -> str:
         root = self.root(value)
         if root.name in self.inputs:
             return ("x", "target")[self.inputs[root.name]]

@@ -50,9 +50,7 @@ class Call:
 def schedule(graph: Graph) -> list[Call]:
     """One call per node that does work; views (another shape for the same bytes) do none."""
     return [
-        _call(i, node)
-        for i, node in enumerate(graph.nodes)
-        if node.body is not None or OPS[node.op].kind != "view"
+        _call(i, node) for i, node in enumerate(graph.nodes) if node.body is not None or OPS[node.op].kind != "view"
     ]
 
 
@@ -107,9 +105,7 @@ def _call(index: int, node: Node) -> Call:
                 stop = start + (piece.type.shape[axis] if piece.type.rank else 1)
                 segments.append({"c": pointer(piece), "start": start, "stop": stop})
                 start = stop
-            context["ins"].append(
-                _tensor(value.type) | {"c": segments[0]["c"], "segments": segments, "axis": axis}
-            )
+            context["ins"].append(_tensor(value.type) | {"c": segments[0]["c"], "segments": segments, "axis": axis})
     names = {} if parts.anchor is None else {parts.anchor.output.name: "acc"}
     operands: list[dict[str, Any]] = []
     tail = []

@@ -70,7 +70,7 @@ def _names_leading_to_updates(graph: Graph) -> set[str]:
 
 
 def _split_weights(graph: Graph) -> dict[str, Node]:
-    """Weights put together from stored parts whose readers can all read the parts where they are: no buffer for the whole."""
+    """Weights put together from stored parts, if every reader can read the parts where they are: no buffer needed."""
     candidates = {
         n.output.name: n
         for n in graph.nodes

@@ -49,9 +49,7 @@ def apply_input_format(graph: Graph, format: InputFormat) -> Graph:
     nodes = [_renamed(node, {x.name: prepared}) for node in builder.nodes]
     nodes += [_renamed(node, {value.name: prepared}) for node in graph.nodes]
     outputs = tuple(prepared if v.name == value.name else v for v in graph.outputs)
-    return rewrite(
-        graph, nodes, inputs=(given,), consts=(*graph.consts, *builder.consts.values()), outputs=outputs
-    )
+    return rewrite(graph, nodes, inputs=(given,), consts=(*graph.consts, *builder.consts.values()), outputs=outputs)
 
 
 def _inverse(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[int, ...]:

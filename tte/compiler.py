@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tte.codegen.check import check_plan
-from tte.codegen.emit import Interface, Program, StateLayout, emit
+from tte.codegen.emit import Interface, Program, StateLayout
 from tte.codegen.plan import plan_memory
 from tte.errors import TTEError
 from tte.frontends import import_model
-from tte.ir import Graph, Value, verify
+from tte.ir import Graph, verify
 from tte.passes.autodiff import differentiate
 from tte.passes.batch_norm import fold_batch_norm
 from tte.passes.canonicalize import canonicalize
@@ -28,7 +28,7 @@ from tte.passes.reorder import reorder
 from tte.passes.select_updates import select_updates
 from tte.passes.simplify import eliminate_common_subexpressions, eliminate_dead_code, fold_constants
 from tte.scheme import Resolved, UpdateScheme, resolve
-from tte.target import Target, find_target
+from tte.target import Target
 
 Pass = Callable[[Graph], Graph]
 
@@ -144,6 +144,8 @@ def compile_graphs(
         check_plan(small, plan)
         programs.append(Program(role, small, plan))
     target_value = next((v for v in with_loss.inputs if v.name == "target"), None)
+    given_layout = scheme.io.input.layout
+    layout = own_layout(imported.inputs[0].type) if given_layout == "model" else given_layout
     interface = Interface(
         name=name,
         input=forward.inputs[0].type,
@@ -151,7 +153,7 @@ def compile_graphs(
         target=target_value.type if target_value else None,
         classes=forward.outputs[0].type.shape[-1] if scheme.loss.name == "cross_entropy" else None,
         learning_rate=scheme.optimizer.lr,
-        input_layout=own_layout(imported.inputs[0].type) if scheme.io.input.layout == "model" else scheme.io.input.layout,
+        input_layout=layout,
         model_hash=hash_model(forward, train),
         version=version,
         arena=arena,
@@ -192,5 +194,3 @@ def find_passes(names: Sequence[str]) -> tuple[str, ...]:
                 fix=f"one of {', '.join(OPTIONAL)}",
             )
     return tuple(names)
-
-

@@ -17,9 +17,7 @@ class Result:
     params: dict[str, np.ndarray]
 
 
-def evaluate(
-    graph: Graph, inputs: Sequence[np.ndarray], params: Mapping[str, np.ndarray] | None = None
-) -> Result:
+def evaluate(graph: Graph, inputs: Sequence[np.ndarray], params: Mapping[str, np.ndarray] | None = None) -> Result:
     """Run once. ``params`` replaces initial values; nothing given is changed.
 
     Updates take effect at the end; ``verify`` makes sure that writing them in place gives the same.

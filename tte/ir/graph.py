@@ -126,7 +126,7 @@ class Graph:
         return result
 
     def renumbered(self) -> "Graph":
-        """The same program with node outputs numbered by position and unused params and consts in order of first use."""
+        """The same program with node outputs numbered by position."""
         names: dict[str, Value] = {}
         nodes = []
         count = 0

@@ -22,7 +22,7 @@ class Op:
     infer   type rule:   (input types..., *, attributes) -> type or tuple of types; raises InvalidType.
             Its keyword-only parameters *are* the operator's attributes and their defaults.
     ref     semantics:   (input arrays..., *, attributes) -> array or tuple of arrays, in numpy
-    grad    vjp rule:    (backward, dy, inputs..., *, attributes) -> one Value or None per input; None: not differentiable.
+    grad    vjp rule:    (backward, dy, inputs..., *, attributes) -> one Value or None per input; no rule: None.
             ``backward`` is a passes.autodiff.Backward: it says what is wanted and builds nodes.
     kind    "elementwise": y[i] depends on operands at i (or broadcast) only: fusable, and computable in place
             "view":        the same bytes under another shape: no kernel

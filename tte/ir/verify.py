@@ -104,7 +104,7 @@ def _verify_inplace(graph: Graph, require) -> None:  # type: ignore[no-untyped-d
         if node.inplace is None:
             continue
         at = f"node {i} ({node.op}) works in place"
-        require(node.inplace in inplace_inputs(node), f"{at} on input {node.inplace}, which its contract does not allow")
+        require(node.inplace in inplace_inputs(node), f"{at} on input {node.inplace} against its contract")
         taken = node.inputs[node.inplace]
         owner = root(taken.name)
         require(taken.type.nbytes == node.output.type.nbytes, f"{at} on a buffer of another size")
