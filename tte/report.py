@@ -1,35 +1,18 @@
 """What was built, in numbers: the dictionary behind report.json, and a page with a map of the memory."""
 
 import importlib.resources
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 
 from tte import __version__
+from tte.codegen.emit import Program
+from tte.codegen.plan import Plan
 from tte.ir import OPS, Graph, Node, Param
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Block:
-    """One tensor in the arena: bytes [offset, offset + size) from node ``start`` to node ``end``, both included.
-
-    phase: "input", "forward", "backward" or "update"; the phase of the node that makes the tensor
-    """
-
-    name: str
-    layer: str
-    op: str
-    phase: str
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int
-    size: int
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -48,15 +31,11 @@ class Firmware:
 
 
 def make_report(
-    graph: Graph,
-    blocks: Sequence[Block],
+    programs: Sequence[Program],
     *,
     model: str,
     target: str,
-    scheme: dict[str, Any],
-    arena_bytes: int,
-    lower_bound_bytes: int,
-    proved_optimal: bool,
+    scheme: Mapping[str, Any],
     firmware: Firmware | None = None,
     clock_hz: int | None = None,
 ) -> dict[str, Any]:
@@ -65,68 +44,91 @@ def make_report(
     Sizes are of the linked firmware (``source`` is "linked"). Without one they are the sum of what was planned
     ("planned"): a lower estimate that knows neither code nor stack.
     """
-    trained = [p for p in graph.params if p.name in {target.name for target, _ in graph.updates}]
+    train = find_program(programs, "train")
+    graph = train.graph
+    largest = max(programs, key=lambda program: program.plan.arena_bytes).plan
+    params = {p.name: p for program in programs for p in program.graph.params}
+    consts = {c.name: c for program in programs for c in program.graph.consts}
+    trained = [p for p, _ in graph.updates]
     trained_bytes = sum(p.type.nbytes for p in trained)
-    const_bytes = sum(c.type.nbytes for c in graph.consts)
-    code = const = initial = None
     if firmware:
         code, const, initial = firmware.code, firmware.const, firmware.initial_values
-        stack = max(firmware.stack_infer or 0, firmware.stack_train_step or 0)
-        ram = initial + firmware.zeroed + stack
+        ram = initial + firmware.zeroed + max(firmware.stack_infer or 0, firmware.stack_train_step or 0)
     else:
-        const, initial, ram = const_bytes, sum(p.type.nbytes for p in graph.params), arena_bytes + trained_bytes
-    step, peak = find_peak(blocks)
+        code, const = None, sum(c.type.nbytes for c in consts.values())
+        initial = sum(p.type.nbytes for p in params.values())
+        ram = largest.arena_bytes + trained_bytes
+    costs = (
+        {"infer": (None, None), "train_step": (None, None)}
+        if firmware is None
+        else {
+            "infer": (firmware.stack_infer, firmware.instructions_infer),
+            "train_step": (firmware.stack_train_step, firmware.instructions_train_step),
+        }
+    )
     return {
         "schema_version": SCHEMA_VERSION,
         "tte_version": __version__,
         "model": model,
         "target": target,
-        "scheme": scheme,
+        "scheme": dict(scheme),
         "toolchain": firmware.toolchain if firmware else None,
         "source": "linked" if firmware else "planned",
         "memory": {
-            "arena_bytes": arena_bytes,
-            "lower_bound_bytes": lower_bound_bytes,
-            "proved_optimal": proved_optimal,
+            "arena_bytes": largest.arena_bytes,
+            "lower_bound_bytes": max(program.plan.lower_bound for program in programs),
+            "proved_optimal": largest.proved,
             "trained_bytes": trained_bytes,
             "static_ram_bytes": ram,
-            "peak_node": step,
-            "peak_tensors": [_summary(block) for block in peak],
+            "peak_node": train.plan.peak_node,
+            "peak_tensors": [t for t in list_tensors(train) if t["start"] <= train.plan.peak_node <= t["end"]],
         },
         "flash_bytes": (code or 0) + const + initial,
         "flash": {"code_bytes": code, "const_bytes": const, "initial_values_bytes": initial},
-        "infer": _cost(firmware.stack_infer, firmware.instructions_infer, clock_hz) if firmware else _cost(),
-        "train_step": _cost(firmware.stack_train_step, firmware.instructions_train_step, clock_hz)
-        if firmware
-        else _cost(),
+        "infer": _cost(find_program(programs, "infer").plan, *costs["infer"], clock_hz),
+        "train_step": _cost(train.plan, *costs["train_step"], clock_hz),
         "layers": list_layers(graph),
         "gradients": list(dict.fromkeys(_user_name(p) for p in trained)),
     }
 
 
-def render_html(report: dict[str, Any], blocks: Sequence[Block], nodes: int) -> str:
-    """report.html: one file without outside references; the map shows time (node by node) against address."""
+def render_html(report: Mapping[str, Any], programs: Sequence[Program]) -> str:
+    """report.html: one file without outside references; the map shows a training step, node by node, and addresses."""
+    train = find_program(programs, "train")
     source = importlib.resources.files("tte.codegen").joinpath("templates/report.html.j2").read_text()
     environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    live = [sum(b.size for b in blocks if b.start <= i <= b.end) for i in range(nodes)]
-    return environment.from_string(source).render(
-        report=report, blocks=[asdict(b) for b in blocks], nodes=nodes, live=live, height=max([1, *live, _top(blocks)])
-    )
+    tensors = sorted(list_tensors(train), key=lambda t: (t["start"], t["offset"]))
+    return environment.from_string(source).render(report=report, tensors=tensors, live=train.plan.live)
 
 
-def find_peak(blocks: Sequence[Block]) -> tuple[int, list[Block]]:
-    """The first node at which most bytes are alive, and the tensors alive there, largest first."""
-    if not blocks:
-        return 0, []
-    steps = sorted({b.start for b in blocks})
-    step = max(steps, key=lambda i: (sum(b.size for b in blocks if b.start <= i <= b.end), -i))
-    return step, sorted((b for b in blocks if b.start <= step <= b.end), key=lambda b: (-b.size, b.offset))
+def find_program(programs: Sequence[Program], role: str) -> Program:
+    return next(program for program in programs if program.role == role)
+
+
+def list_tensors(program: Program) -> list[dict[str, Any]]:
+    """What lies in the arena, largest first: bytes at offset, taken from node start to node end, both included."""
+    made = {v.name: (node, v) for node in program.graph.nodes for v in node.outputs}
+    phases = find_phases(program.graph)
+    tensors = []
+    for buffer in sorted(program.plan.buffers, key=lambda b: (-b.size, b.offset, b.birth)):
+        node, value = made.get(buffer.name, (None, None))
+        tensors.append(
+            {
+                "name": buffer.name,
+                "layer": buffer.layer,
+                "op": main_op(node) if node else "scratch",
+                "phase": phases[buffer.birth],
+                "shape": list(value.type.shape) if value else [buffer.size],
+                "dtype": value.type.dtype if value else "uint8",
+                "bytes": buffer.size,
+                "offset": buffer.offset,
+                "start": buffer.birth,
+                "end": buffer.death,
+            }
+        )
+    return tensors
 
 
 def find_phases(graph: Graph) -> list[str]:
@@ -197,23 +199,11 @@ def _user_name(param: Param) -> str:
     return param.origin.name if param.origin else param.name
 
 
-def _summary(block: Block) -> dict[str, Any]:
-    return {
-        "name": block.name,
-        "layer": block.layer,
-        "op": block.op,
-        "shape": list(block.shape),
-        "dtype": block.dtype,
-        "bytes": block.size,
-        "offset": block.offset,
-    }
-
-
-def _cost(stack: int | None = None, instructions: int | None = None, clock_hz: int | None = None) -> dict[str, Any]:
+def _cost(plan: Plan, stack: int | None, instructions: int | None, clock_hz: int | None) -> dict[str, Any]:
     """ms_estimate supposes one instruction per cycle: an estimate, and no more than that."""
-    estimate = round(1000 * instructions / clock_hz, 3) if instructions and clock_hz else None
-    return {"stack_bytes": stack, "instructions": instructions, "ms_estimate": estimate}
-
-
-def _top(blocks: Sequence[Block]) -> int:
-    return max((b.offset + b.size for b in blocks), default=0)
+    return {
+        "arena_bytes": plan.arena_bytes,
+        "stack_bytes": stack,
+        "instructions": instructions,
+        "ms_estimate": round(1000 * instructions / clock_hz, 3) if instructions and clock_hz else None,
+    }

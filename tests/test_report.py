@@ -1,0 +1,102 @@
+"""The report: what is counted, and a page that stands alone."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+import tte.ops  # noqa: F401  fills the table
+from tte.codegen.emit import Program
+from tte.codegen.plan import plan_memory
+from tte.ir import Graph, parse, verify
+from tte.report import Firmware, count_macs, find_phases, make_report, render_html
+
+STEP = """
+def @train(%x: Tensor[(1, 8), float32], %target: Tensor[(1, 4), float32]) {
+  param @fc.weight: Tensor[(4, 8), float32];
+  param @learning_rate: Tensor[(), float32];
+  const @first.weight: Tensor[(8, 8), float32];
+  %0 = nn.dense(%x, @first.weight, layer="first") /* ty=Tensor[(1, 8), float32] */;
+  %1 = nn.dense(%0, @fc.weight, layer="fc") /* ty=Tensor[(1, 4), float32] */;
+  %2 = nn.mse(%1, %target, layer="loss") /* ty=Tensor[(), float32] */;
+  %3 = nn.mse_grad(%1, %target, layer="loss") /* ty=Tensor[(1, 4), float32] */;
+  %4 = matmul(%3, %0, transpose_a=True, layer="fc") /* ty=Tensor[(4, 8), float32] */;
+  %5 = nn.sgd(@fc.weight, %4, @learning_rate, layer="fc") /* ty=Tensor[(4, 8), float32] */;
+  @fc.weight := %5;
+  return %2;
+}
+"""
+INFER = """
+def @infer(%x: Tensor[(1, 8), float32]) {
+  param @fc.weight: Tensor[(4, 8), float32];
+  const @first.weight: Tensor[(8, 8), float32];
+  %0 = nn.dense(%x, @first.weight, layer="first") /* ty=Tensor[(1, 8), float32] */;
+  %1 = nn.dense(%0, @fc.weight, layer="fc") /* ty=Tensor[(1, 4), float32] */;
+  return %1;
+}
+"""
+
+
+def graph(text: str) -> Graph:
+    return verify(parse(text))
+
+
+@pytest.fixture(scope="module")
+def programs() -> list[Program]:
+    graphs = {"train": graph(STEP), "infer": graph(INFER)}
+    return [Program(role, g, plan_memory(g)) for role, g in graphs.items()]
+
+
+def test_phases_and_costs() -> None:
+    step = graph(STEP)
+    assert find_phases(step) == ["forward"] * 3 + ["backward"] * 2 + ["update"]
+    assert [count_macs(node) for node in step.nodes][:2] == [64, 32]
+
+
+def test_what_is_planned(programs: list[Program]) -> None:
+    report = make_report(programs, model="m", target="cortex-m7", scheme={"train": "last-layer"})
+    memory = report["memory"]
+    assert report["source"] == "planned"
+    assert report["gradients"] == ["fc.weight"]
+    assert memory["trained_bytes"] == 4 * 8 * 4
+    # At the peak: activation of the first layer, gradient of the loss, gradient of the weight, the loss itself.
+    assert memory["arena_bytes"] == memory["lower_bound_bytes"] >= 32 + 16 + 128 + 4
+    assert sum(t["bytes"] for t in memory["peak_tensors"]) == memory["lower_bound_bytes"]
+    assert report["flash"] == {"code_bytes": None, "const_bytes": 256, "initial_values_bytes": 128 + 4}
+    assert report["infer"]["arena_bytes"] == 48
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    assert layers["first"] == {"name": "first", "op": "nn.dense", "shape": [1, 8], "macs": 64, "backward_macs": 0, "const_bytes": 256, "trained": []}  # fmt: skip # noqa: E501
+    assert layers["fc"]["trained"] == ["fc.weight"]
+    assert layers["fc"]["backward_macs"] >= 32
+    json.dumps(report, allow_nan=False)
+
+
+def test_what_is_linked_overrides_what_is_planned(programs: list[Program]) -> None:
+    firmware = Firmware(
+        "gcc", 1000, 300, 20, 5000, stack_infer=64, stack_train_step=96, instructions_train_step=216_000
+    )
+    report = make_report(programs, model="m", target="stm32f746", scheme={}, firmware=firmware, clock_hz=216_000_000)
+    assert report["source"] == "linked"
+    assert report["memory"]["static_ram_bytes"] == 20 + 5000 + 96
+    assert report["flash_bytes"] == 1320
+    assert report["train_step"]["ms_estimate"] == 1.0
+    assert report["infer"]["ms_estimate"] is None
+
+
+def test_the_page_stands_alone_and_draws_every_tensor(programs: list[Program]) -> None:
+    report = make_report(programs, model="<m> & co", target="cortex-m7", scheme={})
+    page = render_html(report, programs)
+    assert page == render_html(report, programs)
+    assert not re.search(r"(src|href)=|https?://", page)
+    assert "<m>" not in page
+    drawing = re.search(r"<svg.*?</svg>", page, re.S)
+    assert drawing
+    boxes = [e.attrib for e in ElementTree.fromstring(drawing[0]) if e.tag == "rect"]
+    train = programs[0]
+    assert len(boxes) == len(train.plan.buffers)
+    area = sum(float(b["width"]) * float(b["height"]) for b in boxes)
+    exact = sum(b.size * (b.death - b.birth + 1) for b in train.plan.buffers)
+    exact *= 1000 * 420 / (len(train.graph.nodes) * train.plan.arena_bytes)
+    assert np.isclose(area, exact, rtol=1e-3)
