@@ -1,0 +1,277 @@
+"""Convolution, its transpose and its weight gradient: three operators that are closed under differentiation.
+
+Activations are NHWC, weights OHWI (output channels, height, width, input channels of a group); padding is
+(top, left, bottom, right). Formulas: Dumoulin and Visin, "A guide to convolution arithmetic" (arXiv:1603.07285).
+"""
+
+import numpy as np
+
+from tte.ir import Op, TensorType, register
+from tte.ops.rules import require, require_float, require_padding, require_pair, require_rank
+
+Pair = tuple[int, int]
+Padding = tuple[int, int, int, int]
+
+
+def _span(size: int, kernel: int, stride: int, before: int, after: int, dilation: int) -> int:
+    """Output positions along one dimension."""
+    return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _require_geometry(strides: Pair, padding: Padding, dilation: Pair, groups: int) -> None:
+    require_pair("strides", strides, 1)
+    require_pair("dilation", dilation, 1)
+    require_padding(padding)
+    require(groups >= 1, f"groups must be at least 1, not {groups}")
+
+
+def _conv2d(
+    x: TensorType,
+    w: TensorType,
+    b: TensorType | None = None,
+    *,
+    strides: Pair = (1, 1),
+    padding: Padding = (0, 0, 0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> TensorType:
+    """y[n,i,j,o] = b[o] + sum over kh, kw, c of x[n, i*sh + kh*dh - top, j*sw + kw*dw - left, c] * w[o,kh,kw,c].
+
+    x: (N, H, W, C), w: (O, KH, KW, C / groups), b: (O,) -> (N, OH, OW, O). Depthwise: groups == C.
+    As torch.nn.functional.conv2d, with padding on each side of its own.
+    """
+    require_rank("x", x, 4)
+    require_rank("w", w, 4)
+    require_float(x=x, w=w, b=b)
+    _require_geometry(strides, padding, dilation, groups)
+    o, kh, kw, c = w.shape
+    require(x.shape[3] == c * groups, f"x has {x.shape[3]} channels, w expects {c} x {groups} groups")
+    require(o % groups == 0, f"{o} output channels do not divide into {groups} groups")
+    require(b is None or b.shape == (o,), f"the bias must have shape ({o},), not {b.shape if b else ()}")
+    h = _span(x.shape[1], kh, strides[0], padding[0], padding[2], dilation[0])
+    v = _span(x.shape[2], kw, strides[1], padding[1], padding[3], dilation[1])
+    require(h >= 1 and v >= 1, f"the kernel {kh} x {kw} is larger than the padded input {x.shape[1]} x {x.shape[2]}")
+    return x.with_shape((x.shape[0], h, v, o))
+
+
+def _pad(x: np.ndarray, padding: Padding) -> np.ndarray:
+    top, left, bottom, right = padding
+    return np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+
+
+def _tap(kh: int, kw: int, h: int, w: int, strides: Pair, dilation: Pair) -> tuple[slice, slice, slice]:
+    """The elements of a padded input that tap (kh, kw) meets at the h x w output positions."""
+    rows = slice(kh * dilation[0], kh * dilation[0] + (h - 1) * strides[0] + 1, strides[0])
+    columns = slice(kw * dilation[1], kw * dilation[1] + (w - 1) * strides[1] + 1, strides[1])
+    return slice(None), rows, columns
+
+
+def _conv2d_ref(x, w, b=None, *, strides, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    o, kh, kw, c = w.shape
+    h = _span(x.shape[1], kh, strides[0], padding[0], padding[2], dilation[0])
+    v = _span(x.shape[2], kw, strides[1], padding[1], padding[3], dilation[1])
+    padded = _pad(x, padding)
+    y = np.zeros((x.shape[0], h, v, groups, o // groups), x.dtype)
+    for i in range(kh):
+        for j in range(kw):
+            taps = padded[_tap(i, j, h, v, strides, dilation)].reshape(x.shape[0], h, v, groups, c)
+            y += np.einsum("nhvgc,goc->nhvgo", taps, w[:, i, j].reshape(groups, o // groups, c), optimize=True)
+    y = y.reshape(x.shape[0], h, v, o)
+    return y if b is None else y + b
+
+
+def _conv2d_grad(backward, dy, x, w, b=None, *, strides, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    geometry = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
+    dx = dw = None
+    if backward.wants(0):
+        extra = tuple(
+            x.type.shape[1 + d]
+            - _transposed_span(dy.type.shape[1 + d], w.type.shape[1 + d], strides[d], padding[d::2], dilation[d])
+            for d in (0, 1)
+        )
+        dx = backward.call("nn.conv2d_transpose", dy, w, **geometry, output_padding=extra)
+    if backward.wants(1):
+        dw = _weight_gradient(backward, x, dy, w, geometry)
+    db = backward.call("sum", dy, axis=(0, 1, 2)) if b is not None and backward.wants(2) else None
+    return (dx, dw) if b is None else (dx, dw, db)
+
+
+def _weight_gradient(backward, x, dy, w, geometry):  # type: ignore[no-untyped-def]
+    """dL/dw, or only the part of it that is wanted: input channels (axis 3), or the filters of a depthwise (axis 0)."""
+    part = backward.wanted(1)
+    groups = geometry["groups"]
+    axis = getattr(part, "axis", None)
+    if axis == 3 and groups == 1:
+        x = _channels(backward, x, part.start, part.stop)
+    elif axis == 0 and groups == x.type.shape[3] and w.type.shape[0] == groups:
+        x = _channels(backward, x, part.start, part.stop)
+        dy = _channels(backward, dy, part.start, part.stop)
+        geometry = geometry | {"groups": part.stop - part.start}
+    return backward.call("nn.conv2d_weight_grad", x, dy, kernel_size=w.type.shape[1:3], **geometry)
+
+
+def _channels(backward, x, start, stop):  # type: ignore[no-untyped-def]
+    n, h, w, _ = x.type.shape
+    return backward.call("slice", x, begin=(0, 0, 0, start), end=(n, h, w, stop), strides=(1, 1, 1, 1))
+
+
+def _conv2d_macs(x, w, b=None, *, strides, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    y = _conv2d(x, w, strides=strides, padding=padding, dilation=dilation, groups=groups)
+    return y.size * w.size // w.shape[0]
+
+
+register(Op("nn.conv2d", _conv2d, _conv2d_ref, _conv2d_grad, kind="anchor", macs=_conv2d_macs))
+
+
+def _transposed_span(size: int, kernel: int, stride: int, padding: tuple[int, ...], dilation: int) -> int:
+    """Output positions of a transposed convolution along one dimension, without output padding."""
+    return (size - 1) * stride - sum(padding) + dilation * (kernel - 1) + 1
+
+
+def _conv2d_transpose(
+    x: TensorType,
+    w: TensorType,
+    b: TensorType | None = None,
+    *,
+    strides: Pair = (1, 1),
+    padding: Padding = (0, 0, 0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    output_padding: Pair = (0, 0),
+) -> TensorType:
+    """The input gradient of nn.conv2d with the same w: y[n, i*sh + kh*dh - top, ..., c] += x[n,i,j,o] * w[o,kh,kw,c].
+
+    x: (N, H, W, C), w: (C, KH, KW, O / groups), b: (O,) -> (N, OH, OW, O), OH = (H-1)*sh - top - bottom + dh*(KH-1) + 1
+    + output_padding. As torch.nn.functional.conv_transpose2d; output_padding may exceed the stride here, because
+    a convolution may leave any number of input rows unread.
+    """
+    require_rank("x", x, 4)
+    require_rank("w", w, 4)
+    require_float(x=x, w=w, b=b)
+    _require_geometry(strides, padding, dilation, groups)
+    require_pair("output_padding", output_padding, 0)
+    c, kh, kw, o = w.shape
+    require(x.shape[3] == c, f"x has {x.shape[3]} channels, w expects {c}")
+    require(c % groups == 0, f"{c} channels do not divide into {groups} groups")
+    require(b is None or b.shape == (o * groups,), f"the bias must have shape ({o * groups},)")
+    h = _transposed_span(x.shape[1], kh, strides[0], padding[0::2], dilation[0]) + output_padding[0]
+    v = _transposed_span(x.shape[2], kw, strides[1], padding[1::2], dilation[1]) + output_padding[1]
+    require(h >= 1 and v >= 1, f"the padding {padding} leaves nothing of the output")
+    return x.with_shape((x.shape[0], h, v, o * groups))
+
+
+def _conv2d_transpose_ref(x, w, b=None, *, strides, padding, dilation, groups, output_padding):  # type: ignore[no-untyped-def]
+    c, kh, kw, o = w.shape
+    n, h, v, _ = x.shape
+    top, left, bottom, right = padding
+    height = _transposed_span(h, kh, strides[0], (0, 0), dilation[0])
+    width = _transposed_span(v, kw, strides[1], (0, 0), dilation[1])
+    rows = height - top - bottom + output_padding[0]
+    columns = width - left - right + output_padding[1]
+    full = np.zeros((n, max(height, top + rows), max(width, left + columns), o * groups), x.dtype)
+    grouped = x.reshape(n, h, v, groups, c // groups)
+    for i in range(kh):
+        for j in range(kw):
+            part = np.einsum("nhvgc,gco->nhvgo", grouped, w[:, i, j].reshape(groups, c // groups, o), optimize=True)
+            full[_tap(i, j, h, v, strides, dilation)] += part.reshape(n, h, v, o * groups)
+    y = np.ascontiguousarray(full[:, top : top + rows, left : left + columns])
+    return y if b is None else y + b
+
+
+def _conv2d_transpose_grad(backward, dy, x, w, b=None, *, strides, padding, dilation, groups, output_padding):  # type: ignore[no-untyped-def]
+    geometry = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
+    dx = dw = None
+    if backward.wants(0) or backward.wants(1):
+        seen = _crop(backward, dy, x, w, geometry)
+        if backward.wants(0):
+            dx = backward.call("nn.conv2d", seen, w, **geometry)
+        if backward.wants(1):
+            kernel = w.type.shape[1:3]
+            dw = backward.call("nn.conv2d_weight_grad", seen, x, kernel_size=kernel, **geometry)
+    db = backward.call("sum", dy, axis=(0, 1, 2)) if b is not None and backward.wants(2) else None
+    return (dx, dw) if b is None else (dx, dw, db)
+
+
+def _crop(backward, dy, x, w, geometry):  # type: ignore[no-untyped-def]
+    """dy without the rows and columns that only output_padding made: a convolution of the rest gives x's shape."""
+    n, h, v, c = dy.type.shape
+    ends = []
+    for d, size in ((0, h), (1, v)):
+        stride, dilation = geometry["strides"][d], geometry["dilation"][d]
+        exact = _transposed_span(x.type.shape[1 + d], w.type.shape[1 + d], stride, geometry["padding"][d::2], dilation)
+        # Up to stride - 1 more rows make no further output position.
+        ends.append(size if size - exact < stride else exact)
+    if ends == [h, v]:
+        return dy
+    return backward.call("slice", dy, begin=(0, 0, 0, 0), end=(n, *ends, c), strides=(1, 1, 1, 1))
+
+
+def _conv2d_transpose_macs(x, w, b=None, **attrs):  # type: ignore[no-untyped-def]
+    return x.size * w.size // w.shape[0]
+
+
+register(
+    Op(
+        "nn.conv2d_transpose",
+        _conv2d_transpose,
+        _conv2d_transpose_ref,
+        _conv2d_transpose_grad,
+        kind="anchor",
+        macs=_conv2d_transpose_macs,
+    )
+)
+
+
+def _conv2d_weight_grad(
+    x: TensorType,
+    g: TensorType,
+    *,
+    kernel_size: Pair,
+    strides: Pair = (1, 1),
+    padding: Padding = (0, 0, 0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> TensorType:
+    """The weight gradient of nn.conv2d: y[o,kh,kw,c] = sum over i, j of x[i*sh + kh*dh - top, ..., c] * g[i,j,o].
+
+    x: (N, H, W, C), g: (N, OH, OW, O) -> (O, KH, KW, C / groups)
+    """
+    require_rank("x", x, 4)
+    require_rank("g", g, 4)
+    require_float(x=x, g=g)
+    require_pair("kernel_size", kernel_size, 1)
+    _require_geometry(strides, padding, dilation, groups)
+    for d in (0, 1):
+        span = _span(x.shape[1 + d], kernel_size[d], strides[d], padding[d], padding[d + 2], dilation[d])
+        require(span == g.shape[1 + d], f"g {g.shape} is not the gradient of this convolution of x {x.shape}")
+    fits = x.shape[3] % groups == 0 and g.shape[3] % groups == 0
+    require(fits, f"{x.shape[3]} or {g.shape[3]} channels do not divide into {groups} groups")
+    return x.with_shape((g.shape[3], *kernel_size, x.shape[3] // groups))
+
+
+def _conv2d_weight_grad_ref(x, g, *, kernel_size, strides, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    n, h, v, o = g.shape
+    c = x.shape[3] // groups
+    padded = _pad(x, padding)
+    y = np.empty((o, *kernel_size, c), x.dtype)
+    grouped = g.reshape(n, h, v, groups, o // groups)
+    for i in range(kernel_size[0]):
+        for j in range(kernel_size[1]):
+            taps = padded[_tap(i, j, h, v, strides, dilation)].reshape(n, h, v, groups, c)
+            y[:, i, j] = np.einsum("nhvgc,nhvgo->goc", taps, grouped, optimize=True).reshape(o, c)
+    return y
+
+
+def _conv2d_weight_grad_macs(x, g, *, kernel_size, groups, **attrs):  # type: ignore[no-untyped-def]
+    return g.size * kernel_size[0] * kernel_size[1] * x.shape[3] // groups
+
+
+register(
+    Op(
+        "nn.conv2d_weight_grad",
+        _conv2d_weight_grad,
+        _conv2d_weight_grad_ref,
+        kind="anchor",
+        macs=_conv2d_weight_grad_macs,
+    )
+)
