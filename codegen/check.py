@@ -1,0 +1,101 @@
+"""Re-reads a memory plan with suspicion: replays the program on an arena of tags. Shares no code with the planner."""
+
+from bisect import bisect_right
+from collections.abc import Mapping
+
+import numpy as np
+
+from tte.codegen.plan import Plan
+from tte.ir import OPS, Graph, inplace_inputs
+
+
+class PlanError(Exception):
+    """Under this plan some kernel would read or write a byte that is not its own: a bug of the planner."""
+
+
+def check_plan(graph: Graph, plan: Plan, scratch: Mapping[int, int] | None = None) -> None:
+    """Run ``graph`` node by node on memory in which every byte remembers who wrote it.
+
+    Each result has tags of its own, one per byte. A read must find exactly the tags of what it means to read, before
+    and after the node has written (a kernel writes while it reads). scratch: as given to ``plan_memory``.
+    Raises PlanError, which names the node and the tensors.
+    """
+    memory = _Memory(plan)
+    for value in (*graph.inputs, *graph.params, *graph.consts):
+        memory.storage[value.name] = np.empty(value.type.nbytes, np.int64)
+        memory.write(value.name, value.type.nbytes, "start")
+    untouchable = {id(memory.storage[v.name]) for v in (*graph.inputs, *graph.consts)}
+    for i, node in enumerate(graph.nodes):
+        at = f"node {i} ({node.op}, layer {node.layer or '-'})"
+        names = [v.name for v in node.inputs]
+        for name in names:
+            memory.read(name, at)
+        if node.body is None and OPS[node.op].kind == "view":
+            memory.share(names[0], node.output.name, at)
+            continue
+        overwritten: list[str] = []
+        if node.inplace is not None:
+            taken = names[node.inplace]
+            allowed = inplace_inputs(node)
+            overwritten = [n for n in names if memory.tags[n] is memory.tags[taken]]
+            fits = node.inputs[node.inplace].type.nbytes == node.output.type.nbytes
+            same_index = all(k in allowed for k, n in enumerate(names) if n in overwritten)
+            if not (fits and same_index) or id(memory.storage.get(taken)) in untouchable:
+                raise PlanError(f"{at}: may not work in place of %{taken}")
+            memory.share(taken, node.output.name, at)
+        made = [(v.name, v.type.nbytes) for v in node.outputs]
+        made += [(f"scratch.{i}", scratch[i])] if scratch and i in scratch else []
+        for name, size in made:
+            memory.write(name, size, at)
+        for name in [n for n in names if n not in overwritten] + [name for name, _ in made]:
+            memory.read(name, at)
+    for value in graph.outputs:
+        memory.read(value.name, "end")
+    for param, value in graph.updates:
+        memory.read(value.name, f"update of @{param.name}")
+        memory.storage[param.name][:] = memory.tags[value.name]
+    memory.tags |= {param.name: memory.tags[value.name] for param, value in graph.updates}
+    for param in graph.params:
+        memory.read(param.name, "end")
+
+
+class _Memory:
+    """The arena and everything beside it, byte by byte."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.arena = np.full(plan.arena_bytes, -1)
+        self.offsets = plan.offsets | {f"scratch.{i}": offset for i, offset in plan.scratch.items()}
+        self.storage: dict[str, np.ndarray] = {}  # of values outside of the arena
+        self.tags: dict[str, np.ndarray] = {}  # what the bytes of a value must be
+        self.authors: list[str] = []  # who wrote, in time ...
+        self.firsts: list[int] = [0]  # ... and the first tag of each, one more than authors
+
+    def find(self, name: str, size: int, at: str) -> np.ndarray:
+        if name in self.storage:
+            return self.storage[name]
+        offset = self.offsets.get(name, -1)
+        if offset < 0 or offset % 4 or offset + size > len(self.arena):
+            raise PlanError(
+                f"{at}: %{name}, {size} bytes at {offset}, does not fit an arena of {len(self.arena)} bytes"
+            )
+        return self.arena[offset : offset + size]
+
+    def write(self, name: str, size: int, at: str) -> None:
+        first = self.firsts[-1]
+        self.tags[name] = np.arange(first, first + size)
+        self.find(name, size, at)[:] = self.tags[name]
+        self.authors.append(name)
+        self.firsts.append(first + size)
+
+    def read(self, name: str, at: str) -> None:
+        found = self.find(name, len(self.tags[name]), at)
+        for byte in np.flatnonzero(found != self.tags[name])[:1]:
+            author = "nobody" if found[byte] < 0 else "%" + self.authors[bisect_right(self.firsts, found[byte]) - 1]
+            raise PlanError(f"{at}: byte {byte} of %{name} was last written by {author}")
+
+    def share(self, name: str, other: str, at: str) -> None:
+        """``other`` is the same bytes as ``name``."""
+        self.tags[other] = self.tags[name]
+        if name in self.storage:
+            self.storage[other] = self.storage[name]
+        self.read(other, at)

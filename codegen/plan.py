@@ -1,0 +1,225 @@
+"""Gives every tensor its place in one static arena: lifetimes, lower bound, offsets, and a proof where there is one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tte.ir import OPS, Graph
+
+# Search effort of CP-SAT in its own deterministic seconds: the same plan on every machine, however slow.
+SEARCH_BUDGET = 4.0
+REPAIRS = 10  # tries to do better with the same greedy key
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Bytes [offset, offset + size) of the arena, taken from node ``birth`` to node ``death``, both included.
+
+    name   the value that is born here (views and in-place results live in the same bytes), or "scratch.<node>"
+    layer  the user's name of the layer of the node that makes it
+    """
+
+    name: str
+    layer: str
+    size: int
+    birth: int
+    death: int
+    offset: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
+    def meets(self, other: "Buffer") -> bool:
+        """Both are alive at some node."""
+        return self.birth <= other.death and other.birth <= self.death
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything lies while a program runs. Sizes and offsets in bytes, multiples of ``alignment``.
+
+    lower_bound  the most bytes alive at one node: no placement needs less
+    proof        why no placement is smaller: "bound" (the arena equals the lower bound), "search" (CP-SAT has excluded
+                 every smaller arena), or "" (not proved)
+    offsets      of every value in the arena, views and in-place results included
+    scratch      node index -> offset of its kernel's scratch
+    live         bytes alive at each node
+    """
+
+    arena_bytes: int
+    lower_bound: int
+    proof: str
+    alignment: int
+    buffers: tuple[Buffer, ...]
+    offsets: dict[str, int]
+    scratch: dict[int, int]
+    live: tuple[int, ...]
+
+    @property
+    def proved(self) -> bool:
+        return self.proof != ""
+
+    @property
+    def gap(self) -> int:
+        return self.arena_bytes - self.lower_bound
+
+    @property
+    def peak_node(self) -> int:
+        """The first node at which most bytes are alive."""
+        return self.live.index(self.lower_bound) if self.live else 0
+
+    @property
+    def peak(self) -> tuple[Buffer, ...]:
+        """The buffers alive at the peak, largest first."""
+        alive = [b for b in self.buffers if b.birth <= self.peak_node <= b.death]
+        return tuple(sorted(alive, key=lambda b: (-b.size, b.offset)))
+
+
+def plan_memory(graph: Graph, scratch: Mapping[int, int] | None = None, alignment: int = 4) -> Plan:
+    """Place all that ``graph`` keeps in the arena.
+
+    scratch: node index -> bytes that its kernel needs while it runs. Graph inputs are the caller's memory; params and
+    constants have storage of their own, also for results computed in place of a param.
+    """
+    owners = find_owners(graph)
+    buffers = find_buffers(graph, owners, scratch or {}, alignment)
+    live = tuple(sum(b.size for b in buffers if b.birth <= i <= b.death) for i in range(len(graph.nodes)))
+    bound = max(live, default=0)
+    placed, proof = place(buffers, bound, alignment)
+    offset = {b.name: b.offset for b in placed}
+    return Plan(
+        arena_bytes=max((b.end for b in placed), default=0),
+        lower_bound=bound,
+        proof=proof,
+        alignment=alignment,
+        buffers=placed,
+        offsets={name: offset[owner] for name, owner in owners.items() if owner in offset},
+        scratch={i: offset[_scratch_name(i)] for i in scratch or {} if _scratch_name(i) in offset},
+        live=live,
+    )
+
+
+def find_owners(graph: Graph) -> dict[str, str]:
+    """Name of a value -> name of the value whose buffer it lives in, through views and in-place results."""
+    owners = {v.name: v.name for v in graph.values()}
+    for node in graph.nodes:
+        if node.body is None and OPS[node.op].kind == "view":
+            owners[node.output.name] = owners[node.inputs[0].name]
+        elif node.inplace is not None:
+            owners[node.output.name] = owners[node.inputs[node.inplace].name]
+    return owners
+
+
+def find_buffers(
+    graph: Graph, owners: Mapping[str, str], scratch: Mapping[int, int], alignment: int
+) -> tuple[Buffer, ...]:
+    """What has to be placed, in order of birth. What outlives the program is alive up to the last node."""
+    death: dict[str, int] = {}
+    for i, node in enumerate(graph.nodes):
+        death |= {owners[v.name]: i for v in (*node.inputs, *node.outputs)}
+    for value in (*graph.outputs, *(v for _, v in graph.updates)):
+        death[owners[value.name]] = len(graph.nodes) - 1
+    buffers = []
+    for i, node in enumerate(graph.nodes):
+        for value in node.outputs:
+            if owners[value.name] == value.name:
+                size = _align(value.type.nbytes, alignment)
+                buffers.append(Buffer(value.name, node.layer, size, i, death[value.name]))
+        if scratch.get(i):
+            buffers.append(Buffer(_scratch_name(i), node.layer, _align(scratch[i], alignment), i, i))
+    return tuple(buffers)
+
+
+def place(buffers: tuple[Buffer, ...], bound: int, alignment: int = 4) -> tuple[tuple[Buffer, ...], str]:
+    """The buffers with offsets, and the proof (see ``Plan``): greedy in several orders, then CP-SAT."""
+    best, height = _place_greedily(buffers, bound)
+    if height == bound:
+        return _at(buffers, best), "bound"
+    best, proved = _search(buffers, best, bound, height, alignment)
+    placed = _at(buffers, best)
+    proof = "search" if proved else ""
+    return placed, "bound" if max(b.end for b in placed) == bound else proof
+
+
+def _place_greedily(buffers: tuple[Buffer, ...], bound: int) -> tuple[list[int], int]:
+    """The lowest of many greedy placements, and its height; stops at ``bound``."""
+    meets = [[j for j, other in enumerate(buffers) if j != i and b.meets(other)] for i, b in enumerate(buffers)]
+    best: list[int] = []
+    lowest = -1
+    for key in SORT_KEYS:
+        order = sorted(range(len(buffers)), key=lambda i: (key(buffers[i]), i))
+        for _ in range(1 + REPAIRS):
+            offsets = _place_in_order(buffers, meets, order)
+            ends = [o + b.size for o, b in zip(offsets, buffers, strict=True)]
+            height = max(ends, default=0)
+            if lowest < 0 or height < lowest:
+                best, lowest = offsets, height
+            if lowest == bound:
+                return best, lowest
+            # Whoever sticks out is placed earlier next time.
+            position = next(k for k, i in enumerate(order) if ends[i] == height)
+            order.insert(position // 2, order.pop(position))
+    return best, lowest
+
+
+SORT_KEYS: tuple[Callable[[Buffer], tuple[int, ...]], ...] = (
+    lambda b: (-b.size, b.birth),
+    lambda b: (b.birth - b.death, -b.size),
+    lambda b: ((b.birth - b.death - 1) * b.size, b.birth),
+    lambda b: (b.birth, -b.size),
+    lambda b: (-b.death, -b.size),
+)
+
+
+def _place_in_order(buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], order: Sequence[int]) -> list[int]:
+    """Each buffer in turn at the lowest offset that is free while it lives."""
+    offsets = [-1] * len(buffers)
+    for i in order:
+        size, offset = buffers[i].size, 0
+        for low, high in sorted((offsets[j], offsets[j] + buffers[j].size) for j in meets[i] if offsets[j] >= 0):
+            if offset + size <= low:
+                break
+            offset = max(offset, high)
+        offsets[i] = offset
+    return offsets
+
+
+def _search(
+    buffers: Sequence[Buffer], hint: Sequence[int], bound: int, height: int, alignment: int
+) -> tuple[list[int], bool]:
+    """Offsets at least as low as ``hint``, and whether nothing lower exists: rectangles that must not overlap."""
+    from ortools.sat.python import cp_model
+
+    model = cp_model.CpModel()
+    top = model.new_int_var(bound // alignment, height // alignment, "top")
+    starts, times, places = [], [], []
+    for i, buffer in enumerate(buffers):
+        size = buffer.size // alignment
+        start = model.new_int_var(0, height // alignment - size, f"offset{i}")
+        model.add(start + size <= top)
+        model.add_hint(start, hint[i] // alignment)
+        times.append(model.new_fixed_size_interval_var(buffer.birth, buffer.death - buffer.birth + 1, f"time{i}"))
+        places.append(model.new_fixed_size_interval_var(start, size, f"place{i}"))
+        starts.append(start)
+    model.add_no_overlap_2d(times, places)
+    model.minimize(top)
+    solver = cp_model.CpSolver()
+    solver.parameters.random_seed = 1
+    solver.parameters.num_workers = 1
+    solver.parameters.max_deterministic_time = SEARCH_BUDGET
+    status = solver.solve(model)
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return list(hint), False
+    return [solver.value(start) * alignment for start in starts], bool(status == cp_model.OPTIMAL)
+
+
+def _at(buffers: Sequence[Buffer], offsets: Sequence[int]) -> tuple[Buffer, ...]:
+    return tuple(replace(b, offset=o) for b, o in zip(buffers, offsets, strict=True))
+
+
+def _align(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _scratch_name(node: int) -> str:
+    return f"scratch.{node}"
