@@ -1,0 +1,53 @@
+import subprocess
+import sys
+
+import pytest
+
+from tte.errors import TTEError
+from tte.target import KB, MB, TARGETS, find_target, targets
+
+ARM = [t for t in targets() if t.name != "host"]
+
+
+def test_boards_have_their_real_memory() -> None:
+    sizes = {t.name: (t.ram.origin, t.ram.size, t.flash.origin, t.flash.size) for t in ARM if t.board}
+    assert sizes == {
+        "stm32f746": (0x20000000, 320 * KB, 0x08000000, 1 * MB),
+        "stm32h743": (0x24000000, 512 * KB, 0x08000000, 2 * MB),
+        "stm32f446": (0x20000000, 128 * KB, 0x08000000, 512 * KB),
+    }
+
+
+@pytest.mark.parametrize("target", ARM, ids=lambda t: t.name)
+def test_regions_do_not_overlap(target) -> None:  # type: ignore[no-untyped-def]
+    regions = sorted(target.memory, key=lambda r: r.origin)
+    for low, high in zip(regions, regions[1:], strict=False):
+        assert low.origin + low.size <= high.origin
+
+
+def test_nearest_name() -> None:
+    assert find_target("STM32F746") is TARGETS["stm32f746"]
+    with pytest.raises(TTEError) as caught:
+        find_target("cortex-m77")
+    assert caught.value.code == "TTE-E048" and "did you mean cortex-m7?" in caught.value.fix
+
+
+SOURCE = "float f(float a, float b) { return __builtin_fmaf(a, b, a); }\n"
+
+
+@pytest.mark.parametrize("zig_cpu", sorted({t.zig_cpu for t in ARM}))
+def test_zig_knows_the_core_and_its_fpu(zig_cpu: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("ziglang")
+    (tmp_path / "f.c").write_text(SOURCE)
+    target = next(t for t in ARM if t.zig_cpu == zig_cpu)
+    command = [sys.executable, "-m", "ziglang", "cc", "-target", target.zig_target, f"-mcpu={zig_cpu}"]
+    command += ["-O2", "-fno-math-errno", "-S", "f.c", "-o", "f.s"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    # Without the FPU this is a call of fmaf.
+    assert "vfma.f32" in (tmp_path / "f.s").read_text()
+
+
+def test_unicorn_knows_the_core() -> None:
+    constants = pytest.importorskip("unicorn.arm_const")
+    for target in ARM:
+        assert isinstance(getattr(constants, target.unicorn_cpu), int)
