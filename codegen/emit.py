@@ -68,7 +68,7 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     context = {
         "api": interface,
         "programs": bodies,
-        "functions": [f | {"body": _kernel_body(environment, f)} for f in functions],
+        "functions": functions,
         "weights": [_array(names[c.name], c) for c in constants if names[c.name] in used] + slots,
         "state": layout,
         "slots": slots,
@@ -79,8 +79,7 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     files = {}
     for template, path in FILES.items():
         files[path.format(m=interface.name)] = environment.get_template(template).render(context)
-    runtime = (RUNTIME / "tte_math.h").read_text()
-    files[f"Core/Src/{interface.name}_math.h"] = _prefixed(runtime, interface.name)
+    files |= _math(interface.name)
     header = environment.get_template("file_header.j2").render(context)
     return {
         path: (header + "\n" + text if path.endswith((".c", ".h")) else text).rstrip("\n") + "\n"
@@ -269,6 +268,31 @@ def _float(value: float | str) -> str:
 
 def _literal(value: float, dtype: str) -> str:
     return _float(value) if dtype == "float32" else str(int(value))
+
+
+def emit_kernels(kernels: Mapping[Kernel, str], prefix: str) -> dict[str, str]:
+    """Only the kernels, under the given names: file name -> text, all for one folder."""
+    environment = _environment(prefix)
+    context = {"functions": _functions(environment, kernels)}
+    files = {
+        path.format(m=prefix): environment.get_template(template).render(context)
+        for template, path in FILES.items()
+        if "kernels" in template or "build" in template
+    } | _math(prefix)
+    return {Path(path).name: text for path, text in files.items()}
+
+
+def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -> list[dict[str, Any]]:
+    """What the templates print of each kernel: its name, arguments and body."""
+    result = []
+    for kernel, name in kernels.items():
+        function = {"name": name, "template": kernel.template} | kernel.arguments()
+        result.append(function | {"body": _kernel_body(environment, function)})
+    return result
+
+
+def _math(prefix: str) -> dict[str, str]:
+    return {f"Core/Src/{prefix}_math.h": _prefixed((RUNTIME / "tte_math.h").read_text(), prefix)}
 
 
 def emit_selftest(interface: Interface, steps: int, golden: Mapping[str, int]) -> dict[str, str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tte.ir import OPS, Const, Graph, Node, TensorType, Value
+from tte.ops.resize import resize_taps
 
 CTYPES = {
     "float32": "float",
@@ -127,6 +128,7 @@ def _call(index: int, node: Node) -> Call:
         names[step.output.name] = f"t{k}"
     if parts.anchor is None:
         context["loops"] = _collapse(out.shape, operands)
+    context["taps"] = _taps(parts.anchor)
     context["tail"] = tail
     context["out"] = _tensor(out)
     context["outs"] = [_tensor(v.type) for v in node.outputs]
@@ -146,6 +148,20 @@ def _variant(anchor: Node) -> str:
         if groups != 1 and groups == anchor.inputs[0].type.shape[3]:
             return f"depthwise_{name}"
     return name
+
+
+def _taps(anchor: Node | None) -> list[dict[str, Any]]:
+    """For resizing: per axis, which two input elements each output element mixes, and the weight of the second."""
+    if anchor is None or anchor.op not in ("nn.resize2d", "nn.resize2d_grad"):
+        return []
+    small, large = anchor.inputs[0].type.shape, anchor.output.type.shape
+    if anchor.op == "nn.resize2d_grad":
+        small, large = large, small
+    method, coordinate = str(anchor.attrs["method"]), str(anchor.attrs["coordinate"])
+    axes = (resize_taps(small[d], large[d], method, coordinate) for d in (1, 2))
+    return [
+        {"low": [t[0] for t in taps], "high": [t[1] for t in taps], "weight": [t[2] for t in taps]} for taps in axes
+    ]
 
 
 def _tensor(type: TensorType) -> dict[str, Any]:

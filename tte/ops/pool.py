@@ -67,7 +67,7 @@ def _picture(g: TensorType, input_size: Pair) -> TensorType:
 def _max_pool2d(
     x: TensorType, *, pool_size: Pair, strides: Pair = (1, 1), padding: Padding = (0, 0, 0, 0)
 ) -> TensorType:
-    """y[n,i,j,c] = max of x over the window at (i*sh - top, j*sw - left); padding never wins. (N,H,W,C) -> (N,OH,OW,C)"""
+    """y[n,i,j,c] = max of x over the window at (i*sh - top, j*sw - left); padding never wins. -> (N,OH,OW,C)"""
     return _pooled(x, pool_size, strides, padding)
 
 
