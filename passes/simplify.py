@@ -21,7 +21,7 @@ def fold_constants(graph: Graph) -> Graph:
             nodes.append(node)
             continue
         constants = [v for v in inputs if isinstance(v, Const)]
-        data = np.ascontiguousarray(OPS[node.op].ref(*(c.data for c in constants), **node.attrs))
+        data = np.asarray(OPS[node.op].ref(*(c.data for c in constants), **node.attrs), order="C")
         origin = _moved(constants[0].origin, node) if node.op in MOVES else None
         # A moved weight keeps the user's name as long as nobody reads the unmoved one.
         name = constants[0].name if origin and _single_use(graph, constants[0]) else None

@@ -183,7 +183,7 @@ class Builder:
         """A constant; a nameless one gets its name from its content, so equal constants are one."""
         from tte.ir.types import tensor_type
 
-        array = np.asarray(data, np.float32) if isinstance(data, float) else np.ascontiguousarray(data)
+        array = np.asarray(data, np.float32) if isinstance(data, float) else np.asarray(data, order="C")
         if name is None:
             import hashlib
 
