@@ -13,7 +13,7 @@ from tte.cli import app
 COMMANDS = ("analyze", "compile", "run", "verify", "state", "ops", "targets")
 
 
-def tte(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "tte.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
@@ -35,23 +35,24 @@ def test_every_command_explains_itself_and_speaks_json(command: str) -> None:
 
 
 def test_ops_lists_every_operator() -> None:
+    import tte.ops  # noqa: F401  fills the table
     from tte.ir import OPS
 
-    rows = json.loads(tte("ops", "--json").stdout)["ops"]
+    rows = json.loads(call("ops", "--json").stdout)["ops"]
     assert [row["name"] for row in rows] == sorted(OPS)
     assert next(row for row in rows if row["name"] == "nn.conv2d")["differentiable"] is True
-    assert "nn.conv2d_weight_grad" in tte("ops").stdout
+    assert "nn.conv2d_weight_grad" in call("ops").stdout
 
 
 def test_targets_lists_boards_with_their_memories() -> None:
-    rows = {row["name"]: row for row in json.loads(tte("targets", "--json").stdout)["targets"]}
+    rows = {row["name"]: row for row in json.loads(call("targets", "--json").stdout)["targets"]}
     assert {"cortex-m7", "cortex-m4", "cortex-m33", "stm32f746", "stm32h743", "stm32f446", "host"} <= set(rows)
-    assert "stm32f746" in tte("targets").stdout
+    assert "stm32f746" in call("targets").stdout
 
 
 @pytest.mark.parametrize("command", [("analyze",), ("compile", "-o", "out"), ("verify",)])
 def test_a_mistake_is_three_lines_on_stderr(tmp_path: Path, command: tuple[str, ...]) -> None:
-    result = tte(command[0], "missing.onnx", *command[1:], cwd=tmp_path)
+    result = call(command[0], "missing.onnx", *command[1:], cwd=tmp_path)
     assert result.returncode == 1
     assert result.stdout == ""
     what, where, fix = result.stderr.splitlines()
@@ -71,6 +72,6 @@ def test_our_own_bugs_are_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_epochs_and_steps_exclude_each_other() -> None:
-    result = tte("run", "build", "--data", "d.npz", "--epochs", "1", "--steps", "2")
+    result = call("run", "build", "--data", "d.npz", "--epochs", "1", "--steps", "2")
     assert result.returncode == 1
     assert "TTE-E059" in result.stderr

@@ -11,6 +11,9 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
+
+from tte.scheme import UpdateScheme
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -97,8 +100,8 @@ def test_imports_and_dependencies_agree() -> None:
     used = {_canonical(distributions.get(module, [module])[0]) for module in imported}
     extras = PROJECT["project"]["optional-dependencies"]
     declared = {_canonical(name) for name in PROJECT["project"]["dependencies"] + extras["emulate"]}
-    # apache-tvm-ffi is apache-tvm's own dependency, named only for its version.
-    assert used | {"apache-tvm-ffi"} == declared
+    # apache-tvm-ffi is apache-tvm's own dependency, named only for its version; ziglang is a program, not a module.
+    assert used | {"apache-tvm-ffi", "ziglang"} == declared
 
 
 def _canonical(requirement: str) -> str:
@@ -140,6 +143,14 @@ def test_links_in_documents_lead_somewhere() -> None:
     for document in (ROOT / path for path in tracked() if path.suffix == ".md"):
         targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
         assert not [t for t in targets if not (document.parent / t).exists()], document
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/scheme.md"])
+def test_schemes_in_documents_are_valid(document: str) -> None:
+    schemes = re.findall(r"```yaml\n(version.*?)```", (ROOT / document).read_text(), re.S)
+    assert schemes
+    for text in schemes:
+        UpdateScheme.load(yaml.safe_load(text))
 
 
 def test_no_file_knows_the_machine_it_was_written_on() -> None:

@@ -182,7 +182,7 @@ def ops(json_: Json = False) -> None:
     import tte.ops  # noqa: F401  fills the table
     from tte.ir import OPS
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": op.name,
             "kind": op.kind,
@@ -205,11 +205,15 @@ def targets(json_: Json = False) -> None:
 
     from tte.target import TARGETS
 
-    rows = [asdict(target) for target in TARGETS.values()]
     if json_:
-        return _print_json({"targets": rows})
-    columns = list(rows[0])
-    _print_table("targets", columns, [tuple(row[c] for c in columns) for row in rows])
+        return _print_json({"targets": [asdict(target) for target in TARGETS.values()]})
+    rows = []
+    for target in TARGETS.values():
+        # A bare core has the memory of the emulated machine, which says nothing about any product.
+        sizes = {region.name: region.size for region in target.memory if target.board}
+        clock = f"{target.clock_hz // 1_000_000} MHz" if target.clock_hz else ""
+        rows.append((target.name, sizes.get("flash"), sizes.get("ram"), clock, target.description))
+    _print_table("targets", ("name", "flash", "RAM", "clock", ""), rows)
 
 
 def _print_report(report: dict[str, Any], output: Path) -> None:
@@ -251,7 +255,7 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any
     rows = list(rows)
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
+        numeric = any(type(row[i]) in (int, float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row))
