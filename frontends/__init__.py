@@ -1,0 +1,92 @@
+"""A model file -> a forward graph."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tte.errors import TTEError
+from tte.ir import Const, Graph, InvalidGraph, Origin, parse, verify
+
+__all__ = ["import_model"]
+
+
+def import_model(model: Any, example_inputs: Sequence[Any] | None = None, name: str | None = None) -> Graph:
+    """The forward graph ``@main`` (or ``@name``) of a model, with its weights as constants.
+
+    model           torch.nn.Module (in eval mode, with example_inputs), torch.export.ExportedProgram, onnx.ModelProto,
+                    or the path of a .pt2, .onnx or .ir file (the latter with its data in an .npz of the same name)
+    example_inputs  a tuple with one float32 tensor, batch 1
+
+    Constants have the user's parameter names and an Origin, nodes the user's layer names. Raises TTEError (E02x).
+    """
+    name = name or "main"
+    if isinstance(model, str | Path):
+        path = Path(model)
+        if not path.is_file():
+            raise TTEError("TTE-E020", f"there is no file {path}", fix="check the path")
+        if path.suffix == ".ir":
+            return _read_text(path)
+        if path.suffix == ".pt2":
+            from tte.frontends.pytorch import import_program, read_program
+
+            return import_program(read_program(path), name)
+        if path.suffix == ".onnx":
+            from tte.frontends.onnx_model import import_onnx_model, read_onnx
+
+            return import_onnx_model(read_onnx(path), name)
+        raise TTEError(
+            "TTE-E020",
+            f"{path.name} has the suffix {path.suffix or 'of no kind'!r}",
+            where=str(path),
+            fix="give a .onnx, .pt2 or .ir file; a .pt file of weights needs its module: use the Python API",
+        )
+    # The kinds are told apart by name, so that a model of one kind does not import the libraries of the other.
+    kinds = {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(model).__mro__}
+    if "torch.Module" in kinds:
+        from tte.frontends.pytorch import import_module
+
+        return import_module(model, example_inputs, name)
+    if "torch.ExportedProgram" in kinds:
+        from tte.frontends.pytorch import import_program
+
+        return import_program(model, name)
+    if any(k.endswith(".ModelProto") for k in kinds):
+        from tte.frontends.onnx_model import import_onnx_model
+
+        return import_onnx_model(model, name)
+    raise TTEError(
+        "TTE-E020",
+        f"a {type(model).__name__} is not a model",
+        fix="give a torch.nn.Module, an ExportedProgram, an onnx.ModelProto or the path of a file",
+    )
+
+
+def _read_text(path: Path) -> Graph:
+    """tte's own text; constants with names are the user's tensors as they stand."""
+    data = {}
+    beside = path.with_suffix(".npz")
+    try:
+        if beside.is_file():
+            with np.load(beside, allow_pickle=False) as archive:
+                data = {key: archive[key] for key in archive.files}
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError, EOFError, KeyError) as problem:  # zipfile.BadZipFile is an OSError to numpy
+        raise TTEError("TTE-E020", f"cannot be read: {problem}", where=str(path), fix="write it again") from problem
+    graph = parse(text, data, str(path))
+    try:
+        graph = verify(graph)
+    except InvalidGraph as problem:
+        raise TTEError("TTE-E010", str(problem), where=str(path), fix="compare with what --dump-ir writes") from problem
+    return Graph(
+        graph.name, graph.inputs, graph.params, tuple(map(_named, graph.consts)), graph.nodes, graph.outputs,
+        graph.updates,
+    )  # fmt: skip
+
+
+def _named(const: Const) -> Const:
+    if const.name.startswith("const.") or const.type.dtype != "float32":
+        return const
+    index = np.arange(const.type.size, dtype=np.int64).reshape(const.type.shape)
+    return Const(const.name, const.type, const.data, Origin(const.name, const.type.shape, index))
