@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import tte.ops  # noqa: F401  fills the table
 from tte.codegen.emit import Program
 from tte.codegen.plan import plan_memory
 from tte.ir import Graph, parse, verify
-from tte.report import Firmware, count_macs, find_phases, make_report, render_html
+from tte.report import Measured, count_macs, find_phases, make_report, render_html
+from tte.runner.toolchain import Firmware
+from tte.target import STM32F746
 
 STEP = """
 def @train(%x: Tensor[(1, 8), float32], %target: Tensor[(1, 4), float32]) {
@@ -67,7 +70,7 @@ def test_what_is_planned(programs: list[Program]) -> None:
     sizes = [t["bytes"] for t in memory["peak_tensors"]]
     assert sizes == sorted(sizes, reverse=True)
     assert sum(sizes) == memory["lower_bound_bytes"]
-    assert report["flash"] == {"code_bytes": None, "const_bytes": 256, "initial_values_bytes": 128 + 4}
+    assert report["flash"] == {"code_bytes": None, "const_bytes": 256, "initial_values_bytes": 128}
     assert report["infer"]["arena_bytes"] == 48
     layers = {layer["name"]: layer for layer in report["layers"]}
     assert layers["first"] == {"name": "first", "op": "nn.dense", "shape": [1, 8], "macs": 64, "backward_macs": 0, "const_bytes": 256, "trained": []}  # fmt: skip # noqa: E501
@@ -78,12 +81,18 @@ def test_what_is_planned(programs: list[Program]) -> None:
 
 def test_what_is_linked_overrides_what_is_planned(programs: list[Program]) -> None:
     firmware = Firmware(
-        "gcc", 1000, 300, 20, 5000, stack_infer=64, stack_train_step=96, instructions_train_step=216_000
+        Path("m.elf"), "gcc", STM32F746, text=1000, rodata=300, data=20, bss=5000, stack_reserved=4096, timer=0
     )
-    report = make_report(programs, model="m", target="stm32f746", scheme={}, firmware=firmware, clock_hz=216_000_000)
-    assert report["source"] == "linked"
+    linked = make_report(programs, model="m", target="stm32f746", scheme={}, firmware=firmware)
+    assert linked["source"] == "linked"
+    assert linked["memory"]["static_ram_bytes"] == 20 + 5000 + 4096
+    assert linked["flash_bytes"] == 1320
+    assert linked["flash"] == {"code_bytes": 1000, "const_bytes": 192, "initial_values_bytes": 128}
+    measured = Measured(stack_infer=64, stack_train_step=96, instructions_train_step=216_000)
+    report = make_report(
+        programs, model="m", target="stm32f746", scheme={}, firmware=firmware, measured=measured, clock_hz=216_000_000
+    )
     assert report["memory"]["static_ram_bytes"] == 20 + 5000 + 96
-    assert report["flash_bytes"] == 1320
     assert report["train_step"]["ms_estimate"] == 1.0
     assert report["infer"]["ms_estimate"] is None
 

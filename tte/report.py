@@ -11,23 +11,26 @@ from tte import __version__
 from tte.codegen.emit import Program
 from tte.codegen.plan import Plan
 from tte.ir import OPS, Graph, Node, Param
+from tte.runner.toolchain import Firmware
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Firmware:
-    """Sizes of the linked program, in bytes, and executed instructions; None where nothing was measured."""
+class Measured:
+    """What an emulated board counted in one call of each: bytes of stack, executed instructions."""
 
-    toolchain: str
-    code: int
-    const: int
-    initial_values: int
-    zeroed: int
     stack_infer: int | None = None
     stack_train_step: int | None = None
     instructions_infer: int | None = None
     instructions_train_step: int | None = None
+
+    @property
+    def stack(self) -> int | None:
+        return max((n for n in (self.stack_infer, self.stack_train_step) if n is not None), default=None)
+
+
+UNMEASURED = Measured()
 
 
 def make_report(
@@ -37,35 +40,27 @@ def make_report(
     target: str,
     scheme: Mapping[str, Any],
     firmware: Firmware | None = None,
+    measured: Measured = UNMEASURED,
     clock_hz: int | None = None,
 ) -> dict[str, Any]:
     """The content of report.json. Keys are stable; ``schema_version`` counts changes of their meaning.
 
-    Sizes are of the linked firmware (``source`` is "linked"). Without one they are the sum of what was planned
-    ("planned"): a lower estimate that knows neither code nor stack.
+    Sizes are of the linked firmware (``source`` is "linked"); its stack as measured, or else as reserved. Without a
+    firmware they are the sum of what was planned ("planned"): a lower estimate that knows neither code nor stack.
     """
     train = find_program(programs, "train")
     graph = train.graph
     largest = max(programs, key=lambda program: program.plan.arena_bytes).plan
-    params = {p.name: p for program in programs for p in program.graph.params}
     consts = {c.name: c for program in programs for c in program.graph.consts}
     trained = [p for p, _ in graph.updates]
     trained_bytes = sum(p.type.nbytes for p in trained)
     if firmware:
-        code, const, initial = firmware.code, firmware.const, firmware.initial_values
-        ram = initial + firmware.zeroed + max(firmware.stack_infer or 0, firmware.stack_train_step or 0)
+        code, flash = firmware.text, firmware.flash_bytes
+        stack = firmware.stack_reserved if measured.stack is None else measured.stack
+        ram = firmware.data + firmware.bss + stack
     else:
-        code, const = None, sum(c.type.nbytes for c in consts.values())
-        initial = sum(p.type.nbytes for p in params.values())
+        code, flash = None, trained_bytes + sum(c.type.nbytes for c in consts.values())
         ram = largest.arena_bytes + trained_bytes
-    costs = (
-        {"infer": (None, None), "train_step": (None, None)}
-        if firmware is None
-        else {
-            "infer": (firmware.stack_infer, firmware.instructions_infer),
-            "train_step": (firmware.stack_train_step, firmware.instructions_train_step),
-        }
-    )
     return {
         "schema_version": SCHEMA_VERSION,
         "tte_version": __version__,
@@ -83,10 +78,16 @@ def make_report(
             "peak_node": train.plan.peak_node,
             "peak_tensors": [t for t in list_tensors(train) if t["start"] <= train.plan.peak_node <= t["end"]],
         },
-        "flash_bytes": (code or 0) + const + initial,
-        "flash": {"code_bytes": code, "const_bytes": const, "initial_values_bytes": initial},
-        "infer": _cost(find_program(programs, "infer").plan, *costs["infer"], clock_hz),
-        "train_step": _cost(train.plan, *costs["train_step"], clock_hz),
+        "flash_bytes": flash,
+        "flash": {
+            "code_bytes": code,
+            "const_bytes": flash - (code or 0) - trained_bytes,
+            "initial_values_bytes": trained_bytes,
+        },
+        "infer": _cost(
+            find_program(programs, "infer").plan, measured.stack_infer, measured.instructions_infer, clock_hz
+        ),
+        "train_step": _cost(train.plan, measured.stack_train_step, measured.instructions_train_step, clock_hz),
         "layers": list_layers(graph),
         "gradients": list(dict.fromkeys(_user_name(p) for p in trained)),
     }
