@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -115,21 +116,23 @@ def run(
         raise TTEError("TTE-E059", "--epochs and --steps exclude each other", fix="give one of them")
     from tte.runner import train
 
-    result = train(
-        build,
-        data,
-        epochs=epochs,
-        steps=steps,
-        eval=eval_,
-        emulator="host" if host else emulator,
-        lr=lr,
-        seed=seed,
-        save=save,
-        progress=not json_,
-    )
+    with _progress_bar("training") as show:
+        result = train(
+            build,
+            data,
+            epochs=epochs,
+            steps=steps,
+            evaluation=eval_,
+            runner="host" if host else emulator,
+            rate=lr,
+            seed=seed,
+            progress=show,
+        )
+    if save:
+        _save_weights(save, result.state, build)
     if json_:
-        return _print_json(result)
-    _print_run(result)
+        return _print_json(result.to_dict())
+    _print_run(result.to_dict())
 
 
 @app.command()
@@ -162,18 +165,15 @@ def state(
     json_: Json = False,
 ) -> None:
     """Turn a saved state of a device into weights with the model's own names and layouts."""
-    import numpy as np
-
-    from tte.weights import read_state
-
-    weights = read_state(blob, build)
     try:
-        np.savez(output, **weights)
+        content = blob.read_bytes()
     except OSError as problem:
-        raise _unwritable(output, problem) from problem
+        fix = "give the file that the bytes of <name>_state_save were written to"
+        raise TTEError("TTE-E062", f"cannot read: {problem.strerror}", where=str(blob), fix=fix) from problem
+    shapes = _save_weights(output, content, build)
     if json_:
-        return _print_json({"weights": {k: list(v.shape) for k, v in weights.items()}, "output": str(output)})
-    _print_table(str(output), ("tensor", "shape"), [(k, "x".join(map(str, v.shape))) for k, v in weights.items()])
+        return _print_json({"output": str(output), "weights": shapes})
+    _print_table(str(output), ("tensor", "shape"), [(name, "x".join(map(str, s))) for name, s in shapes.items()])
 
 
 @app.command()
@@ -232,18 +232,36 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
 
 
 def _print_run(result: dict[str, Any]) -> None:
-    loss = result["loss"]
-    rows: list[tuple[Any, ...]] = [
-        ("steps", result["steps"]),
-        ("loss, first and last", f"{loss[0]:.4f}  {loss[-1]:.4f}"),
-    ]
-    for key in ("accuracy_before", "accuracy_after"):
-        if result.get(key) is not None:
-            rows.append((key.replace("_", " "), f"{result[key]:.2%}"))
+    loss, metric = result["loss"], result["metric"]
+    rows: list[tuple[Any, ...]] = [("steps", result["steps"]), ("loss, from and to", f"{loss[0]:.4f} {loss[-1]:.4f}")]
+    if metric["before"] is not None:
+        rows.append((f"{metric['name']}, before and after", f"{metric['before']:.4f} {metric['after']:.4f}"))
     for key in ("instructions_per_step", "stack_bytes", "arena_bytes"):
-        if result.get(key) is not None:
-            rows.append((key.replace("_", " "), result[key]))
-    _print_table("training", ("", ""), [*rows, ("weights sha256", result["weights_sha256"][:16])])
+        if result[key] is not None:
+            rows.append((key.replace("_", " "), f"{result[key]:,}"))
+    _print_table(
+        f"trained on {result['runner']}", ("", ""), [*rows, ("sha256 of the weights", result["weights_sha256"])]
+    )
+
+
+@contextmanager
+def _progress_bar(title: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A function (step, all steps, loss) that moves a bar on stderr; on a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        mean = 0.0
+
+        def show(step: int, steps: int, loss: float) -> None:
+            nonlocal mean
+            mean = loss if step == 1 else 0.95 * mean + 0.05 * loss
+            bar.update(task, completed=step, total=steps, description=f"{title}, loss {mean:.4f}")
+
+        yield show
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -274,6 +292,20 @@ def _cell(value: Any) -> str:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _save_weights(path: Path, state: bytes, build: Path) -> dict[str, list[int]]:
+    """Write what a state holds as an .npz with the model's own names and layouts; return the shapes."""
+    import numpy as np
+
+    from tte.weights import read_state
+
+    weights = read_state(state, build)
+    try:
+        np.savez(path, **weights)
+    except OSError as problem:
+        raise _unwritable(path, problem) from problem
+    return {name: list(array.shape) for name, array in weights.items()}
 
 
 def _write(path: Path, text: str) -> None:
