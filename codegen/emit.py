@@ -36,7 +36,9 @@ class Interface:
     output: TensorType
     target: TensorType | None
     classes: int | None
+    loss: str
     learning_rate: float
+    target_name: str
     input_layout: str
     model_hash: str
     version: str
@@ -59,7 +61,6 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
             if call.kernel not in kernels:
                 kernels[call.kernel] = f"{interface.name}_k{len(kernels):02d}_{call.kernel.template}"
         bodies.append(_program(program, calls, kernels, layout, names))
-    functions = [{"name": name, "template": kernel.template} | kernel.arguments() for kernel, name in kernels.items()]
     used = {call for body in bodies for call in body["constants"]}
     slots = []
     for i, (param, offset) in enumerate(layout.slots):
@@ -68,7 +69,7 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     context = {
         "api": interface,
         "programs": bodies,
-        "functions": functions,
+        "functions": _functions(environment, kernels),
         "weights": [_array(names[c.name], c) for c in constants if names[c.name] in used] + slots,
         "state": layout,
         "slots": slots,
@@ -80,6 +81,8 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     for template, path in FILES.items():
         files[path.format(m=interface.name)] = environment.get_template(template).render(context)
     files |= _math(interface.name)
+    files["build.json"] = json.dumps(_description(interface, layout, programs), indent=2)
+    files |= {f"emulator/{f.name}": f.read_text() for f in sorted(RUNTIME.glob("emu_*")) if f.is_file()}
     header = environment.get_template("file_header.j2").render(context)
     return {
         path: (header + "\n" + text if path.endswith((".c", ".h")) else text).rstrip("\n") + "\n"
@@ -268,6 +271,30 @@ def _float(value: float | str) -> str:
 
 def _literal(value: float, dtype: str) -> str:
     return _float(value) if dtype == "float32" else str(int(value))
+
+
+def _description(interface: Interface, layout: StateLayout, programs: Sequence[Program]) -> dict[str, Any]:
+    """build.json: what a program that runs the project has to know of it."""
+
+    def tensor(type: TensorType) -> dict[str, Any]:
+        return {"shape": type.shape, "dtype": type.dtype}
+
+    return {
+        "schema_version": 1,
+        "tte_version": interface.version,
+        "name": interface.name,
+        "target": interface.target_name,
+        "model_hash": interface.model_hash,
+        "input": tensor(interface.input) | {"layout": interface.input_layout},
+        "output": tensor(interface.output),
+        "label": tensor(interface.target) if interface.target else None,
+        "classes": interface.classes,
+        "loss": interface.loss,
+        "learning_rate": interface.learning_rate,
+        "arena_bytes": max(p.plan.arena_bytes for p in programs),
+        "state_bytes": layout.nbytes,
+        "state": [{"name": p.name, "offset": at} | tensor(p.type) for p, at in layout.slots],
+    }
 
 
 def emit_kernels(kernels: Mapping[Kernel, str], prefix: str) -> dict[str, str]:

@@ -1,0 +1,161 @@
+/* Carries out commands that arrive in the file "commands" and writes each result to the file "results".
+ * Compiled with -DMODEL=<name> -DMODEL_UPPER=<NAME> -DMODEL_HEADER="<name>.h".
+ *
+ *   command               result
+ *   I                     status                                           init
+ *   L rate                -                                                set the learning rate
+ *   T input target        status, loss, predicted, confidence, count       training step
+ *   E input target        the same                                         evaluation
+ *   F input               status, count, output                            inference
+ *   S                     size, state, status                              save
+ *   D size                status                                           load from the file "state"
+ *   R                     status                                           reset
+ *   X                     status                                           self-test
+ *   W                     stack bytes, arena bytes                         high-water marks
+ *   Q                     -                                                quit
+ *
+ * All numbers are 4 bytes, little-endian. count: instructions, or 0 where the machine has no timer for them. */
+#include MODEL_HEADER
+#include "emu_semihosting.h"
+
+#define JOIN2(a, b) a##b
+#define JOIN(a, b) JOIN2(a, b)
+#define API(name) JOIN(MODEL, name)
+#define SIZE(name) JOIN(MODEL_UPPER, name)
+#define ARENA_PAINT 0xa5
+
+size_t emu_stack_high_water(void);
+extern uint8_t emu_arena_start[], emu_arena_end[];
+
+static int commands, results;
+static API(_input_t) x[SIZE(_INPUT_SIZE)];
+static API(_target_t) target[SIZE(_TARGET_SIZE) > 0 ? SIZE(_TARGET_SIZE) : 1];
+static API(_output_t) y[SIZE(_OUTPUT_SIZE)];
+
+/* A pipe may give less than was asked for; nothing at all means that the other side is gone. */
+static void receive(void *data, size_t n) {
+    while (n > 0) {
+        const size_t left = emu_read(commands, data, n);
+        if (left >= n)
+            emu_exit(3);
+        data = (uint8_t *)data + (n - left);
+        n = left;
+    }
+}
+
+static int send(void *ctx, const void *data, size_t n) {
+    (void)ctx;
+    return n > 0 && emu_write(results, data, n) != 0;
+}
+
+static void send_u32(uint32_t v) {
+    (void)send(0, &v, sizeof v);
+}
+
+static int read_state(void *ctx, size_t offset, void *data, size_t n) {
+    const int handle = *(int *)ctx;
+    return emu_seek(handle, offset) != 0 || emu_read(handle, data, n) != 0;
+}
+
+/* CMSDK timer 0 counts down; the emulators scale it so that differences give executed instructions. */
+#ifdef EMU_TIMER
+#define TIMER(offset) (*(volatile uint32_t *)(EMU_TIMER + (offset)))
+static void start_timer(void) {
+    TIMER(8) = 0xffffffffu;
+    TIMER(4) = 0xffffffffu;
+    TIMER(0) = 1;
+}
+static uint32_t timer(void) {
+    return TIMER(4);
+}
+#else
+static void start_timer(void) {
+}
+static uint32_t timer(void) {
+    return 0;
+}
+#endif
+
+static void run_step(int (*step)(const API(_input_t) *, const API(_target_t) *, API(_result_t) *)) {
+    API(_result_t) result = {0.0f, -1, 0.0f};
+    receive(x, sizeof x);
+    if (SIZE(_TARGET_SIZE) > 0)
+        receive(target, sizeof target[0] * SIZE(_TARGET_SIZE));
+    const uint32_t before = timer();
+    const int status = step(x, target, &result);
+    const uint32_t ticks = before - timer();
+    send_u32((uint32_t)status);
+    (void)send(0, &result, sizeof result);
+    send_u32(ticks);
+}
+
+int main(void) {
+    commands = emu_open("commands", 1);
+    results = emu_open("results", 5);
+    if (commands < 0 || results < 0)
+        return 2;
+    for (uint8_t *at = emu_arena_start; at < emu_arena_end; at++)
+        *at = ARENA_PAINT;
+    start_timer();
+    for (;;) {
+        uint8_t command;
+        receive(&command, 1);
+        switch (command) {
+        case 'I':
+            send_u32((uint32_t)API(_init)());
+            break;
+        case 'L': {
+            float rate;
+            receive(&rate, sizeof rate);
+            API(_set_learning_rate)(rate);
+            break;
+        }
+        case 'T':
+            run_step(API(_train_step));
+            break;
+        case 'E':
+            run_step(API(_evaluate));
+            break;
+        case 'F': {
+            receive(x, sizeof x);
+            const uint32_t before = timer();
+            const int status = API(_infer)(x, y);
+            const uint32_t ticks = before - timer();
+            send_u32((uint32_t)status);
+            send_u32(ticks);
+            (void)send(0, y, sizeof y);
+            break;
+        }
+        case 'S':
+            send_u32((uint32_t)API(_state_size)());
+            send_u32((uint32_t)API(_state_save)(send, 0));
+            break;
+        case 'D': {
+            uint32_t size;
+            receive(&size, sizeof size);
+            int handle = emu_open("state", 1);
+            send_u32((uint32_t)API(_state_load)(read_state, &handle, size));
+            (void)emu_close(handle);
+            break;
+        }
+        case 'R':
+            send_u32((uint32_t)API(_state_reset)());
+            break;
+        case 'X':
+            send_u32((uint32_t)API(_selftest)());
+            break;
+        case 'W': {
+            const uint8_t *top = emu_arena_end;
+            while (top > emu_arena_start && top[-1] == ARENA_PAINT)
+                top--;
+            send_u32((uint32_t)emu_stack_high_water());
+            send_u32((uint32_t)(top - emu_arena_start));
+            break;
+        }
+        case 'Q':
+            return 0;
+        default:
+            return 4;
+        }
+    }
+}

@@ -1,0 +1,86 @@
+"""What all places that run a project have in common."""
+
+import struct
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from tte.errors import TTEError
+from tte.runner.build import Build
+
+# The names of <name>_status_t, in order.
+STATUS = ("OK BUSY NOT_INIT LABEL NONFINITE SOURCE STATE_CRC STATE_MODEL STATE_VERSION STATE_SIZE IO SELFTEST").split()
+STATE_HEADER = 28
+
+
+@dataclass(frozen=True)
+class Step:
+    """Result of a training step or an evaluation. instructions: 0 where they are not counted."""
+
+    status: int
+    loss: float
+    predicted: int
+    confidence: float
+    instructions: int = 0
+
+
+class Board(Protocol):
+    """The C API, somewhere. Arrays have the dtypes and sizes of ``build``."""
+
+    build: Build
+
+    def init(self) -> int: ...
+    def set_learning_rate(self, rate: float) -> None: ...
+    def train_step(self, x: np.ndarray, target: np.ndarray | None) -> Step: ...
+    def evaluate(self, x: np.ndarray, target: np.ndarray | None) -> Step: ...
+    def infer(self, x: np.ndarray) -> np.ndarray: ...
+    def save_state(self) -> bytes: ...
+    def load_state(self, blob: bytes) -> int: ...
+    def reset_state(self) -> int: ...
+    def selftest(self) -> int: ...
+    def high_water(self) -> tuple[int, int] | None: ...  # bytes of stack and of arena ever used
+    def close(self) -> None: ...
+
+
+def require_ok(status: int, what: str) -> None:
+    """Raises TTEError (E055) for a status that is not OK."""
+    if status:
+        name = STATUS[status] if 0 <= status < len(STATUS) else str(status)
+        fix = {
+            "LABEL": "labels must be class numbers that the model has",
+            "NONFINITE": "look for NaN in the data, or lower the learning rate",
+            "STATE_MODEL": "this state was saved by another model or scheme",
+        }.get(name, "see docs/c-api.md")
+        raise TTEError("TTE-E055", f"{what} returned {name}", fix=fix)
+
+
+def unpack_state(blob: bytes, build: Build) -> dict[str, np.ndarray]:
+    """The trained tensors in a saved state. Raises TTEError (E060) for something else than a state of this project."""
+    payload = blob[STATE_HEADER:-4]
+    if blob[:4] != b"TTES" or len(payload) != build.state_bytes:
+        raise TTEError(
+            "TTE-E060",
+            f"{len(blob)} bytes are not a state of {build.name}, which has {STATE_HEADER + build.state_bytes + 4}",
+            fix="give what <name>_state_save wrote for this very project",
+        )
+    import zlib
+
+    if struct.unpack("<I", blob[-4:])[0] != zlib.crc32(blob[:-4]):
+        raise TTEError("TTE-E060", "the saved state is damaged: its checksum does not fit", fix="save it again")
+    return {
+        slot.name: np.frombuffer(payload, slot.dtype, int(np.prod(slot.shape, dtype=np.int64)), slot.offset).reshape(
+            slot.shape
+        )
+        for slot in build.state
+    }
+
+
+def pack(array: np.ndarray | None, dtype: np.dtype, size: int) -> bytes:  # type: ignore[type-arg]
+    """The bytes of a C buffer."""
+    if array is None:
+        assert size == 0
+        return b""
+    flat = np.ascontiguousarray(array, dtype).reshape(-1)
+    assert flat.size == size, f"{flat.size} elements for a buffer of {size}"
+    return flat.tobytes()

@@ -1,0 +1,99 @@
+"""A folder that tte has written, as the runner sees it: the description in build.json."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tte.errors import TTEError
+
+DTYPES = {"float32": np.float32, "int32": np.int32, "int8": np.int8, "uint8": np.uint8}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A buffer of the C API."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A trained parameter in the saved state: ``name`` in the graph, its bytes at ``offset`` of the payload."""
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True)
+class Build:
+    """What build.json says of the project in ``folder``.
+
+    target: None when the input is its own target; classes: None when there are no labels
+    """
+
+    folder: Path
+    name: str
+    target_name: str
+    input: Tensor
+    input_layout: str
+    output: Tensor
+    target: Tensor | None
+    classes: int | None
+    loss: str
+    learning_rate: float
+    arena_bytes: int
+    state_bytes: int
+    state: tuple[Slot, ...]
+
+    @staticmethod
+    def open(folder: Path | str) -> "Build":
+        """Read build.json. Raises TTEError (E050) where ``folder`` is not a project of tte."""
+        folder = Path(folder)
+        try:
+            data = json.loads((folder / "build.json").read_text())
+            return Build(
+                folder,
+                data["name"],
+                data["target"],
+                _tensor(data["input"]),
+                data["input"]["layout"],
+                _tensor(data["output"]),
+                _tensor(data["label"]) if data["label"] else None,
+                data["classes"],
+                data["loss"],
+                data["learning_rate"],
+                data["arena_bytes"],
+                data["state_bytes"],
+                tuple(
+                    Slot(s["name"], s["offset"], tuple(s["shape"]), np.dtype(DTYPES[s["dtype"]])) for s in data["state"]
+                ),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise TTEError(
+                "TTE-E050",
+                f"no project of tte: {type(problem).__name__}: {problem}",
+                where=str(folder / "build.json"),
+                fix="give the folder that `tte compile -o` wrote",
+            ) from problem
+
+    @property
+    def sources(self) -> list[Path]:
+        return sorted((self.folder / "Core" / "Src").glob(f"{self.name}*.c"))
+
+    @property
+    def include(self) -> Path:
+        return self.folder / "Core" / "Inc"
+
+
+def _tensor(data: dict[str, Any]) -> Tensor:
+    return Tensor(tuple(data["shape"]), np.dtype(DTYPES[data["dtype"]]))

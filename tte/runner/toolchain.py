@@ -1,0 +1,272 @@
+"""Finds and drives C compilers: zig (from pip) or arm-none-eabi-gcc for boards, zig or cc for this computer."""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jinja2
+
+from tte.errors import TTEError
+from tte.runner.build import Build
+from tte.target import STM32F746, Region, Target
+
+FLAGS = (
+    "-std=c99 -O2 -ffp-contract=off -fno-math-errno -ffunction-sections -fdata-sections"
+    " -Wall -Wextra -Werror -Wconversion"
+).split()
+STACK_BYTES = 4096
+TIMERS = {"mps2-an505": 0x50000000}
+TIMER = 0x40000000
+
+
+@dataclass(frozen=True)
+class Firmware:
+    """A linked program for a board; sizes in bytes of .text, .rodata, .data and what starts at zero or undefined.
+
+    board: whose memory map it is linked for; timer: address of the instruction timer
+    """
+
+    elf: Path
+    toolchain: str
+    board: Target
+    text: int
+    rodata: int
+    data: int
+    bss: int
+    stack_reserved: int
+    timer: int
+
+    @property
+    def flash_bytes(self) -> int:
+        return self.text + self.rodata + self.data
+
+
+def find_toolchains() -> list[str]:
+    """Names of the compilers for boards that are installed, the default first."""
+    found = ["zig"] if importlib.util.find_spec("ziglang") else []
+    return found + (["gcc"] if shutil.which("arm-none-eabi-gcc") else [])
+
+
+def build_firmware(
+    build: Build, target: Target, toolchain: str = "auto", machine: str = "board", optimize: str = "-O2"
+) -> Firmware:
+    """Compile and link the project with the emulator's start-up and harness.
+
+    machine: "board": the map of ``target``, where a bare Cortex-M7 means the STM32F746; "qemu": that of QEMU's machine.
+    Raises TTEError: E051 no compiler, E052 the compiler refuses the code, E053 the program does not fit the memory.
+    """
+    if toolchain == "auto":
+        names = find_toolchains()
+        if not names:
+            raise TTEError(
+                "TTE-E051", "no C compiler for Cortex-M", fix="pip install 'tte[emulate]', or install arm-none-eabi-gcc"
+            )
+        toolchain = names[0]
+    boards = [_in_qemu(target)] if machine == "qemu" else _maps(target)
+    for board in boards:
+        try:
+            return _link(build, board, toolchain, optimize)
+        except _DoesNotFit as problem:
+            last = problem
+    raise TTEError(
+        "TTE-E053",
+        f"the program does not fit the memory of {boards[-1].name}",
+        where=str(last),
+        fix="train less (`tte analyze`), or choose a target with more memory (`tte targets`)",
+    )
+
+
+def _maps(target: Target) -> list[Target]:
+    """A bare core has no memory of its own: a Cortex-M7 is taken for an STM32F746 as long as the program fits."""
+    if target.cpu == STM32F746.cpu and not target.board:
+        return [STM32F746, target]
+    return [target]
+
+
+def _in_qemu(target: Target) -> Target:
+    """The target on QEMU's board: other addresses, and as much memory as the target has."""
+    memory = (
+        Region("flash", target.qemu_flash, target.flash.size, "rx"),
+        Region("ram", target.qemu_ram, target.ram.size, "rwx"),
+    )
+    return replace(target, memory=memory)
+
+
+class _DoesNotFit(Exception):
+    """The linker's complaint about a full memory."""
+
+
+def _link(build: Build, board: Target, toolchain: str, optimize: str) -> Firmware:
+    emulator = build.folder / "emulator"
+    timer = TIMERS.get(board.qemu_machine, TIMER)
+    flags = [f if not f.startswith("-O") else optimize for f in FLAGS]
+    flags += [f"-I{build.include}", f"-I{emulator}", f"-DMODEL={build.name}", f"-DMODEL_UPPER={build.name.upper()}"]
+    flags += [f'-DMODEL_HEADER="{build.name}.h"', f"-DEMU_TIMER={timer:#x}u"]
+    if toolchain == "zig":
+        command = _zig() + ["-target", board.zig_target, f"-mcpu={board.zig_cpu}", "-ffreestanding"]
+    else:
+        command = ["arm-none-eabi-gcc", *board.gcc_flags, "-ffreestanding"]
+    script = _linker_script(emulator, board)
+    sources = [*build.sources, *sorted(emulator.glob("emu_*.c"))]
+    headers = [*build.include.glob("*.h"), *build.sources[0].parent.glob("*.h"), *emulator.glob("*.h")]
+    version = toolchain_version(toolchain)
+    plain = [f for f in flags if not f.startswith("-I")]
+    key = _digest([*sources, *headers], [version, script, *plain, *board.gcc_flags])
+    elf = _cache(build) / f"{board.name}-{toolchain}-{key}.elf"
+    if not elf.exists():
+        with tempfile.TemporaryDirectory(dir=elf.parent) as scratch:
+            ld = Path(scratch) / "link.ld"
+            ld.write_text(script)
+            objects = _compile(command + flags, sources, Path(scratch))
+            made = Path(scratch) / "firmware.elf"
+            link = [*command, "-nostartfiles", "-Wl,--gc-sections", f"-Wl,-T,{ld}", "-o", str(made), *map(str, objects)]
+            link += ["-nostdlib"] if toolchain == "zig" else ["-nostdlib", "-lc", "-lgcc"]
+            result = _run(link)
+            if result.returncode:
+                if "overflow" in result.stderr or "will not fit" in result.stderr or "overlap" in result.stderr:
+                    raise _DoesNotFit(_first_lines(result.stderr))
+                raise _refused(link, result.stderr)
+            made.replace(elf)
+    return Firmware(elf, version, board, *_sizes(elf), timer=timer)
+
+
+def build_host(build: Build, sanitize: bool = False) -> Path:
+    """The project as a shared library for this computer: the same C, the same bits.
+
+    sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer, by the system's compiler.
+    Raises TTEError: E051 no compiler, E052 the compiler refuses the code.
+    """
+    system = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+    has_zig = importlib.util.find_spec("ziglang") is not None
+    if (sanitize and not system) or not (system or has_zig):
+        raise TTEError("TTE-E051", "no C compiler for this computer", fix="pip install 'tte[emulate]', or install gcc")
+    command = _zig() if has_zig and not sanitize else [str(system)]
+    flags = [*FLAGS, "-march=native", "-fPIC", f"-I{build.include}"]
+    if sanitize:
+        flags += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    headers = [*build.include.glob("*.h"), *build.sources[0].parent.glob("*.h")]
+    key = _digest([*build.sources, *headers], [*command, *flags[:-1], _this_cpu()])
+    library = _cache(build) / f"host-{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            objects = _compile(command + flags, build.sources, Path(scratch))
+            made = Path(scratch) / "host.so"
+            extra = ["-fsanitize=address,undefined"] if sanitize else []
+            link = [*command, "-shared", *extra, "-o", str(made), *map(str, objects)]
+            result = _run(link)
+            if result.returncode:
+                raise _refused(link, result.stderr)
+            made.replace(library)
+    return library
+
+
+def build_counter(build: Build) -> Path:
+    """The instruction counter of the Unicorn board, as a shared library for this computer."""
+    source = Path(__file__).with_name("count.c")
+    library = _cache(build) / f"count-{_digest([source], [_this_cpu()])}.so"
+    if not library.exists():
+        system = shutil.which("gcc") or shutil.which("cc")
+        command = [system] if system else _zig()
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            made = Path(scratch) / "count.so"
+            result = _run([*command, "-O2", "-shared", "-fPIC", "-o", str(made), str(source)])
+            if result.returncode:
+                raise _refused(command, result.stderr)
+            made.replace(library)
+    return library
+
+
+def toolchain_version(toolchain: str) -> str:
+    """For example "zig 0.16.0" or "arm-none-eabi-gcc 12.2.1"."""
+    if toolchain == "zig":
+        return f"zig {_run([sys.executable, '-m', 'ziglang', 'version']).stdout.strip()}"
+    return f"arm-none-eabi-gcc {_run(['arm-none-eabi-gcc', '-dumpfullversion']).stdout.strip()}"
+
+
+def _zig() -> list[str]:
+    return [sys.executable, "-m", "ziglang", "cc"]
+
+
+def _compile(command: Sequence[str], sources: Sequence[Path], folder: Path) -> list[Path]:
+    objects = []
+    for source in sources:
+        objects.append(folder / f"{source.stem}.o")
+        result = _run([*command, "-c", str(source), "-o", str(objects[-1])])
+        if result.returncode:
+            raise _refused([*command, str(source)], result.stderr)
+    return objects
+
+
+def _refused(command: Sequence[str], text: str) -> TTEError:
+    return TTEError(
+        "TTE-E052",
+        f"the compiler refuses the code:\n{_first_lines(text)}",
+        where=" ".join(command),
+        fix="if you did not change the generated files, report this as a bug of tte",
+    )
+
+
+def _first_lines(text: str) -> str:
+    return "\n".join(text.strip().splitlines()[:12])
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ)
+    if "XDG_CACHE_HOME" not in environment and not os.access(Path.home(), os.W_OK):
+        environment["ZIG_GLOBAL_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / "tte-zig-cache")
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def _cache(build: Build) -> Path:
+    folder = build.folder / ".cache"
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as problem:
+        raise TTEError(
+            "TTE-E054", f"cannot write: {problem.strerror}", where=str(folder), fix="make the project folder writable"
+        ) from problem
+    return folder
+
+
+def _digest(files: Sequence[Path], words: Sequence[str]) -> str:
+    digest = hashlib.sha256("\0".join(words).encode())
+    for file in sorted(files):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _this_cpu() -> str:
+    """-march=native makes a library for one kind of processor."""
+    import platform
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return platform.machine() + next((line for line in lines if line.startswith("flags")), platform.processor())
+
+
+def _linker_script(emulator: Path, board: Target) -> str:
+    template = jinja2.Template((emulator / "emu_link.ld.j2").read_text(), undefined=jinja2.StrictUndefined)
+    return template.render(target=board, flash=board.flash, ram=board.ram, stack_bytes=STACK_BYTES)
+
+
+def _sizes(elf: Path) -> tuple[int, int, int, int, int]:
+    """Bytes of .text with vectors and unwind tables, .rodata, .data, zeroed and uninitialised, reserved stack."""
+    from elftools.elf.elffile import ELFFile
+
+    with elf.open("rb") as file:
+        sizes = {s.name: int(s["sh_size"]) for s in ELFFile(file).iter_sections()}
+    get = sizes.get
+    return (
+        get(".vectors", 0) + get(".text", 0) + get(".ARM.exidx", 0),
+        get(".rodata", 0),
+        get(".data", 0),
+        get(".bss", 0) + get(".arena", 0),
+        get(".stack", 0),
+    )

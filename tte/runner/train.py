@@ -1,0 +1,244 @@
+"""The training loop: shows the samples of a file to a board, one by one, and keeps the books."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tte.errors import TTEError
+from tte.runner.board import STATE_HEADER, Board, require_ok
+from tte.runner.build import Build
+
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Samples in the layout of the model's input, and their labels or targets (None: the input is the target)."""
+
+    x: np.ndarray
+    y: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What ``tte run`` reports.
+
+    metric: measured on the evaluation data before and after: {"name": "accuracy" or the loss, "before", "after"}
+    instructions_per_step: mean over the steps; None where they are not counted, as are stack and arena high-water marks
+    weights_sha256: of the trained tensors as the board saved them
+    """
+
+    steps: int
+    loss: list[float]
+    metric: dict[str, Any]
+    accuracy_before: float | None
+    accuracy_after: float | None
+    instructions_per_step: int | None
+    stack_bytes: int | None
+    arena_bytes: int | None
+    weights_sha256: str
+    runner: str
+    state: bytes = field(repr=False, default=b"")
+    """The saved state; not part of the JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "state"}
+
+
+def load_data(path: Path | str, build: Build) -> Data:
+    """Read an .npz with x and y and hold it against the model. Raises TTEError (E057), saying what does not fit."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {k: file[k] for k in file.files}
+    except (OSError, ValueError, EOFError, KeyError) as problem:
+        raise _bad(path, f"not a readable .npz: {problem}", "save it with numpy.savez(path, x=..., y=...)") from problem
+    return check_data(arrays, build, path)
+
+
+def check_data(arrays: dict[str, np.ndarray], build: Build, path: Path | str) -> Data:
+    """The same for arrays already in memory; ``path`` names them in errors."""
+    if "x" not in arrays:
+        raise _bad(path, f"has no array x, only {sorted(arrays)}", "save it with numpy.savez(path, x=..., y=...)")
+    x = arrays["x"]
+    sample = build.input.shape[1:]
+    if x.ndim < 1 or len(x) == 0 or x.shape[1:] != sample:
+        raise _bad(
+            path, f"x is {x.shape}, the model's input ({build.input_layout}) wants (N, {_list(sample)})", "reshape x"
+        )
+    x = _numbers(path, "x", x, build.input.dtype)
+    if build.target is None:
+        return Data(x, None)
+    if "y" not in arrays:
+        raise _bad(path, f"has no array y, only {sorted(arrays)}", "add the labels or targets as y")
+    y = arrays["y"]
+    if len(y) != len(x):
+        raise _bad(path, f"{len(x)} samples but {len(y)} targets", "give one target per sample")
+    if y.reshape(len(y), -1).shape[1] != build.target.size:
+        raise _bad(path, f"y is {y.shape}, but a sample needs {build.target.size} values", "reshape y")
+    if build.classes is not None:
+        if y.dtype.kind not in "iub":
+            raise _bad(path, f"y holds {y.dtype}, not class numbers", "save y as integers")
+        if y.min() < 0 or y.max() >= build.classes:
+            raise _bad(
+                path,
+                f"labels reach from {y.min()} to {y.max()}, the model has {build.classes} classes",
+                f"number the classes 0 to {build.classes - 1}, or give the model a head with more classes",
+            )
+        return Data(x, y.astype(np.int32))
+    return Data(x, _numbers(path, "y", y, build.target.dtype))
+
+
+def _numbers(path: Path | str, name: str, array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    if array.dtype.kind not in "fiub":
+        raise _bad(path, f"{name} holds {array.dtype}, not numbers", f"save {name} as {dtype}")
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        if array.dtype.kind == "f" or array.min() < limits.min or array.max() > limits.max:
+            raise _bad(path, f"{name} does not fit {dtype}", f"save {name} as {dtype}")
+    elif not np.isfinite(array).all():
+        raise _bad(path, f"{name} has values that are NaN or infinite", "remove those samples")
+    return array.astype(dtype, copy=False)
+
+
+def _bad(path: Path | str, what: str, fix: str) -> TTEError:
+    return TTEError("TTE-E057", what, where=str(path), fix=fix)
+
+
+def _list(shape: Sequence[int]) -> str:
+    return ", ".join(map(str, shape))
+
+
+def measure(board: Board, data: Data) -> float:
+    """Accuracy where the model has classes, else the mean loss."""
+    total = 0.0
+    for i in range(len(data)):
+        step = board.evaluate(data.x[i], None if data.y is None else data.y[i])
+        require_ok(step.status, f"evaluation of sample {i}")
+        if board.build.classes is None or data.y is None:
+            total += step.loss
+        else:
+            total += float(step.predicted == int(np.ravel(data.y[i])[-1]))
+    return total / len(data)
+
+
+def run_training(
+    board: Board,
+    data: Data,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    evaluation: Data | None = None,
+    rate: float | None = None,
+    seed: int = 0,
+    runner: str = "",
+    progress: Progress | None = None,
+) -> RunResult:
+    """Train on every sample ``epochs`` times (default 1), or for ``steps`` steps; a new order for every epoch.
+
+    The order of epoch e is numpy's permutation from the seed sequence (seed, e): the same on every machine.
+    """
+    build = board.build
+    require_ok(board.init(), "init")
+    if rate is not None:
+        board.set_learning_rate(rate)
+    total = steps if steps is not None else (epochs or 1) * len(data)
+    before = measure(board, evaluation) if evaluation else None
+    losses: list[float] = []
+    counted = 0
+    for i in range(total):
+        epoch, position = divmod(i, len(data))
+        if position == 0:
+            order = np.random.default_rng((seed, epoch)).permutation(len(data))
+        sample = order[position]
+        step = board.train_step(data.x[sample], None if data.y is None else data.y[sample])
+        require_ok(step.status, f"training step {i} (sample {sample})")
+        losses.append(step.loss)
+        counted += step.instructions
+        if progress:
+            progress(i + 1, total, step.loss)
+    marks = board.high_water()
+    after = measure(board, evaluation) if evaluation else None
+    state = board.save_state()
+    is_accuracy = build.classes is not None
+    return RunResult(
+        steps=total,
+        loss=losses,
+        metric={"name": "accuracy" if is_accuracy else build.loss, "before": before, "after": after},
+        accuracy_before=before if is_accuracy else None,
+        accuracy_after=after if is_accuracy else None,
+        instructions_per_step=round(counted / total) if counted else None,
+        stack_bytes=marks[0] if marks else None,
+        arena_bytes=marks[1] if marks else None,
+        weights_sha256=hashlib.sha256(state[STATE_HEADER:-4]).hexdigest(),
+        runner=runner,
+        state=state,
+    )
+
+
+def open_board(build: Build, runner: str, toolchain: str = "auto", sanitize: bool = False) -> Board:
+    """Start a project on "unicorn", "qemu" or "host"."""
+    from tte.runner.host import open_host
+    from tte.runner.qemu import open_qemu
+    from tte.runner.toolchain import build_firmware
+    from tte.runner.unicorn_board import open_unicorn
+    from tte.target import find_target
+
+    if runner == "host":
+        return open_host(build, sanitize)
+    target = find_target(build.target_name)
+    if target.name == "host":
+        raise TTEError(
+            "TTE-E058",
+            "the project was compiled for this computer",
+            where=str(build.folder),
+            fix="run it with --host, or compile it for a board",
+        )
+    if runner == "unicorn":
+        return open_unicorn(build, build_firmware(build, target, toolchain))
+    if runner == "qemu":
+        return open_qemu(build, build_firmware(build, target, toolchain, machine="qemu"))
+    raise TTEError("TTE-E058", f"no emulator {runner!r}", where="--emulator", fix="unicorn or qemu")
+
+
+def train(
+    folder: Path | str,
+    data: Path | str | dict[str, np.ndarray],
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    evaluation: Path | str | dict[str, np.ndarray] | None = None,
+    runner: str = "unicorn",
+    toolchain: str = "auto",
+    rate: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Train the project in ``folder``: files or arrays of data in, the books out. See ``run_training``."""
+    build = Build.open(folder)
+
+    def read(source: Path | str | dict[str, np.ndarray]) -> Data:
+        return check_data(source, build, "data") if isinstance(source, dict) else load_data(source, build)
+
+    samples, held_back = read(data), None if evaluation is None else read(evaluation)
+    board = open_board(build, runner, toolchain)
+    try:
+        return run_training(
+            board,
+            samples,
+            epochs=epochs,
+            steps=steps,
+            evaluation=held_back,
+            rate=rate,
+            seed=seed,
+            runner=runner,
+            progress=progress,
+        )
+    finally:
+        board.close()

@@ -1,0 +1,223 @@
+"""Runs firmware on Unicorn: exactly the board's memory, everything else faults; exact instruction counts."""
+
+import ctypes
+import importlib.util
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tte.errors import TTEError
+from tte.runner.build import Build
+from tte.runner.stream import StreamBoard
+from tte.runner.toolchain import Firmware, build_counter
+from tte.target import Target
+
+COMMANDS, RESULTS = 1, 2
+BREAKPOINT = 7
+
+
+def open_unicorn(build: Build, firmware: Firmware) -> "UnicornBoard":
+    """Start the firmware. Raises TTEError (E051) where unicorn is not installed."""
+    if importlib.util.find_spec("unicorn") is None:
+        raise TTEError("TTE-E051", "unicorn is not installed", fix="pip install 'tte[emulate]', or use --emulator qemu")
+    return UnicornBoard(build, firmware)
+
+
+class UnicornBoard(StreamBoard):
+    """The emulator in this process. It runs while a command is carried out, and waits in between."""
+
+    def __init__(self, build: Build, firmware: Firmware) -> None:
+        import unicorn
+        from unicorn import arm_const
+
+        self.build, self.firmware = build, firmware
+        self._folder = tempfile.TemporaryDirectory()
+        self.state_file = Path(self._folder.name) / "state"
+        self._input, self._output = b"", bytearray()
+        self._files: dict[int, BinaryIO] = {}
+        self._exit: int | None = None
+        self._waiting = False
+        self._fault = ""
+        board: Target = firmware.board
+        self._engine = engine = unicorn.Uc(unicorn.UC_ARCH_ARM, unicorn.UC_MODE_THUMB | unicorn.UC_MODE_MCLASS)
+        engine.ctl_set_cpu_model(getattr(arm_const, board.unicorn_cpu))
+        self._registers = arm_const
+        self._flash = (ctypes.c_uint8 * board.flash.size)()
+        engine.mem_map_ptr(
+            board.flash.origin,
+            board.flash.size,
+            unicorn.UC_PROT_READ | unicorn.UC_PROT_EXEC,
+            ctypes.addressof(self._flash),
+        )
+        engine.mem_map(board.ram.origin, board.ram.size, unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE)
+        engine.mem_map(0xE0000000, 0x100000, unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE)  # system control
+        self._symbols = self._load(board)
+        engine.mmio_map(firmware.timer & ~0xFFF, 0x1000, self._read_timer, None, lambda *_: None, None)
+        engine.hook_add(unicorn.UC_HOOK_INTR, self._on_interrupt)
+        invalid = unicorn.UC_HOOK_MEM_INVALID
+        engine.hook_add(invalid, self._on_invalid)
+        self._counter = self._install_counter(board)
+        stack, reset = struct.unpack("<II", bytes(self._flash[:8]))
+        engine.reg_write(arm_const.UC_ARM_REG_SP, stack)
+        engine.reg_write(arm_const.UC_ARM_REG_FPEXC, 1 << 30)
+        self._pc = reset
+        self._run()
+
+    def _load(self, board: Target) -> list[tuple[int, int, str]]:
+        """Copy the program into the flash; returns its functions: (address, end, name)."""
+        from elftools.elf.elffile import ELFFile
+
+        with self.firmware.elf.open("rb") as file:
+            elf = ELFFile(file)
+            for segment in elf.iter_segments("PT_LOAD"):
+                data = segment.data()
+                at = segment["p_paddr"] - board.flash.origin
+                if data:
+                    self._flash[at : at + len(data)] = data
+            table = elf.get_section_by_name(".symtab")
+            functions = [s for s in table.iter_symbols() if s["st_info"]["type"] == "STT_FUNC"]
+            return sorted((s["st_value"] & ~1, (s["st_value"] & ~1) + s["st_size"], s.name) for s in functions)
+
+    def _install_counter(self, board: Target) -> Any:
+        """Count blocks in C: a Python hook would take most of the time."""
+        import unicorn
+        from unicorn.unicorn_py3.unicorn import uclib
+
+        counter = ctypes.CDLL(str(build_counter(self.build)))
+        counter.count_total.restype = ctypes.c_uint64
+        counter.count_slot.restype = ctypes.c_uint64
+        counter.count_reset(self._flash, ctypes.c_uint32(board.flash.origin), ctypes.c_uint32(board.flash.size))
+        handle = ctypes.c_size_t()
+        uclib.uc_hook_add.restype = ctypes.c_int
+        status = uclib.uc_hook_add(
+            self._engine._uch,
+            ctypes.byref(handle),
+            ctypes.c_int(unicorn.UC_HOOK_BLOCK),
+            ctypes.cast(counter.count_block, ctypes.c_void_p),
+            None,
+            ctypes.c_uint64(1),
+            ctypes.c_uint64(0),
+        )
+        assert status == 0, status
+        return counter
+
+    def profile(self) -> dict[str, int]:
+        """Executed instructions by function since the start."""
+        from bisect import bisect_right
+
+        starts = [s for s, _, _ in self._symbols]
+        counts: dict[str, int] = {}
+        address = ctypes.c_uint32()
+        for slot in range(1 << 14):
+            executed = self._counter.count_slot(ctypes.c_uint32(slot), ctypes.byref(address))
+            if executed:
+                name = self._symbols[bisect_right(starts, address.value) - 1][2]
+                counts[name] = counts.get(name, 0) + executed
+        return counts
+
+    def exchange(self, command: bytes, size: int) -> bytes:
+        self._input += command
+        self._run()
+        result = bytes(self._output[:size])
+        assert len(result) == size, f"the harness answered {len(result)} of {size} bytes"
+        del self._output[:size]
+        return result
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._folder.cleanup()
+
+    def _run(self) -> None:
+        """Until the program asks for a command that is not there yet."""
+        import unicorn
+
+        self._waiting = False
+        try:
+            self._engine.emu_start(self._pc | 1, 0xFFFFFFFE)
+        except unicorn.UcError as problem:
+            self._fault = self._fault or f"{problem} at {self._where()}"
+        self._pc = self._engine.reg_read(self._registers.UC_ARM_REG_PC)
+        if self._fault:
+            raise TTEError(
+                "TTE-E056",
+                f"the firmware faulted: {self._fault}",
+                where=str(self.firmware.elf),
+                fix="this is a bug of tte; please report it with the model",
+            )
+        if self._exit is not None and not self._waiting:
+            raise TTEError("TTE-E056", f"the firmware ended with {self._exit}", where=str(self.firmware.elf))
+
+    def _where(self) -> str:
+        from bisect import bisect_right
+
+        pc = self._engine.reg_read(self._registers.UC_ARM_REG_PC)
+        i = bisect_right([s for s, _, _ in self._symbols], pc) - 1
+        inside = i >= 0 and pc < self._symbols[i][1]
+        return f"{pc:#010x}" + (f" in {self._symbols[i][2]}" if inside else "")
+
+    def _on_invalid(self, engine: Any, access: int, address: int, size: int, value: int, user: Any) -> bool:
+        self._fault = f"access to {address:#010x}, outside of {self.firmware.board.name}'s memory, at {self._where()}"
+        return False
+
+    def _read_timer(self, engine: Any, offset: int, size: int, user: Any) -> int:
+        return (0xFFFFFFFF - self._counter.count_total()) & 0xFFFFFFFF if offset == 4 else 0
+
+    def _on_interrupt(self, engine: Any, number: int, user: Any) -> None:
+        registers = self._registers
+        if number != BREAKPOINT:
+            self._fault = f"exception {number} at {self._where()}"
+            engine.emu_stop()
+            return
+        operation = engine.reg_read(registers.UC_ARM_REG_R0)
+        block = engine.reg_read(registers.UC_ARM_REG_R1)
+        result = self._semihost(operation, block)
+        if result is None:
+            engine.emu_stop()
+            return
+        engine.reg_write(registers.UC_ARM_REG_R0, result & 0xFFFFFFFF)
+        engine.reg_write(registers.UC_ARM_REG_PC, (engine.reg_read(registers.UC_ARM_REG_PC) + 2) | 1)
+
+    def _words(self, block: int, n: int) -> tuple[int, ...]:
+        return struct.unpack(f"<{n}I", bytes(self._engine.mem_read(block, 4 * n)))
+
+    def _semihost(self, operation: int, block: int) -> int | None:
+        """The result of a semihosting call; None to stop here."""
+        if operation == 0x01:  # open
+            address, _, length = self._words(block, 3)
+            name = bytes(self._engine.mem_read(address, length)).decode()
+            if name in ("commands", "results"):
+                return COMMANDS if name == "commands" else RESULTS
+            handle = max([RESULTS, *self._files]) + 1
+            self._files[handle] = self.state_file.open("rb")
+            return handle
+        if operation == 0x02:  # close
+            self._files.pop(self._words(block, 1)[0]).close()
+            return 0
+        if operation == 0x04:  # print
+            text = bytes(self._engine.mem_read(block, 64)).split(b"\0")[0].decode(errors="replace")
+            self._fault = self._fault or f"{text.strip()} at {self._where()}"
+            return 0
+        if operation == 0x05:  # write
+            handle, address, length = self._words(block, 3)
+            self._output += self._engine.mem_read(address, length)
+            return 0
+        if operation == 0x06:  # read
+            handle, address, length = self._words(block, 3)
+            if handle != COMMANDS:
+                data = self._files[handle].read(length)
+            elif not self._input:
+                self._waiting = True
+                return None
+            else:
+                data, self._input = self._input[:length], self._input[length:]
+            self._engine.mem_write(address, data)
+            return length - len(data)
+        if operation == 0x0A:  # seek
+            handle, position = self._words(block, 2)
+            self._files[handle].seek(position)
+            return 0
+        assert operation == 0x20, f"semihosting operation {operation:#x}"
+        self._exit = self._words(block, 2)[1]
+        return None
