@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from tte.errors import TTEError
-from tte.frontends.relax import Imported, Unsupported, Weight, import_exported_program, lower, refuse_unsupported
+from tte.frontends.relax import (
+    Imported,
+    Unsupported,
+    Weight,
+    import_exported_program,
+    lower,
+    refuse_nonfinite,
+    refuse_unsupported,
+)
 from tte.ir import Graph
 
 # ATen operators that go all the way through. Others are decomposed by PyTorch, and refused if that does not help.
@@ -127,18 +135,6 @@ def _array(tensor: Any, name: str) -> np.ndarray:
     array = np.asarray(tensor.detach().cpu().float().numpy())
     refuse_nonfinite(array, name)
     return array
-
-
-def refuse_nonfinite(array: np.ndarray, name: str) -> None:
-    """Raise TTEError if a weight holds NaN or infinity."""
-    if not np.isfinite(array).all():
-        count = int((~np.isfinite(array)).sum())
-        raise TTEError(
-            "TTE-E028",
-            f"{name} holds {count} value{'s' * (count > 1)} that are NaN or infinite",
-            where=name,
-            fix="train again or repair the checkpoint: nothing useful can be learned from here",
-        )
 
 
 def _batch_error(shape: tuple[int, ...]) -> TTEError:

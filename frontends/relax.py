@@ -76,6 +76,18 @@ def refuse_unsupported(found: Sequence[Unsupported]) -> None:
     )
 
 
+def refuse_nonfinite(array: np.ndarray, name: str) -> None:
+    """Raise TTEError if a weight holds NaN or infinity."""
+    if not np.isfinite(array).all():
+        count = int((~np.isfinite(array)).sum())
+        raise TTEError(
+            "TTE-E028",
+            f"{name} holds {count} value{'s' * (count > 1)} that are NaN or infinite",
+            where=name,
+            fix="train again or repair the checkpoint: nothing useful can be learned from here",
+        )
+
+
 @contextlib.contextmanager
 def translate_errors(where: str) -> Iterator[None]:
     """What TVM raises on models that it cannot import, as TTEError; its chatter is swallowed."""

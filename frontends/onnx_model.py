@@ -1,0 +1,382 @@
+"""ONNX -> Relax -> tte IR: a file or a ModelProto, checked before TVM sees it.
+
+For the same graph text as from PyTorch itself, export with names and batch norm kept: ``torch.onnx.export(model, (x,),
+path, dynamo=False, training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False)`` or ``torch.onnx.export(model,
+(x,), path, dynamo=True, optimize=False)``. Other options fold batch norm into the convolutions before we see it: that
+is a different network, with other parameters.
+"""
+
+import ast
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tte.errors import TTEError
+from tte.frontends.relax import (
+    Imported,
+    Unsupported,
+    Weight,
+    import_onnx,
+    lower,
+    refuse_nonfinite,
+    refuse_unsupported,
+    translate_errors,
+)
+from tte.ir import Graph
+
+OPSET = (7, 22)
+SUPPORTED = frozenset(
+    """
+    Conv ConvTranspose Gemm MatMul Relu Clip LeakyRelu HardSigmoid HardSwish Sigmoid Tanh Gelu Softplus Neg Exp Log Sqrt
+    Reciprocal Abs Sign Pow Add Sub Mul Div Max Min Sum MaxPool AveragePool GlobalAveragePool GlobalMaxPool
+    Reshape Flatten Transpose Concat Split Slice Gather Pad Resize Upsample ReduceMean ReduceSum Mean Softmax LogSoftmax
+    BatchNormalization LayerNormalization GroupNormalization InstanceNormalization Dropout Identity Squeeze Unsqueeze
+    Expand Cast Constant
+    """.split()
+)
+# Arithmetic on shapes, done here; arrays beyond FOLD_LIMIT elements are not shapes.
+FOLDED = frozenset(
+    """
+    Shape Size Constant ConstantOfShape Range Gather Slice Concat Squeeze Unsqueeze Cast Reshape Expand Transpose
+    Add Sub Mul Div Mod Neg Floor Ceil Min Max Equal Where Identity ReduceProd
+    """.split()
+)
+FOLD_LIMIT = 4096
+CONTROL_FLOW = {"If", "Loop", "Scan"}
+# Operators whose small inputs are settings, not tensors that could learn: (operator, first such input)
+SETTINGS = {"Clip": 1, "Pad": 1, "Resize": 1, "Upsample": 1, "Dropout": 1, "Expand": 1, "Reshape": 1, "Pow": 1}
+
+
+def read_onnx(path: Path) -> Any:
+    """The ModelProto of a file, external data included. Raises TTEError."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_model_from_string(path.read_bytes())
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except (DecodeError, OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as problem:
+        raise _invalid(problem, str(path)) from problem
+    return model
+
+
+def import_onnx_model(given: Any, name: str) -> Graph:
+    """The forward graph of an ``onnx.ModelProto``. Raises TTEError."""
+    model = type(given)()
+    model.CopyFrom(given)
+    _check(model)
+    where = model.graph.name or "ONNX model"
+    _fix_batch(model)
+    with translate_errors(where):
+        _fold(model)
+        _resolve_padding(model)
+    refuse_unsupported(_unsupported(model))
+    named = _named(model)
+    for tensor, array in named.items():
+        refuse_nonfinite(array, tensor)
+    function, layers = import_onnx(model, named, lambda node: layer_of(node, named))
+    weights = {tensor: Weight(tensor, array) for tensor, array in named.items()}
+    inputs = [p.name for p in function.params if p.name not in weights]
+    return lower(Imported(function, inputs[0], weights, layers), name)
+
+
+def layer_of(node: Any, named: Any = ()) -> str:
+    """The user's layer of a node: from its weight's name, else what PyTorch's exporters wrote, else the node's name."""
+    for tensor in node.input:
+        if tensor in named and "." in tensor and not tensor.startswith("onnx::"):
+            return str(tensor).rpartition(".")[0]
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            scopes = ast.literal_eval(entry.value)
+            return str(scopes[-2]) if len(scopes) > 1 else ""
+    if not node.name.startswith("/"):
+        return str(node.name or node.output[0])
+    # "/layer1/layer1.0/conv1/Conv": a child of a container repeats the container's name.
+    path: list[str] = []
+    for part in node.name.split("/")[1:-1]:
+        if path and part.startswith(path[-1] + "."):
+            path[-1] = part
+        else:
+            path.append(part)
+    return ".".join(path)
+
+
+def _invalid(problem: BaseException, where: str) -> TTEError:
+    lines = [line for line in str(problem).splitlines() if line.strip()] or [type(problem).__name__]
+    return TTEError("TTE-E020", f"not a valid ONNX model: {lines[0]}", where=where, fix="export the model again")
+
+
+def _check(model: Any) -> None:
+    """Everything that can be said before shapes are known. Raises TTEError."""
+    import onnx
+
+    where = model.graph.name or "ONNX model"
+    external = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    if external:
+        raise TTEError(
+            "TTE-E020",
+            f"the data of {external[0]} is in another file",
+            where=where,
+            fix="give the path of the .onnx file, with its data file beside it",
+        )
+    versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
+    if len(versions) != 1 or not OPSET[0] <= versions[0] <= OPSET[1]:
+        raise TTEError(
+            "TTE-E020",
+            f"the model uses opset {versions[0] if versions else 'none'}",
+            where=where,
+            fix=f"export with opset_version between {OPSET[0]} and {OPSET[1]}",
+        )
+    if model.functions:
+        model.CopyFrom(onnx.inliner.inline_local_functions(model))
+    try:
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, RuntimeError, ValueError) as problem:
+        raise _invalid(problem, where) from problem
+    branches = [n for n in model.graph.node if n.op_type in CONTROL_FLOW or any(a.HasField("g") for a in n.attribute)]
+    if branches:
+        raise TTEError(
+            "TTE-E026",
+            f"the model has control flow: {', '.join(sorted({n.op_type for n in branches}))}",
+            where=", ".join(layer_of(n) or n.op_type for n in branches),
+            fix="a device's graph is a straight line: choose the branch at export time",
+        )
+    inputs, outputs = _inputs(model), [o.name for o in model.graph.output]
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise TTEError(
+            "TTE-E023",
+            f"the model has {len(inputs)} inputs and {len(outputs)} outputs",
+            where=f"inputs {[i.name for i in inputs]}, outputs {outputs}",
+            fix="export a model that takes one tensor and returns one tensor",
+        )
+    if inputs[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
+        raise TTEError("TTE-E023", "the input is not float32", where=inputs[0].name, fix="export a float32 model")
+    training = [n for n in model.graph.node if n.op_type == "BatchNormalization" and _attribute(n, "training_mode", 0)]
+    constants = {t.name: t for t in model.graph.initializer} | {
+        n.output[0]: a.t for n in model.graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"
+    }
+    for n in model.graph.node:
+        if n.op_type == "Dropout" and len(n.input) > 2 and n.input[2]:
+            flag = constants.get(n.input[2])
+            if flag is None or onnx.numpy_helper.to_array(flag).any():
+                training.append(n)
+    if training:
+        raise TTEError(
+            "TTE-E029",
+            "the model was exported in training mode: dropout or batch norm is active",
+            where=", ".join(layer_of(n) or n.op_type for n in training),
+            fix="call model.eval() and export again",
+        )
+
+
+def _inputs(model: Any) -> list[Any]:
+    """The inputs that are not initializers."""
+    stored = {t.name for t in model.graph.initializer}
+    return [i for i in model.graph.input if i.name not in stored]
+
+
+def _attribute(node: Any, name: str, default: Any) -> Any:
+    import onnx
+
+    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def _fix_batch(model: Any) -> None:
+    """A free first dimension of the input becomes 1; other free dimensions are refused."""
+    source = _inputs(model)[0]
+    if not source.type.tensor_type.HasField("shape"):
+        raise TTEError("TTE-E022", "the input has no shape", where=source.name, fix="export with a fixed input shape")
+    dims = source.type.tensor_type.shape.dim
+    if dims and not dims[0].HasField("dim_value"):
+        dims[0].dim_value = 1
+    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims)
+    if any(not isinstance(d, int) or d < 1 for d in shape):
+        raise TTEError(
+            "TTE-E022",
+            f"the input has dynamic dimensions: {shape}",
+            where=source.name,
+            fix="export without dynamic axes: memory is planned at compile time",
+        )
+    if shape and shape[0] != 1:
+        raise TTEError(
+            "TTE-E027",
+            f"the input has batch {shape[0]}: {shape}",
+            where=source.name,
+            fix=f"export again with batch 1, shape {(1, *shape[1:])}: the device learns from one sample at a time",
+        )
+
+
+def _fold(model: Any) -> None:
+    """Compute what depends on shapes and small constants only; a copied initializer becomes one of its own."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    _infer_shapes(model)
+    graph = model.graph
+    shapes = _shapes(model)
+    known = {t.name: t for t in graph.initializer}
+    weights = {n for n, t in known.items() if t.data_type == onnx.TensorProto.FLOAT and t.dims}
+    arrays: dict[str, np.ndarray] = {}
+
+    def value(name: str) -> np.ndarray:
+        if name not in arrays:
+            arrays[name] = onnx.numpy_helper.to_array(known[name])
+        return arrays[name]
+
+    left = []
+    for node in graph.node:
+        inputs = [i for i in node.input if i]
+        if node.op_type == "Shape" and inputs[0] in shapes:
+            shape = shapes[inputs[0]][_attribute(node, "start", 0) :]
+            end = _attribute(node, "end", None)
+            result = np.asarray(
+                shape if end is None else shapes[inputs[0]][_attribute(node, "start", 0) : end], np.int64
+            )
+        elif node.op_type == "Identity" and inputs[0] in known:
+            result = value(inputs[0])
+            if inputs[0] in weights:
+                weights.add(node.output[0])
+        elif node.op_type == "Constant":
+            result = np.asarray(ReferenceEvaluator(node).run(None, {})[0])
+        elif (
+            node.op_type in FOLDED
+            and all(i in known and i not in weights for i in inputs)
+            and sum(value(i).size for i in inputs) <= FOLD_LIMIT
+            and not (node.op_type in ("ConstantOfShape", "Expand", "Range") and _result_size(node, value) > FOLD_LIMIT)
+        ):
+            result = np.asarray(ReferenceEvaluator(node).run(None, {i: value(i) for i in inputs})[0])
+        else:
+            left.append(node)
+            continue
+        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(result), node.output[0])
+        known[node.output[0]] = tensor
+        graph.initializer.append(tensor)
+    del graph.node[:]
+    graph.node.extend(left)
+    stored = {t.name for t in graph.initializer}
+    for kept in [i for i in graph.input if i.name in stored]:
+        graph.input.remove(kept)
+    _infer_shapes(model)
+
+
+def _infer_shapes(model: Any) -> None:
+    """Shapes of everything, from the input's alone: what the file says may be for another batch."""
+    import onnx
+
+    del model.graph.value_info[:]
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    try:
+        model.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True))
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as problem:
+        raise _invalid(problem, model.graph.name or "ONNX model") from problem
+
+
+def _result_size(node: Any, value: Any) -> float:
+    if node.op_type == "Range":
+        start, stop, step = (float(value(i)) for i in node.input)
+        return abs((stop - start) / step) if step else math.inf
+    return float(np.prod(np.abs(value(node.input[-1]).astype(np.float64))))
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes that are known, by tensor."""
+    graph = model.graph
+    shapes = {t.name: tuple(t.dims) for t in graph.initializer}
+    for v in (*graph.input, *graph.value_info, *graph.output):
+        dims = v.type.tensor_type.shape.dim
+        if v.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+            shapes[v.name] = tuple(d.dim_value for d in dims)
+    return shapes
+
+
+def _resolve_padding(model: Any) -> None:
+    """auto_pad becomes pads."""
+    import onnx
+
+    shapes = _shapes(model)
+    for node in model.graph.node:
+        mode = _attribute(node, "auto_pad", b"NOTSET").decode()
+        if node.op_type not in ("Conv", "MaxPool", "AveragePool") or mode == "NOTSET":
+            continue
+        size = shapes[node.input[0]][2:]
+        kernel = _attribute(node, "kernel_shape", None) or shapes[node.input[1]][2:]
+        strides = _attribute(node, "strides", [1] * len(size))
+        dilations = _attribute(node, "dilations", [1] * len(size))
+        begin, end = [0] * len(size), [0] * len(size)
+        if mode.startswith("SAME"):
+            for d, (n, k, s, r) in enumerate(zip(size, kernel, strides, dilations, strict=True)):
+                total = max((-(-n // s) - 1) * s + (k - 1) * r + 1 - n, 0)
+                begin[d], end[d] = (total // 2, total - total // 2)
+                if mode == "SAME_LOWER":
+                    begin[d], end[d] = end[d], begin[d]
+        for attribute in [a for a in node.attribute if a.name in ("auto_pad", "pads")]:
+            node.attribute.remove(attribute)
+        node.attribute.append(onnx.helper.make_attribute("pads", begin + end))
+
+
+def _unsupported(model: Any) -> list[Unsupported]:
+    import onnx
+
+    types = {v.name: v for v in (*model.graph.input, *model.graph.value_info)}
+    constants = {t.name: t for t in model.graph.initializer}
+    found = []
+
+    def describe(name: str) -> str:
+        if name in constants:
+            kind, dims = constants[name].data_type, list(constants[name].dims)
+        elif name in types:
+            tensor = types[name].type.tensor_type
+            kind, dims = tensor.elem_type, [d.dim_value for d in tensor.shape.dim]
+        else:
+            return "?"
+        return f"{onnx.TensorProto.DataType.Name(kind).lower()}{dims}"
+
+    for node in model.graph.node:
+        why = "" if node.domain in ("", "ai.onnx") else f"domain {node.domain}"
+        if node.op_type in ("Resize", "Upsample") and (scales := _scales(node, constants)) is not None:
+            tensor = types.get(node.input[0])
+            sizes = [d.dim_value for d in tensor.type.tensor_type.shape.dim] if tensor else []
+            if len(sizes) != len(scales) or any((n * float(s)) % 1 for n, s in zip(sizes, scales, strict=True)):
+                why = "a scale does not give whole rows or columns: export with a size"
+        if (
+            node.op_type == "Dropout"
+            and len(node.output) > 1
+            and any(node.output[1] in n.input for n in model.graph.node)
+        ):
+            why = "its mask is used"
+        if node.op_type not in SUPPORTED or why:
+            operands = ", ".join(describe(i) for i in node.input if i)
+            found.append(Unsupported(layer_of(node, constants), node.op_type, f"({operands})", why))
+    return found
+
+
+def _scales(node: Any, constants: Any) -> Any:
+    import onnx
+
+    at = 2 if node.op_type == "Resize" and len(node.input) > 2 else 1
+    if len(node.input) > at and node.input[at] in constants:
+        array = onnx.numpy_helper.to_array(constants[node.input[at]])
+        return array if array.size else None
+    return _attribute(node, "scales", None)
+
+
+def _named(model: Any) -> dict[str, np.ndarray]:
+    """The initializers that are tensors of the model: float32, not numbers, not settings of an operator."""
+    import onnx
+
+    settings = {i for n in model.graph.node for i in n.input[SETTINGS.get(n.op_type, len(n.input)) :]}
+    # What was a Constant node has the exporter's name, not the user's.
+    return {
+        t.name: onnx.numpy_helper.to_array(t)
+        for t in model.graph.initializer
+        if t.data_type == onnx.TensorProto.FLOAT and t.dims and t.name not in settings and not _is_generated(t.name)
+    }
+
+
+def _is_generated(name: str) -> bool:
+    """Names that PyTorch's exporters make up for constants inside of forward()."""
+    return bool(re.fullmatch(r"/.*_output_\d+|val_\d+|scalar_tensor_default.*|lifted_tensor.*", name))
