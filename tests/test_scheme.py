@@ -81,10 +81,10 @@ def test_file(tmp_path: Path) -> None:
     norms = np.square(GRAPH.find("narrow.weight").data.astype(float)).sum(axis=(0, 1, 2))  # type: ignore[attr-defined]
     largest = tuple(sorted(np.argsort(-norms)[:4].tolist()))
     assert resolve(scheme, GRAPH).layers == (
-        Learned("b", "b.weight", "b.bias", (1, 3), 3),
-        Learned("depthwise", "depthwise.weight", None, (0, 1, 2), 0),
-        Learned("narrow", "narrow.weight", None, largest, 3),
-        Learned("head", "head.weight", "head.bias", None, 1),
+        Learned("b", "b.weight", "b.bias", (1, 3), 3, 8),
+        Learned("depthwise", "depthwise.weight", None, (0, 1, 2), 0, 8),
+        Learned("narrow", "narrow.weight", None, largest, 3, 8),
+        Learned("head", "head.weight", "head.bias"),
     )
 
 

@@ -344,7 +344,7 @@ class Learned:
 
     weight    name of the weight, or None: frozen
     channels  the input channels of it that learn, ascending; None: all
-    axis      the axis they lie on
+    axis, of  the axis they lie on, and how many input channels the layer has
     bias      name of the bias, or None: frozen
     """
 
@@ -353,6 +353,7 @@ class Learned:
     bias: str | None
     channels: tuple[int, ...] | None = None
     axis: int | None = None
+    of: int = 0
 
     @property
     def is_prefix(self) -> bool:
@@ -574,7 +575,7 @@ def _decide(scheme: UpdateScheme, layer: Layer, decision: _Decision, notes: list
             notes.append(f"{layer.name} has no weight")
         return Learned(layer.name, None, bias)
     if isinstance(decision.weight, str):
-        return Learned(layer.name, layer.weight.name, bias, None, layer.axis)
+        return Learned(layer.name, layer.weight.name, bias)
     where = scheme.where(*decision.rule, "weight")
     if layer.axis is None:
         what = "scale and shift" if layer.op == "multiply" else "grouped convolution"
@@ -585,9 +586,9 @@ def _decide(scheme: UpdateScheme, layer: Layer, decision: _Decision, notes: list
             fix="use `weight: all` or `weight: none`",
         )
     channels = _choose(layer, decision.weight, where)
-    return Learned(
-        layer.name, layer.weight.name, bias, channels if len(channels) < layer.channels else None, layer.axis
-    )
+    if len(channels) == layer.channels:
+        return Learned(layer.name, layer.weight.name, bias)
+    return Learned(layer.name, layer.weight.name, bias, channels, layer.axis, layer.channels)
 
 
 def _choose(layer: Layer, wanted: Channels, where: str) -> tuple[int, ...]:
