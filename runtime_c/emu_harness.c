@@ -10,7 +10,7 @@
  *   S                     size, state, status                              save
  *   D size                status                                           load from the file "state"
  *   R                     status                                           reset
- *   X                     status                                           self-test
+ *   X                     status                                           self-test (with -DEMU_SELFTEST)
  *   W                     stack bytes, arena bytes                         high-water marks
  *   Q                     -                                                quit
  *
@@ -141,9 +141,11 @@ int main(void) {
         case 'R':
             send_u32((uint32_t)API(_state_reset)());
             break;
+#ifdef EMU_SELFTEST
         case 'X':
             send_u32((uint32_t)API(_selftest)());
             break;
+#endif
         case 'W': {
             const uint8_t *top = emu_arena_end;
             while (top > emu_arena_start && top[-1] == ARENA_PAINT)

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tte.codegen.check import check_plan
 from tte.codegen.emit import Interface, Program, StateLayout
 from tte.codegen.plan import plan_memory
 from tte.errors import TTEError
 from tte.frontends import import_model
-from tte.ir import Graph, verify
+from tte.ir import Const, Graph, Origin, verify
 from tte.passes.autodiff import differentiate
 from tte.passes.batch_norm import fold_batch_norm
 from tte.passes.canonicalize import canonicalize
@@ -80,11 +82,15 @@ class Pipeline:
 class Compiled:
     """All that is known of a model before C is written.
 
+    source:    the model in the form that schemes are resolved against, all weights constants
+    originals: the user's own tensors, by name, in the user's layout
     forward:   the model with what learns as params, as the user's head and input format make it
     gradients: forward, loss and backward; outputs are the loss and one gradient per param
     programs:  infer, evaluate and train, each with its memory plan
     """
 
+    source: Graph
+    originals: dict[str, np.ndarray]
     forward: Graph
     gradients: Graph
     resolved: Resolved
@@ -127,6 +133,7 @@ def compile_graphs(
     forward = pipeline.run(prepared, SIMPLIFY, "1-simplify")
     if scheme.head is not None:
         forward = verify(replace_head(forward, scheme.head.layer, scheme.head.classes, scheme.head.init))
+    source = forward
     resolved = resolve(scheme, forward)
     forward, notes = select_channels(forward, resolved)
     forward = verify(select_updates(verify(forward), resolved))
@@ -152,6 +159,8 @@ def compile_graphs(
         output=forward.outputs[0].type,
         target=target_value.type if target_value else None,
         classes=forward.outputs[0].type.shape[-1] if scheme.loss.name == "cross_entropy" else None,
+        loss=scheme.loss.name,
+        target_name=target.name,
         learning_rate=scheme.optimizer.lr,
         input_layout=layout,
         model_hash=hash_model(forward, train),
@@ -159,7 +168,18 @@ def compile_graphs(
         arena=arena,
         notes=tuple(notes),
     )
-    return Compiled(forward, gradients, resolved, target, interface, tuple(programs), tuple(notes))
+    originals = {c.origin.name: c.data.reshape(c.origin.shape) for c in imported.consts if c.origin}
+    for const in source.consts:
+        if const.origin and originals.get(const.origin.name, const.data).shape != const.origin.shape:
+            originals[const.origin.name] = _as_user(const, const.origin)  # a new layer begins as it was made
+    return Compiled(source, originals, forward, gradients, resolved, target, interface, tuple(programs), tuple(notes))
+
+
+def _as_user(const: Const, origin: Origin) -> np.ndarray:
+    """A constant in the layout of the user's tensor."""
+    result = np.zeros(origin.shape, const.data.dtype)
+    result.reshape(-1)[origin.index] = const.data if origin.scale is None else const.data / origin.scale
+    return result
 
 
 def hash_model(forward: Graph, train: Graph) -> str:

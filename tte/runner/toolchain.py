@@ -55,11 +55,17 @@ def find_toolchains() -> list[str]:
 
 
 def build_firmware(
-    build: Build, target: Target, toolchain: str = "auto", machine: str = "board", optimize: str = "-O2"
+    build: Build,
+    target: Target,
+    toolchain: str = "auto",
+    machine: str = "board",
+    optimize: str = "-O2",
+    selftest: bool = False,
 ) -> Firmware:
     """Compile and link the project with the emulator's start-up and harness.
 
     machine: "board": the map of ``target``, where a bare Cortex-M7 means the STM32F746; "qemu": that of QEMU's machine.
+    selftest: with the self-test, which needs memory of its own.
     Raises TTEError: E051 no compiler, E052 the compiler refuses the code, E053 the program does not fit the memory.
     """
     if toolchain == "auto":
@@ -72,7 +78,7 @@ def build_firmware(
     boards = [_in_qemu(target)] if machine == "qemu" else _maps(target)
     for board in boards:
         try:
-            return _link(build, board, toolchain, optimize)
+            return _link(build, board, toolchain, [optimize, *(["-DEMU_SELFTEST"] if selftest else [])])
         except _DoesNotFit as problem:
             last = problem
     raise TTEError(
@@ -103,10 +109,10 @@ class _DoesNotFit(Exception):
     """The linker's complaint about a full memory."""
 
 
-def _link(build: Build, board: Target, toolchain: str, optimize: str) -> Firmware:
+def _link(build: Build, board: Target, toolchain: str, options: Sequence[str]) -> Firmware:
     emulator = build.folder / "emulator"
     timer = TIMERS.get(board.qemu_machine, TIMER)
-    flags = [f if not f.startswith("-O") else optimize for f in FLAGS]
+    flags = [*FLAGS, *options]
     flags += [f"-I{build.include}", f"-I{emulator}", f"-DMODEL={build.name}", f"-DMODEL_UPPER={build.name.upper()}"]
     flags += [f'-DMODEL_HEADER="{build.name}.h"', f"-DEMU_TIMER={timer:#x}u"]
     if toolchain == "zig":

@@ -1,0 +1,292 @@
+"""What ``tte.compile`` returns: the C project, its report, and the means to run and to prove it."""
+
+import io
+import json
+import tempfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tte import __version__
+from tte.codegen.emit import emit, emit_selftest
+from tte.codegen.export import write_tree
+from tte.codegen.plan import Plan
+from tte.compiler import Compiled, Pipeline, c_name, compile_graphs, find_passes
+from tte.errors import TTEError
+from tte.ir import Graph
+from tte.report import Measured, make_report, render_html
+from tte.runner.board import Board, require_ok
+from tte.runner.build import Build
+from tte.runner.host import HostBoard, open_host
+from tte.runner.toolchain import Firmware, build_firmware, find_toolchains
+from tte.runner.train import Data, RunResult, open_board, train
+from tte.scheme import UpdateScheme
+from tte.target import Target, find_target
+from tte.saved import pack_weights
+
+SELFTEST_STEPS = 3
+
+
+def compile(
+    model: Any,
+    example_inputs: Sequence[Any] | None = None,
+    update_scheme: Any = "full",
+    target: str = "cortex-m7",
+    name: str | None = None,
+    *,
+    arena: str = "static",
+    clock: str | None = None,
+    disable_passes: Sequence[str] = (),
+    dump_ir: Path | str | None = None,
+) -> "Artifact":
+    """Compile a model into a C project that trains it on a device.
+
+    model:          torch.nn.Module (with example_inputs), torch.export.ExportedProgram, path to .onnx, .pt2 or .ir,
+                    onnx.ModelProto. Batch size 1.
+    example_inputs: tuple of tensors for a torch.nn.Module
+    update_scheme:  path to YAML, "full", "last-layer", "bias-only", "last-k:N", a mapping, or an UpdateScheme
+    target:         see ``tte.targets()``
+    name:           prefix of every C symbol and file; by default made from the model's file or class
+    arena:          "static", or "extern": the caller gives the arena's memory to <name>_init
+    clock:          core clock for time estimates, such as "216MHz"; by default the board's
+    disable_passes: passes to leave out, see ``tte.compiler.OPTIONAL``
+    dump_ir:        folder for the program after every pass
+    Raises TTEError.
+    """
+    scheme = UpdateScheme.load(update_scheme)
+    board = find_target(target)
+    if arena not in ("static", "extern"):
+        raise TTEError("TTE-E044", f"no arena placement {arena!r}", where="--arena", fix="static or extern")
+    clock_hz = board.clock_hz if clock is None else parse_clock(clock)
+    pipeline = Pipeline(Path(dump_ir) if dump_ir else None, find_passes(disable_passes))
+    compiled = compile_graphs(
+        model,
+        None if example_inputs is None else tuple(example_inputs),
+        scheme,
+        board,
+        c_name(name or default_name(model)),
+        __version__,
+        pipeline,
+        arena,
+    )
+    artifact = Artifact(compiled, scheme, board, clock_hz)
+    artifact.require_budget()
+    return artifact
+
+
+def default_name(model: Any) -> str:
+    """File name without its ending, class name, or "model"."""
+    if isinstance(model, str | Path):
+        return Path(model).stem
+    kind = type(model).__name__
+    return "model" if kind in ("ModelProto", "ExportedProgram", "GraphModule") else kind
+
+
+def parse_clock(text: str) -> int:
+    """Hertz from "216MHz", "1.2 GHz", "48000000"."""
+    import re
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(k|M|G)?(?:Hz)?", text.strip(), re.IGNORECASE)
+    hertz = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[(match[2] or "").lower()] if match else 0
+    if hertz < 1:
+        raise TTEError("TTE-E044", f"{text!r} is not a frequency", where="--clock", fix="write 216MHz")
+    return round(hertz)
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A compiled model. Nothing is written and no compiler is run before it is needed."""
+
+    compiled: Compiled
+    scheme: UpdateScheme
+    target: Target
+    clock_hz: int | None
+    _folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory, repr=False)
+
+    @property
+    def graph(self) -> Graph:
+        """The program of a training step as it is generated."""
+        return self.compiled.train.graph
+
+    @property
+    def plan(self) -> Plan:
+        """The memory plan of a training step."""
+        return self.compiled.train.plan
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """The content of report.json: sizes of the linked firmware where a compiler is installed, else planned ones."""
+        firmware, measured = self._measure()
+        return make_report(
+            self.compiled.programs,
+            model=self.compiled.interface.name,
+            target=self.target.name,
+            scheme=json.loads(json.dumps(self.compiled.resolved.scheme.model_dump(mode="json", exclude_none=True))),
+            firmware=firmware,
+            measured=measured,
+            clock_hz=self.clock_hz,
+        )
+
+    def export(self, folder: Path | str) -> None:
+        """Write the project; see docs/c-api.md for what is in it. Raises TTEError before anything is changed."""
+        files = dict(self._files)
+        files["report.json"] = (json.dumps(self.report, indent=2) + "\n").encode()
+        files["report.html"] = render_html(self.report, self.compiled.programs).encode()
+        write_tree(Path(folder), files)
+
+    def host(self, sanitize: bool = False) -> HostBoard:
+        """The very same C, compiled for this computer and initialised.
+
+        ``.train_step(x, y)``, ``.evaluate(x, y)``, ``.infer(x)``, ``.save_state()`` ... : see tte.runner.Board.
+        """
+        board = open_host(self._build, sanitize)
+        require_ok(board.init(), "init")
+        return board
+
+    def run(self, data: Any, *, evaluation: Any = None, runner: str = "unicorn", **options: Any) -> RunResult:
+        """Train on an emulated board ("unicorn", "qemu") or on this computer ("host").
+
+        data, evaluation: paths to .npz or mappings with x and y; options: epochs, steps, rate, seed, progress, toolchain
+        """
+        return train(self._build.folder, data, evaluation=evaluation, runner=runner, **options)
+
+    def verify(self, steps: int = 10, data: Any = None, tolerance: float = 1e-4) -> dict[str, Any]:
+        """Compare gradients, losses and trained weights with PyTorch; see tte.proof.prove."""
+        from tte.proof import prove
+
+        return prove(self, steps, data, tolerance)
+
+    def require_budget(self) -> None:
+        """Raises TTEError (E049) where the scheme's budget is exceeded, naming the tensors that hold the peak."""
+        budget = self.scheme.budget
+        if budget.sram is None and budget.flash is None:
+            return
+        report = self.report
+        for region, limit, needed in (
+            ("sram", budget.sram, report["memory"]["static_ram_bytes"]),
+            ("flash", budget.flash, report["flash_bytes"]),
+        ):
+            if limit is not None and needed > limit:
+                raise TTEError(
+                    "TTE-E049",
+                    f"{needed:,} bytes of {region} are needed ({report['source']}), the budget is {limit:,}",
+                    where=f"at the peak: {self._describe_peak()}" if region == "sram" else "weights and code",
+                    fix="train fewer layers or channels, or raise the budget",
+                )
+
+    def _describe_peak(self) -> str:
+        peak = [f"{b.layer or b.name} {b.size:,} B" for b in self.plan.peak[:6]]
+        return ", ".join(peak) + (" ..." if len(self.plan.peak) > 6 else "")
+
+    @cached_property
+    def _files(self) -> dict[str, bytes]:
+        """The project without its report. With a compiler for this computer the self-test is part of it."""
+        texts = emit(self.compiled.programs, self.compiled.interface)
+        texts["model.ir"] = str(self.compiled.source)
+        texts["scheme.resolved.yaml"] = self.compiled.resolved.to_yaml()
+        files = {path: text.encode() for path, text in texts.items()}
+        files["model.npz"] = _npz({c.name: c.data for c in self.compiled.source.consts})
+        params = [p for p, _ in self.compiled.train.graph.updates]
+        files["weights.npz"] = _npz(pack_weights(params, self.compiled.originals))
+        # Its own golden values come from a run without it.
+        placeholder = emit_selftest(self.compiled.interface, 0, {"output": 0, "state": 0})
+        self._write(files | {path: text.encode() for path, text in placeholder.items()})
+        golden = self._golden()
+        selftest = emit_selftest(self.compiled.interface, SELFTEST_STEPS, golden)
+        return files | {path: text.encode() for path, text in selftest.items()}
+
+    def _write(self, files: Mapping[str, bytes]) -> Build:
+        folder = Path(self._folder.name)
+        for path, content in files.items():
+            file = folder / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not file.exists() or file.read_bytes() != content:
+                file.write_bytes(content)
+        return Build.open(folder)
+
+    @cached_property
+    def _build(self) -> Build:
+        """The project in a temporary folder."""
+        return self._write(self._files)
+
+    def _golden(self) -> dict[str, int]:
+        """CRC-32 of what the self-test computes: the same numbers, the same calls, on this computer."""
+        board = open_host(Build.open(self._folder.name))
+        require_ok(board.init(), "init")
+        samples = draw_samples(board.build, SELFTEST_STEPS + 1)
+        for i in range(SELFTEST_STEPS):
+            require_ok(board.train_step(*_sample(samples, i)).status, "self-test")
+        output = board.infer(samples.x[SELFTEST_STEPS])
+        return {"output": zlib.crc32(output.tobytes()), "state": zlib.crc32(board.save_state())}
+
+    def _measure(self) -> tuple[Firmware | None, Measured]:
+        """Link the firmware and run one step and one inference of it, as far as the tools are installed."""
+        import importlib.util
+
+        if self.target.name == "host" or not find_toolchains() or self.compiled.interface.arena == "extern":
+            return None, Measured()
+        firmware = build_firmware(self._build, self.target)
+        if importlib.util.find_spec("unicorn") is None:
+            return firmware, Measured()
+        samples = draw_samples(self._build, 1)
+        marks = []
+        for call in ("infer", "train"):
+            board = open_board(self._build, "unicorn")
+            try:
+                marks.append(_run_once(board, call, samples))
+            finally:
+                board.close()
+        (stack_infer, infer), (stack_train, step) = marks
+        return firmware, Measured(stack_infer, stack_train, infer, step)
+
+
+def _run_once(board: Board, call: str, samples: Data) -> tuple[int, int]:
+    """(bytes of stack, instructions) of one call after start-up."""
+    require_ok(board.init(), "init")
+    if call == "infer":
+        instructions = board.infer_counted(samples.x[0])[1]  # type: ignore[attr-defined]
+    else:
+        step = board.train_step(*_sample(samples, 0))
+        require_ok(step.status, "training step")
+        instructions = step.instructions
+    marks = board.high_water()
+    assert marks is not None
+    return marks[0], instructions
+
+
+def draw_samples(build: Build, count: int) -> Data:
+    """The samples of the generated self-test: a linear congruential generator, element by element."""
+    seed = 1
+
+    def draw() -> int:
+        nonlocal seed
+        seed = (seed * 1664525 + 1013904223) & 0xFFFFFFFF
+        return seed >> 24
+
+    xs, ys = [], []
+    for _ in range(count):
+        x = [draw() for _ in range(build.input.size)]
+        real = build.input.dtype == np.float32
+        wrapped = np.asarray(x, np.int64).astype(build.input.dtype) if not real else (np.asarray(x) - 128) / 64
+        xs.append(np.asarray(wrapped, build.input.dtype).reshape(build.input.shape[1:]))
+        if build.target is not None:
+            y = [draw() for _ in range(build.target.size)]
+            targets = np.asarray(y) % build.classes if build.classes else (np.asarray(y) - 128) / 64
+            ys.append(np.asarray(targets, build.target.dtype))
+    return Data(np.stack(xs), np.stack(ys) if ys else None)
+
+
+def _sample(data: Data, i: int) -> tuple[np.ndarray, np.ndarray | None]:
+    return data.x[i], None if data.y is None else data.y[i]
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """An .npz file; numpy writes no dates into it."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
