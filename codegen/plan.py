@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 from tte.ir import OPS, Graph
 
-# Search effort of CP-SAT in its own deterministic seconds: the same plan on every machine, however slow.
-SEARCH_BUDGET = 4.0
-REPAIRS = 10  # tries to do better with the same greedy key
+# Effort of CP-SAT in its own deterministic time (a unit is 20 to 60 s): the same plan on every machine, however slow.
+# Questions that are answered at all are answered within a few hundredths.
+EFFORT = 0.1
 
 
 @dataclass(frozen=True)
@@ -130,36 +130,22 @@ def find_buffers(
     return tuple(buffers)
 
 
-def place(buffers: tuple[Buffer, ...], bound: int, alignment: int = 4) -> tuple[tuple[Buffer, ...], str]:
+def place(buffers: Sequence[Buffer], bound: int, alignment: int = 4) -> tuple[tuple[Buffer, ...], str]:
     """The buffers with offsets, and the proof (see ``Plan``): greedy in several orders, then CP-SAT."""
-    best, height = _place_greedily(buffers, bound)
-    if height == bound:
-        return _at(buffers, best), "bound"
-    best, proved = _search(buffers, best, bound, height, alignment)
-    placed = _at(buffers, best)
-    proof = "search" if proved else ""
-    return placed, "bound" if max(b.end for b in placed) == bound else proof
-
-
-def _place_greedily(buffers: tuple[Buffer, ...], bound: int) -> tuple[list[int], int]:
-    """The lowest of many greedy placements, and its height; stops at ``bound``."""
     meets = [[j for j, other in enumerate(buffers) if j != i and b.meets(other)] for i, b in enumerate(buffers)]
     best: list[int] = []
-    lowest = -1
+    height = -1
     for key in SORT_KEYS:
         order = sorted(range(len(buffers)), key=lambda i: (key(buffers[i]), i))
-        for _ in range(1 + REPAIRS):
-            offsets = _place_in_order(buffers, meets, order)
-            ends = [o + b.size for o, b in zip(offsets, buffers, strict=True)]
-            height = max(ends, default=0)
-            if lowest < 0 or height < lowest:
-                best, lowest = offsets, height
-            if lowest == bound:
-                return best, lowest
-            # Whoever sticks out is placed earlier next time.
-            position = next(k for k, i in enumerate(order) if ends[i] == height)
-            order.insert(position // 2, order.pop(position))
-    return best, lowest
+        for strategy in (_fill, _stack):
+            offsets = strategy(buffers, meets, order)
+            top = max((o + b.size for o, b in zip(offsets, buffers, strict=True)), default=0)
+            if height < 0 or top < height:
+                best, height = offsets, top
+            if height == bound:
+                return _at(buffers, best), "bound"
+    best, height, proved = _search(buffers, best, bound, height, alignment)
+    return _at(buffers, best), "bound" if height == bound else "search" if proved else ""
 
 
 SORT_KEYS: tuple[Callable[[Buffer], tuple[int, ...]], ...] = (
@@ -171,7 +157,7 @@ SORT_KEYS: tuple[Callable[[Buffer], tuple[int, ...]], ...] = (
 )
 
 
-def _place_in_order(buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], order: Sequence[int]) -> list[int]:
+def _fill(buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], order: Sequence[int]) -> list[int]:
     """Each buffer in turn at the lowest offset that is free while it lives."""
     offsets = [-1] * len(buffers)
     for i in order:
@@ -184,33 +170,58 @@ def _place_in_order(buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], o
     return offsets
 
 
+def _stack(buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], order: Sequence[int]) -> list[int]:
+    """Always next the buffer that can stand lowest on those it meets; ``order`` decides ties."""
+    offsets = [0] * len(buffers)
+    left = list(order)
+    while left:
+        i = min(left, key=lambda j: offsets[j])  # the first of the lowest
+        left.remove(i)
+        for j in meets[i]:
+            if j in left:
+                offsets[j] = max(offsets[j], offsets[i] + buffers[i].size)
+    return offsets
+
+
 def _search(
-    buffers: Sequence[Buffer], hint: Sequence[int], bound: int, height: int, alignment: int
-) -> tuple[list[int], bool]:
-    """Offsets at least as low as ``hint``, and whether nothing lower exists: rectangles that must not overlap."""
+    buffers: Sequence[Buffer], best: list[int], bound: int, height: int, alignment: int
+) -> tuple[list[int], int, bool]:
+    """The lowest placement between ``bound`` and ``height`` (which ``best`` has), and whether lower ones are excluded.
+
+    First asks for the bound itself, then bisects: questions with a fixed height are far easier than minimisation.
+    """
+    trial = bound
+    while bound < height:
+        status, offsets = _fit(buffers, trial, alignment)
+        if status == "UNKNOWN":
+            return best, height, False
+        if offsets:
+            best, height = offsets, max(o + b.size for o, b in zip(offsets, buffers, strict=True))
+        else:
+            bound = trial + alignment
+        trial = bound + (height - bound) // alignment // 2 * alignment
+    return best, height, True
+
+
+def _fit(buffers: Sequence[Buffer], height: int, alignment: int) -> tuple[str, list[int]]:
+    """Offsets below ``height``, or none: rectangles (time x bytes) that must not overlap."""
     from ortools.sat.python import cp_model
 
     model = cp_model.CpModel()
-    top = model.new_int_var(bound // alignment, height // alignment, "top")
     starts, times, places = [], [], []
     for i, buffer in enumerate(buffers):
         size = buffer.size // alignment
-        start = model.new_int_var(0, height // alignment - size, f"offset{i}")
-        model.add(start + size <= top)
-        model.add_hint(start, hint[i] // alignment)
+        starts.append(model.new_int_var(0, height // alignment - size, f"offset{i}"))
         times.append(model.new_fixed_size_interval_var(buffer.birth, buffer.death - buffer.birth + 1, f"time{i}"))
-        places.append(model.new_fixed_size_interval_var(start, size, f"place{i}"))
-        starts.append(start)
+        places.append(model.new_fixed_size_interval_var(starts[i], size, f"place{i}"))
     model.add_no_overlap_2d(times, places)
-    model.minimize(top)
     solver = cp_model.CpSolver()
     solver.parameters.random_seed = 1
     solver.parameters.num_workers = 1
-    solver.parameters.max_deterministic_time = SEARCH_BUDGET
-    status = solver.solve(model)
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return list(hint), False
-    return [solver.value(start) * alignment for start in starts], bool(status == cp_model.OPTIMAL)
+    solver.parameters.max_deterministic_time = EFFORT
+    status = solver.status_name(solver.solve(model))
+    found = status in ("OPTIMAL", "FEASIBLE")
+    return status, [solver.value(start) * alignment for start in starts] if found else []
 
 
 def _at(buffers: Sequence[Buffer], offsets: Sequence[int]) -> tuple[Buffer, ...]:

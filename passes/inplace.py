@@ -1,0 +1,52 @@
+"""Lets results take over the buffers of operands that die, wherever the operator's declared contract allows it."""
+
+from dataclasses import replace
+
+from tte.ir import OPS, Graph, Node, inplace_inputs, rewrite
+
+
+def work_in_place(graph: Graph) -> Graph:
+    """Set ``Node.inplace`` on every node that may overwrite an operand which nobody reads afterwards.
+
+    Graph inputs and constants are not ours to write; a param is overwritten only by the value that updates it.
+    """
+    owners = find_owners(graph)
+    last: dict[str, int] = {}
+    for name, i in graph.last_use().items():
+        last[owners[name]] = max(i, last.get(owners[name], -1))
+    nodes = []
+    for i, node in enumerate(graph.nodes):
+        dying = [k for k in find_candidates(graph, node, owners) if last[owners[node.inputs[k].name]] <= i]
+        nodes.append(node if node.inplace is not None else replace(node, inplace=dying[0] if dying else None))
+    return rewrite(graph, nodes)
+
+
+def find_owners(graph: Graph) -> dict[str, str]:
+    """Name of a value -> name of the value of which it is a view, or its own."""
+    owners = {v.name: v.name for v in graph.values()}
+    for node in graph.nodes:
+        if is_view(node):
+            owners[node.output.name] = owners[node.inputs[0].name]
+    return owners
+
+
+def is_view(node: Node) -> bool:
+    return node.body is None and OPS[node.op].kind == "view"
+
+
+def find_candidates(graph: Graph, node: Node, owners: dict[str, str]) -> list[int]:
+    """The inputs that the first output of ``node`` may overwrite once nobody else needs them, params first."""
+    allowed = inplace_inputs(node)
+    stored = {p.name for p in graph.params}
+    foreign = {v.name for v in (*graph.inputs, *graph.consts)}
+    targets = {v.name: p.name for p, v in graph.updates}
+    candidates = []
+    for k in allowed:
+        owner = owners[node.inputs[k].name]
+        sharing = [j for j, v in enumerate(node.inputs) if owners[v.name] == owner]
+        if node.inputs[k].type.nbytes != node.output.type.nbytes or any(j not in allowed for j in sharing):
+            continue
+        if owner in foreign or (owner in stored and targets.get(node.output.name) != owner):
+            continue
+        candidates.append(k)
+    return sorted(candidates, key=lambda k: owners[node.inputs[k].name] not in stored)
