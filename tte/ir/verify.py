@@ -112,12 +112,5 @@ def _verify_inplace(graph: Graph, require) -> None:  # type: ignore[no-untyped-d
         if owner in params:
             require(targets.get(node.output.name) == owner, f"{at} on @{owner} without updating it")
         require(ends[owner] <= i, f"{at} on %{owner}, which is read later")
-        twice = [v for j, v in enumerate(node.inputs) if j != node.inplace and root(v.name) == owner]
-        require(not twice or node.op != "region" or _same_index(node), f"{at} and reads %{owner} elsewhere")
-
-
-def _same_index(node: Node) -> bool:
-    """All inputs that share the overwritten buffer are read at the index that is written."""
-    assert node.inplace is not None
-    name = node.inputs[node.inplace].name
-    return all(i in inplace_inputs(node) for i, v in enumerate(node.inputs) if v.name == name)
+        sharing = [k for k, v in enumerate(node.inputs) if root(v.name) == owner]
+        require(all(k in inplace_inputs(node) for k in sharing), f"{at} and reads %{owner} at another index")
