@@ -71,7 +71,6 @@ def compile_model(
     target: Annotated[str, typer.Option("-t", "--target", help="see `tte targets`")] = "cortex-m7",
     name: Annotated[str | None, typer.Option(help="prefix of every C symbol and file")] = None,
     arena: Annotated[str, typer.Option(help="static: inside the project; extern: given to <name>_init")] = "static",
-    input_: Annotated[str, typer.Option("--input", help="caller: a buffer of the caller; arena: inside it")] = "caller",
     clock: Annotated[str | None, typer.Option(help="core clock for time estimates, e.g. 216MHz")] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(help="leave out a pass (again for more)")] = None,
     dump_ir: Annotated[Path | None, typer.Option(help="write the program after every pass into this folder")] = None,
@@ -86,7 +85,6 @@ def compile_model(
         target=target,
         name=name,
         arena=arena,
-        input=input_,
         clock=clock,
         disable_passes=disable_pass or (),
         dump_ir=dump_ir,
@@ -298,7 +296,7 @@ def _save_weights(path: Path, state: bytes, build: Path) -> dict[str, list[int]]
     """Write what a state holds as an .npz with the model's own names and layouts; return the shapes."""
     import numpy as np
 
-    from tte.weights import read_state
+    from tte.saved import read_state
 
     weights = read_state(state, build)
     try:
