@@ -1,9 +1,9 @@
 """ONNX -> Relax -> tte IR: a file or a ModelProto, checked before TVM sees it.
 
-For the same graph text as from PyTorch itself, export with names and batch norm kept: ``torch.onnx.export(model, (x,),
-path, dynamo=False, training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False)`` or ``torch.onnx.export(model,
-(x,), path, dynamo=True, optimize=False)``. Other options fold batch norm into the convolutions before we see it: that
-is a different network, with other parameters.
+For the same graph text as from PyTorch itself, export with names and batch norm kept:
+    torch.onnx.export(model, (x,), path, dynamo=True, optimize=False)
+    torch.onnx.export(model, (x,), path, dynamo=False, training=TrainingMode.PRESERVE, do_constant_folding=False)
+Other options fold batch norm into the convolutions before we see it: that is a different network, with other parameters.
 """
 
 import ast

@@ -12,8 +12,10 @@ import numpy as np
 from tte.errors import TTEError
 from tte.frontends.relax import (
     Imported,
+    Refused,
     Unsupported,
     Weight,
+    constant_index,
     import_exported_program,
     lower,
     refuse_nonfinite,
@@ -36,10 +38,11 @@ SUPPORTED = frozenset(
     unflatten.int permute.default transpose.int cat.default chunk.default split.Tensor split_with_sizes.default
     slice.Tensor select.int index_select.default narrow.default stack.default pad.default constant_pad_nd.default
     upsample_nearest2d.vec upsample_bilinear2d.vec mean.dim mean.default sum.default sum.dim_IntList softmax.int
-    log_softmax.int _native_batch_norm_legit_no_training.default dropout.default layer_norm.default group_norm.default instance_norm.default
+    log_softmax.int _native_batch_norm_legit_no_training.default
+    dropout.default layer_norm.default group_norm.default instance_norm.default
     squeeze.default squeeze.dim squeeze.dims unsqueeze.default expand.default expand_as.default contiguous.default
     clone.default alias.default detach.default to.dtype getitem sym_size.int _assert_tensor_metadata.default
-    lift_fresh_copy.default
+    lift_fresh_copy.default index.Tensor
     """.split()
 )
 
@@ -245,6 +248,11 @@ def _unsupported(program: Any) -> list[Unsupported]:
         if _name(node) == "adaptive_max_pool2d.default":
             indices = [u for u in node.users if u.args[1:] == (1,) and u.users]
             why = "its indices are used" if indices else "only to (1, 1)" if list(node.args[1]) != [1, 1] else ""
+        if _name(node) == "index.Tensor":
+            try:
+                constant_index(program, node)
+            except Refused as problem:
+                why = str(problem)
         if _name(node) == "upsample_bilinear2d.vec" and node.args[3] and not node.args[2]:
             size = node.args[0].meta["val"].shape[2:]
             exact = all(int(n * s) == n * s for n, s in zip(size, node.args[3], strict=True))

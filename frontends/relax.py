@@ -128,6 +128,11 @@ def import_exported_program(program: Any, path: Callable[[Any], str]) -> tuple[A
                 "max_pool2d.default": self.max_pool,
                 "max_pool1d.default": self.max_pool,
                 "adaptive_max_pool2d.default": self.adaptive_max_pool,
+                "conv1d.padding": self.conv,
+                "conv2d.padding": self.conv,
+                "rsub.Tensor": self.reversed_subtract,
+                "rsub.Scalar": self.reversed_subtract,
+                "index.Tensor": self.index,
                 "upsample_nearest2d.vec": self.resize,
                 "upsample_bilinear2d.vec": self.resize,
                 "square.default": lambda n: self.emit("multiply", self.env[n.args[0]], self.env[n.args[0]]),
@@ -172,6 +177,28 @@ def import_exported_program(program: Any, path: Callable[[Any], str]) -> tuple[A
             name = "nn.max_pool1d" if "1d" in node.target.__name__ else "nn.max_pool2d"
             return self.emit(name, self.env[node.args[0]], size, stride or size, padding, dilation, ceil_mode=ceil)
 
+        def conv(self, node: Any) -> Any:
+            """Padding by name: "same" or "valid"."""
+            x, w = self.env[node.args[0]], self.env[node.args[1]]
+            bias, strides, mode, dilation, groups = arguments(node, None, (1,), "valid", (1,), 1, skip=2)
+            kernel = self.shape_of(w)[2:]
+            spread = [*dilation] * (len(kernel) // len(dilation))
+            total = [d * (int(k) - 1) if mode == "same" else 0 for k, d in zip(kernel, spread, strict=True)]
+            padding = [t // 2 for t in total] + [t - t // 2 for t in total]
+            impl = self._conv1d_impl if len(kernel) == 1 else self._conv2d_impl
+            strides = [*strides] * (len(kernel) // len(strides))
+            return impl(x, w, None if bias is None else self.env[bias], strides, padding, spread, groups)
+
+        def reversed_subtract(self, node: Any) -> Any:
+            left = node.args[1]
+            left = relax.const(float(left), "float32") if isinstance(left, int | float) else self.env[left]
+            return self.emit("subtract", left, self.env[node.args[0]])
+
+        def index(self, node: Any) -> Any:
+            """One constant list of numbers; anything else was refused."""
+            axis, numbers = constant_index(program, node)
+            return self.emit("take", self.env[node.args[0]], relax.const(numbers), axis=axis)
+
         def adaptive_max_pool(self, node: Any) -> Any:
             if list(node.args[1]) != [1, 1]:
                 raise ValueError(f"adaptive max pooling to {list(node.args[1])}: only (1, 1) is supported")
@@ -192,8 +219,8 @@ def import_exported_program(program: Any, path: Callable[[Any], str]) -> tuple[A
                 rounding_method="" if linear else "floor",
             )
 
-    def arguments(node: Any, *defaults: Any, names: tuple[str, ...] = ()) -> list[Any]:
-        given = list(node.args[1:])
+    def arguments(node: Any, *defaults: Any, names: tuple[str, ...] = (), skip: int = 1) -> list[Any]:
+        given = list(node.args[skip:])
         keywords = [node.kwargs.get(n, d) for n, d in zip(names, defaults, strict=True)] if names else list(defaults)
         return given + keywords[len(given) :]
 
@@ -202,6 +229,22 @@ def import_exported_program(program: Any, path: Callable[[Any], str]) -> tuple[A
         importer.from_exported_program(program, True, True, False, None)
         # from_exported_program would bind the buffers as nameless constants; the builder still has them as parameters.
         return importer.block_builder.get()["main"], layers
+
+
+def constant_index(program: Any, node: Any) -> tuple[int, np.ndarray]:
+    """(axis, numbers) of an index.Tensor node. Raises Refused unless it is one constant list of numbers."""
+    found = [(axis, index) for axis, index in enumerate(node.args[1]) if index is not None]
+    constants = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
+    if len(found) != 1:
+        raise Refused("indices along more than one dimension")
+    axis, source = found[0]
+    while source.op == "call_function" and len(source.all_input_nodes) == 1:
+        source = source.all_input_nodes[0]
+    tensors = dict(program.state_dict) | dict(program.constants)
+    tensor = tensors.get(constants.get(source.name, ""))
+    if tensor is None or tensor.ndim != 1 or tensor.is_floating_point() or str(tensor.dtype) == "torch.bool":
+        raise Refused("only with one constant list of numbers")
+    return axis, tensor.detach().cpu().numpy().astype(np.int64)
 
 
 def import_onnx(model: Any, named: Mapping[str, np.ndarray], layer: Callable[[Any], str]) -> tuple[Any, dict[str, str]]:
@@ -397,7 +440,8 @@ def _placeholder(builder: Builder, type: Any) -> Any:
 
 
 def _types(arguments: Sequence[Any]) -> str:
-    types = [tensor_type_of(a.ty) for a in arguments if hasattr(a, "ty") and hasattr(a.ty, "dtype")]
+    flat = [f for a in arguments for f in (a.fields if hasattr(a, "fields") else [a])]
+    types = [tensor_type_of(a.ty) for a in flat if hasattr(a, "ty") and hasattr(a.ty, "dtype")]
     return "(" + ", ".join(f"{t.dtype}{list(t.shape)}" for t in types) + ")"
 
 
@@ -543,6 +587,14 @@ def _broadcast(state: Lowering, call: Any) -> Value:
 def _concat(state: Lowering, call: Any) -> Value:
     parts = state.value(call.args[0])
     return state.call("concatenate", *parts, axis=int(call.attrs.axis or 0) % parts[0].type.rank)
+
+
+@rule("stack")
+def _stack(state: Lowering, call: Any) -> Value:
+    parts, out = state.value(call.args[0]), result_shape(call)
+    axis = int(call.attrs.axis or 0) % len(out)
+    one = (*out[:axis], 1, *out[axis + 1 :])
+    return state.call("concatenate", *(state.call("reshape", p, newshape=one) for p in parts), axis=axis)
 
 
 def _section(state: Lowering, x: Value, axis: int, start: int, stop: int, step: int = 1) -> Value:

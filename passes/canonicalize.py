@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from tte.ir import Builder, Const, Graph, Node, Value, rewrite
-from tte.passes.simplify import eliminate_dead_code, fold_constants
+from tte.passes.simplify import eliminate_common_subexpressions, eliminate_dead_code, fold_constants
 
 COMMUTATIVE = ("add", "multiply")
 BINARY = ("add", "subtract", "multiply", "divide")
@@ -20,8 +20,8 @@ def canonicalize(graph: Graph) -> Graph:
     """The same function in the operators that the rest of the compiler looks for."""
     before = ""
     while before != (before := str(graph)):
-        # Dead readers first: a weight that is read once keeps its name when it is folded.
-        graph = fold_constants(eliminate_dead_code(_apply_rules(graph)))
+        graph = eliminate_common_subexpressions(eliminate_dead_code(_apply_rules(graph)))
+        graph = fold_constants(graph)  # at the end: a weight that is read once keeps its name when it is folded
     return sort_constants(graph)
 
 
@@ -234,6 +234,19 @@ def _bias(state: Rewriter, node: Node) -> Value | None:
     return state.call(linear.op, *linear.inputs, b, **linear.attrs)
 
 
+def _padding(state: Rewriter, node: Node) -> Value | None:
+    """Zeros around the picture in front of a convolution"""
+    pad = state.made_by(node.inputs[0], "pad") if node.op == "nn.conv2d" else None
+    if pad is None or pad.attrs["value"] != 0.0:
+        return None
+    batch, rows, columns, channels = pad.attrs["pad_width"]  # type: ignore[misc]
+    if any((*batch, *channels, rows[2], columns[2])):
+        return None
+    around = (rows[0], columns[0], rows[1], columns[1])
+    padding = tuple(p + q for p, q in zip(_ints(node.attrs["padding"]), around, strict=True))
+    return state.call(node.op, pad.inputs[0], *node.inputs[1:], **node.attrs | {"padding": padding})
+
+
 def _global_pool(state: Rewriter, node: Node) -> Value | None:
     """Adaptive pooling whose windows do not overlap, and pooling over the whole picture"""
     if node.op not in ("nn.adaptive_avg_pool2d", "nn.avg_pool2d"):
@@ -321,5 +334,5 @@ def _silu(state: Rewriter, node: Node) -> Value | None:
 
 RULES: Sequence[Rule] = (
     _drop_identity, _merge_reshapes, _merge_transposes, _merge_slices, _reduce_then_reshape, _constant_second,
-    _short_constant, _dense, _bias, _global_pool, _clip, _hard_sigmoid, _hard_swish, _silu,
+    _short_constant, _dense, _bias, _padding, _global_pool, _clip, _hard_sigmoid, _hard_swish, _silu,
 )  # fmt: skip

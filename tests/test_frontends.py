@@ -1,0 +1,249 @@
+"""Every operator through both frontends, and what is refused."""
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tte.ops  # noqa: F401
+from tte.errors import TTEError
+from tte.frontends import import_model
+from tte.ir import Const, Graph, evaluate, parse, verify
+from tte.passes.batch_norm import fold_batch_norm
+from tte.passes.canonicalize import canonicalize
+from tte.passes.layout import to_nhwc
+
+PICTURE = (1, 6, 8, 8)
+LINE = (1, 6, 20)
+ROW = (1, 12)
+
+
+class Call(nn.Module):
+    """A function as a module, with layers where it needs some."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(*self.children(), x)
+
+
+class Scale(nn.Module):
+    """Parameters of the module's own."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(shape))
+        self.register_buffer("offset", torch.randn(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale + self.offset
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + x)
+
+
+class Squeeze(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(6, 3, 1), nn.Conv2d(3, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * F.hardsigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
+
+
+def shuffle(x: torch.Tensor) -> torch.Tensor:
+    return x.view(1, 2, 3, 8, 8).transpose(1, 2).reshape(1, 6, 8, 8)
+
+
+MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "conv2d": (nn.Conv2d(6, 8, (3, 5), stride=(2, 1), padding=(1, 2)), PICTURE),
+    "conv2d-same": (nn.Conv2d(6, 8, (3, 4), padding="same", bias=False), PICTURE),
+    "conv2d-dilated": (nn.Conv2d(6, 8, 3, dilation=2, bias=False), PICTURE),
+    "conv2d-grouped": (nn.Conv2d(6, 9, 3, groups=3), PICTURE),
+    "conv2d-depthwise": (nn.Conv2d(6, 12, 3, groups=6, padding=1), PICTURE),
+    "conv2d-one-channel": (nn.Conv2d(1, 4, 3), (1, 1, 8, 8)),
+    "conv1d": (nn.Sequential(nn.Conv1d(6, 8, 5, stride=2, padding=2), nn.ReLU(), nn.Conv1d(8, 4, 3)), LINE),
+    "conv1d-depthwise": (nn.Conv1d(6, 6, 3, groups=6, bias=False), LINE),
+    "conv-transpose2d": (nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1), PICTURE),
+    "conv-transpose2d-grouped": (nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2, bias=False), PICTURE),
+    "conv-transpose2d-norm": (nn.Sequential(nn.ConvTranspose2d(6, 4, 2, groups=2), nn.BatchNorm2d(4)), PICTURE),
+    "linear": (nn.Linear(12, 5), ROW),
+    "linear-no-bias": (nn.Linear(12, 5, bias=False), ROW),
+    "linear-sequence": (nn.Linear(20, 5), LINE),
+    "matmul": (Call(lambda x: x @ x.transpose(1, 2)), LINE),
+    "relu": (nn.ReLU(), PICTURE),
+    "relu-inplace": (nn.Sequential(nn.Conv2d(6, 4, 1), nn.ReLU(inplace=True)), PICTURE),
+    "relu6": (nn.ReLU6(), PICTURE),
+    "clamp": (Call(lambda x: x.clamp(-0.5, 0.75)), PICTURE),
+    "clamp-min": (Call(lambda x: x.clamp(min=-0.5)), PICTURE),
+    "clamp-max": (Call(lambda x: x.clamp(max=0.5)), PICTURE),
+    "hardtanh": (nn.Hardtanh(-0.3, 0.6), PICTURE),
+    "leaky-relu": (nn.LeakyReLU(0.2), PICTURE),
+    "hardsigmoid": (nn.Hardsigmoid(), PICTURE),
+    "hardswish": (nn.Hardswish(), PICTURE),
+    "hardswish-by-hand": (Call(lambda x: x * F.relu6(x + 3) / 6), PICTURE),
+    "sigmoid": (nn.Sigmoid(), PICTURE),
+    "tanh": (nn.Tanh(), PICTURE),
+    "silu": (nn.SiLU(), PICTURE),
+    "gelu": (nn.GELU(), PICTURE),
+    "gelu-tanh": (nn.GELU("tanh"), PICTURE),
+    "softplus": (nn.Softplus(), PICTURE),
+    "exp-log": (Call(lambda x: torch.log(torch.exp(x) + 1.5)), ROW),
+    "sqrt": (Call(lambda x: torch.sqrt(x.abs() + 0.5) + torch.rsqrt(x * x + 1)), ROW),
+    "negative": (Call(lambda x: -x - torch.sign(x)), ROW),
+    "numbers": (Call(lambda x: (2 - x) * 0.5 / 4 + 1), PICTURE),
+    "add": (Call(lambda x: x + x * 2), PICTURE),
+    "square": (Call(lambda x: x**2 - x.square() * 0.5), ROW),
+    "parameters": (nn.Sequential(nn.Conv2d(6, 4, 1), Scale(4, 1, 1)), PICTURE),
+    "broadcast": (Call(lambda c, x: c(x) * x.mean((2, 3), keepdim=True), conv=nn.Conv2d(6, 6, 1)), PICTURE),
+    "max-pool2d": (nn.MaxPool2d(3, 2, padding=1), PICTURE),
+    "max-pool2d-ceil": (nn.MaxPool2d(3, 2, ceil_mode=True), PICTURE),
+    "max-pool1d": (nn.MaxPool1d(2), LINE),
+    "avg-pool2d": (nn.AvgPool2d(2), PICTURE),
+    "avg-pool2d-pad": (nn.AvgPool2d(3, 2, padding=1), PICTURE),
+    "avg-pool2d-exclude": (nn.AvgPool2d(3, 2, padding=1, count_include_pad=False), PICTURE),
+    "avg-pool1d": (nn.AvgPool1d(2), LINE),
+    "global-avg-pool": (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), PICTURE),
+    "adaptive-avg-pool": (nn.AdaptiveAvgPool2d((2, 4)), PICTURE),
+    "global-max-pool": (nn.AdaptiveMaxPool2d(1), PICTURE),
+    "flatten": (nn.Sequential(nn.Conv2d(6, 3, 1), nn.Flatten(), nn.ReLU(), nn.Linear(192, 5)), PICTURE),
+    "view": (Call(lambda x: x.view(1, -1)), PICTURE),
+    "view-after-conv": (Call(lambda c, x: c(x).view(1, 3, -1).relu(), conv=nn.Conv2d(6, 3, 1)), PICTURE),
+    "permute": (Call(lambda c, x: c(x).permute(0, 2, 3, 1), conv=nn.Conv2d(6, 3, 1)), PICTURE),
+    "shuffle": (Call(lambda a, b, x: b(shuffle(a(x))), a=nn.Conv2d(6, 6, 1), b=nn.Conv2d(6, 6, 1)), PICTURE),
+    "squeeze": (Call(lambda x: x.unsqueeze(2).squeeze(0).unsqueeze(0)), PICTURE),
+    "concatenate": (Call(lambda a, b, x: torch.cat([a(x), b(x), x], 1), a=nn.Conv2d(6, 2, 1), b=nn.Conv2d(6, 3, 1)), PICTURE),
+    "stack": (Call(lambda x: torch.stack([x, x * 2], 1)), ROW),
+    "chunk": (Call(lambda c, x: torch.mul(*c(x).chunk(2, 1)), conv=nn.Conv2d(6, 6, 1)), PICTURE),
+    "slice": (Call(lambda c, x: c(x)[:, 1:5, ::2, -3:], conv=nn.Conv2d(6, 6, 1)), PICTURE),
+    "index": (Call(lambda c, x: c(x)[:, 2], conv=nn.Conv2d(6, 6, 1)), PICTURE),
+    "index-list": (Call(lambda c, x: c(x)[:, [2, 0, 5]], conv=nn.Conv2d(6, 6, 1)), PICTURE),
+    "pad": (Call(lambda c, x: F.pad(c(x), (1, 2, 3, 0), value=0.5), conv=nn.Conv2d(6, 3, 1)), PICTURE),
+    "zero-pad": (nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(6, 3, 3, stride=2)), PICTURE),
+    "nearest": (nn.Upsample(scale_factor=2), PICTURE),
+    "nearest-size": (nn.Upsample(size=(5, 11)), PICTURE),
+    "bilinear": (nn.Upsample(size=(5, 11), mode="bilinear"), PICTURE),
+    "bilinear-corners": (nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), PICTURE),
+    "mean": (Call(lambda c, x: c(x).mean((2, 3)), conv=nn.Conv2d(6, 6, 1)), PICTURE),
+    "mean-all": (Call(lambda x: x.mean()), PICTURE),
+    "mean-channels": (Call(lambda c, x: c(x).mean(1, keepdim=True), conv=nn.Conv2d(6, 6, 1)), PICTURE),
+    "sum": (Call(lambda x: x.sum((-1, -2)) + x.sum(2).sum(2)), PICTURE),
+    "softmax": (nn.Softmax(-1), ROW),
+    "softmax-channels": (nn.Sequential(nn.Conv2d(6, 3, 1), nn.Softmax(1)), PICTURE),
+    "log-softmax": (nn.Sequential(nn.Linear(12, 5), nn.LogSoftmax(-1)), ROW),
+    "batch-norm": (nn.Sequential(nn.Conv2d(6, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU()), PICTURE),
+    "batch-norm-bias": (nn.Sequential(nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5)), PICTURE),
+    "batch-norm-1d": (nn.Sequential(nn.Conv1d(6, 5, 3), nn.BatchNorm1d(5)), LINE),
+    "batch-norm-dense": (nn.Sequential(nn.Linear(12, 5), nn.BatchNorm1d(5)), ROW),
+    "batch-norm-alone": (nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1)), PICTURE),
+    "dropout": (nn.Sequential(nn.Linear(12, 5), nn.Dropout(), nn.Identity()), ROW),
+    "layer-norm": (nn.LayerNorm(20), LINE),
+    "group-norm": (nn.Sequential(nn.Conv2d(6, 6, 1), nn.GroupNorm(3, 6)), PICTURE),
+    "residual": (Residual(), PICTURE),
+    "squeeze-excite": (Squeeze(), PICTURE),
+    "tied": (Call(lambda a, x: a(F.relu(a(x))), conv=nn.Conv2d(6, 6, 3, padding=1)), PICTURE),
+}  # fmt: skip
+
+
+def prepared(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """The module with statistics and parameters that are not the initial ones, and an input."""
+    module, shape = MODELS[name]
+    torch.manual_seed(0)
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            for tensor in (layer.weight.data, layer.bias.data, layer.running_mean, layer.running_var):
+                tensor.copy_(torch.rand_like(tensor) + 0.5)
+    return module.eval(), torch.randn(shape)
+
+
+def simplify(graph: Graph) -> Graph:
+    for step in (canonicalize, to_nhwc, fold_batch_norm):
+        graph = verify(step(graph))
+    return graph
+
+
+def export(module: nn.Module, x: torch.Tensor, path: Path, dynamo: bool) -> Path:
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        if dynamo:
+            torch.onnx.export(module, (x,), path, dynamo=True, optimize=False, verbose=False, external_data=False)
+        else:
+            keep = torch.onnx.TrainingMode.PRESERVE
+            torch.onnx.export(module, (x,), path, dynamo=False, do_constant_folding=False, training=keep)
+    return path
+
+
+def largest_error(graph: Graph, module: nn.Module, x: torch.Tensor) -> float:
+    with torch.no_grad():
+        expected = module(x).numpy()
+    found = evaluate(graph, [x.numpy()]).outputs[0]
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max())
+
+
+def check_names(graph: Graph, module: nn.Module) -> None:
+    """Constants are the module's own tensors, element by element, and layers are its modules."""
+    state = {k: v.numpy() for k, v in module.state_dict().items()}
+    layers = {path for path, _ in module.named_modules()}
+    folded = {layer + ".bias" for layer, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    for const in graph.consts:
+        if const.origin is None:
+            assert const.name.startswith("const."), const.name
+            continue
+        user = state[const.origin.name]
+        assert const.origin.shape == user.shape and const.origin.index.shape == const.data.shape
+        assert const.name == const.origin.name
+        if const.name not in folded:  # the bias of a folded batch norm is beta plus something that does not learn
+            scale = 1.0 if const.origin.scale is None else const.origin.scale
+            np.testing.assert_allclose(const.data, scale * user.flat[const.origin.index], rtol=1e-6)
+    assert {node.layer for node in graph.nodes} <= layers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pytorch(name: str) -> None:
+    module, x = prepared(name)
+    imported = verify(import_model(module, (x,)))
+    assert largest_error(imported, module, x) < 1e-5
+    check_names(imported, module)
+    graph = simplify(imported)
+    assert largest_error(graph, module, x) < 1e-5
+    check_names(graph, module)
+    for text in (imported, graph):
+        assert parse(str(text), {c.name: c.data for c in text.consts}) == text
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["onnx", "onnx-dynamo"])
+@pytest.mark.parametrize("name", MODELS)
+def test_onnx_gives_the_same_text(name: str, dynamo: bool, tmp_path: Path) -> None:
+    module, x = prepared(name)
+    graph = simplify(verify(import_model(export(module, x, tmp_path / "m.onnx", dynamo))))
+    assert largest_error(graph, module, x) < 1e-5
+    assert str(graph) == str(simplify(import_model(module, (x,))))
+    check_names(graph, module)
