@@ -215,7 +215,7 @@ class _Spaces:
             if space not in self.pinned:
                 assert learned.channels is not None
                 cells = self.cells.get(space, [list(range(layout.blocks[0].size))])
-                self.cells[space] = _refine(cells, set(learned.channels)) or cells
+                self.cells[space] = _refine(cells, set(learned.channels))
 
     def order(self, layout: _Layout | None, size: int) -> np.ndarray:
         """Of each position on the channel axis: the original position of what lies there now."""
@@ -241,16 +241,13 @@ class _Spaces:
         return "each lies in several places" if several else "another layer wants other channels first"
 
 
-def _refine(cells: list[list[int]], wanted: set[int]) -> list[list[int]] | None:
-    """Split one cell so that ``wanted`` are the first channels; None if earlier wants forbid it."""
+def _refine(cells: list[list[int]], wanted: set[int]) -> list[list[int]]:
+    """Split one cell so that ``wanted`` are the first channels, as far as the cells allow."""
     for i, cell in enumerate(cells):
-        if wanted >= set(cell):
-            wanted = wanted - set(cell)
-            continue
-        inside = [c for c in cell if c in wanted]
-        if len(inside) != len(wanted):
-            return None
-        return [*cells[:i], *([inside] if inside else []), [c for c in cell if c not in wanted], *cells[i + 1 :]]
+        if not wanted >= set(cell):
+            inside, outside = [c for c in cell if c in wanted], [c for c in cell if c not in wanted]
+            return [*cells[:i], inside, outside, *cells[i + 1 :]]
+        wanted = wanted - set(cell)
     return cells
 
 

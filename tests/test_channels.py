@@ -105,14 +105,29 @@ def test_a_new_order_of_the_input_is_a_copy() -> None:
 def test_the_output_keeps_its_order() -> None:
     net = networks.Network()
     h = net.conv("a", X, 6)
-    graph = net.graph(X, h)
-    graph = verify(replace(graph, outputs=graph.outputs))
-    both = networks.Network()
-    h = both.conv("a", X, 6)
-    y = both.conv("b", h, 4)
-    graph = both.graph(X, y)
+    graph = net.graph(X, net.conv("b", h, 4))
     _, notes = check(replace(graph, outputs=(graph.nodes[0].output, *graph.outputs)), rule("b", 3))
     assert len(notes) == 1 and "the model's output" in notes[0]
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_what_is_added_to_a_fixed_order_is_fixed(swap: bool) -> None:
+    net = networks.Network()
+    a, b = net.conv("a", X, 6), net.conv("b", X, 6)
+    grouped = net.conv("grouped", a, 6, groups=2)
+    h = net.call("add", *((b, a) if swap else (a, b)))
+    h = net.call("add", net.conv("c", h, 6), grouped)
+    _, notes = check(net.graph(X, h), rule("c", 4))
+    assert len(notes) == 1 and "grouped (nn.conv2d)" in notes[0]
+
+
+def test_flattened_concatenation() -> None:
+    net = networks.Network()
+    a, b = net.conv("a", X, 4), net.conv("b", X, 5)
+    flat = net.call("reshape", net.call("concatenate", a, b, axis=3), newshape=(1, 324))
+    y = net.call("add", net.dense("d", flat, 3), net.dense("e", net.call("mean", net.conv("c", a, 2), axis=(1, 2)), 3))
+    _, notes = check(net.graph(X, y), rule("c", 3))
+    assert not notes
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

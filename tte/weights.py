@@ -1,0 +1,108 @@
+"""Trained tensors on their way back: from our layouts to the user's names and layouts, to a file, into a module."""
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tte.document import suggest
+from tte.errors import TTEError
+from tte.ir import Origin
+
+
+def export_weights(
+    trained: Mapping[str, np.ndarray],
+    initial: Mapping[str, np.ndarray],
+    origins: Mapping[str, Origin],
+    originals: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """The user's tensors after training, by their own names: those of which something learned.
+
+    trained, initial: our tensors after and before, by our names; originals: the user's tensors before.
+    What was learned is a difference, and it is the difference that is carried over:
+
+        user_new = user_old + (trained - initial) / scale      at origin.index
+
+    so elements that did not learn keep their bits. After batch-norm folding (w' = s * w, b' = beta + (b - mean) * s)
+    this gives the user's own w + dw' / s, and the batch norm's own bias takes the change of b'; loaded into the model
+    that was compiled, with its batch norm as it is, they compute what the device computes. A weight with s = 0 cannot
+    be told from any other and stays as it was.
+    """
+    result: dict[str, np.ndarray] = {}
+    for name, new in trained.items():
+        origin, old = origins[name], initial[name]
+        original = originals[origin.name]
+        assert original.shape == origin.shape, (origin.name, original.shape, origin.shape)
+        tensor = result.setdefault(origin.name, original.copy()).reshape(-1)
+        index = origin.index.reshape(-1)
+        scale = np.ones(new.size) if origin.scale is None else origin.scale.reshape(-1).astype(np.float64)
+        before, after = old.reshape(-1).astype(np.float64), new.reshape(-1).astype(np.float64)
+        # 0 / 1 in place of change / 0: those stay.
+        change = np.where(scale == 0, 0.0, after - before) / np.where(scale == 0, 1.0, scale)
+        moved = (tensor[index] + change).astype(tensor.dtype)
+        # Where our element is the user's own, so is the new one, to the bit.
+        same = (scale == 1) & (tensor[index] == old.reshape(-1))
+        moved = np.where(same, new.reshape(-1), moved)
+        tensor[index] = np.where(change == 0, tensor[index], moved)
+    return result
+
+
+def save_weights(path: Path | str, weights: Mapping[str, np.ndarray]) -> None:
+    """Write tensors into an .npz. Raises TTEError (E062) where that is not possible."""
+    try:
+        with Path(path).open("wb") as file:
+            np.savez(file, **dict(weights))  # type: ignore[arg-type]
+    except OSError as problem:
+        raise TTEError(
+            "TTE-E062", f"cannot write: {problem.strerror}", where=str(path), fix="choose another place"
+        ) from problem
+
+
+def read_npz(path: Path | str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file. Raises TTEError (E061) for anything that is not one, whatever is wrong with it."""
+    # All that numpy and zipfile throw at damaged, foreign or encrypted files.
+    damage = (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, SyntaxError, TypeError)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {str(key): np.asarray(file[key]) for key in file.files}
+    except (*damage, AttributeError, zipfile.BadZipFile, zlib.error) as problem:
+        reason = getattr(problem, "strerror", None) or f"it is not a complete .npz file ({type(problem).__name__})"
+        raise TTEError(
+            "TTE-E061", f"cannot read: {reason}", where=str(path), fix="give a file written by `tte run --save`"
+        ) from problem
+
+
+def load_weights(module: Any, path: Path | str) -> None:
+    """Put trained weights into the torch.nn.Module they came from: all of them, or none when something does not fit.
+
+    module: the model that was compiled, in the same state; its batch norms stay as they are (see ``export_weights``).
+    Parameters that are not in the file stay. Raises TTEError: E061 unreadable, E063 unknown name, E064 wrong shape.
+    """
+    import torch
+
+    weights = read_npz(path)
+    parameters = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
+    for name, array in weights.items():
+        if name not in parameters:
+            raise TTEError(
+                "TTE-E063",
+                f"the module has no parameter {name!r}",
+                where=str(path),
+                fix=suggest(name, parameters, "parameters"),
+            )
+        shape = tuple(parameters[name].shape)
+        if array.shape != shape:
+            raise TTEError(
+                "TTE-E064",
+                f"{name} has shape {array.shape}, the module's {shape}",
+                where=str(path),
+                fix="after `head` in the scheme: give the module a last layer of the new size first",
+            )
+        if not np.issubdtype(array.dtype, np.floating):
+            raise TTEError("TTE-E064", f"{name} holds {array.dtype}, not floats", where=str(path), fix="check the file")
+    with torch.no_grad():
+        for name, array in weights.items():
+            parameters[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
