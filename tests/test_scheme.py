@@ -95,6 +95,21 @@ def test_resolved_yaml_says_the_same(tmp_path: Path) -> None:
     assert again.scheme.model_dump(exclude={"train"}) == resolved.scheme.model_dump(exclude={"train"})
 
 
+def test_channels_are_numbered_as_the_user_does(tmp_path: Path) -> None:
+    net = networks.Network()
+    x = Value("x", TensorType((1, 4)))
+    graph = net.graph(x, net.dense("d", x, 3))
+    columns = np.array([2, 0, 3, 1])  # ours -> the user's
+    d = graph.find("d.weight")
+    assert isinstance(d, Const)
+    moved = replace(d, origin=Origin("d.weight", (3, 4), np.arange(12).reshape(3, 4)[:, columns]))
+    graph = replace(graph, nodes=tuple(replace(n, inputs=(n.inputs[0], moved, *n.inputs[2:])) for n in graph.nodes))
+    resolved = resolve(UpdateScheme.load(train({"layer": "d", "weight": {"select": [1, 2]}})), graph)
+    assert resolved.layers[0].channels == (0, 3)
+    again = resolve(UpdateScheme.load(write(tmp_path, resolved.to_yaml())), graph)
+    assert again.layers == resolved.layers
+
+
 def test_last_rule_wins() -> None:
     scheme = train({"layer": "*", "weight": "all", "bias": True}, {"layer": "[!h]*", "bias": True})
     assert names(resolve(UpdateScheme.load(scheme), GRAPH)) == [*ALL[1:-2:2], *ALL[-2:]]

@@ -5,7 +5,7 @@ import fnmatch
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -343,8 +343,9 @@ class Learned:
     """What learns of one layer.
 
     weight    name of the weight, or None: frozen
-    channels  the input channels of it that learn, ascending; None: all
+    channels  the input channels of it that learn, ascending, as the weight lies in the graph; None: all
     axis, of  the axis they lie on, and how many input channels the layer has
+    own       the same channels as the user's tensor numbers them (behind a flattened picture this is another order)
     bias      name of the bias, or None: frozen
     """
 
@@ -354,6 +355,7 @@ class Learned:
     channels: tuple[int, ...] | None = None
     axis: int | None = None
     of: int = 0
+    own: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def is_prefix(self) -> bool:
@@ -377,7 +379,7 @@ class Resolved:
             weight: Any = "all" if learned.weight else "none"
             if learned.channels is not None:
                 first = learned.is_prefix
-                weight = {"in_channels": len(learned.channels), "select": "first" if first else list(learned.channels)}
+                weight = {"in_channels": len(learned.channels), "select": "first" if first else list(learned.own)}
             rules[learned.layer] = {"layer": learned.layer, "weight": weight, "bias": learned.bias is not None}
         defaults = {"cross_entropy": ("label_smoothing",), "huber": ("delta",)}.get(self.scheme.loss.name, ())
         data["loss"] = {k: v for k, v in data["loss"].items() if k not in ("label_smoothing", "delta") or k in defaults}
@@ -588,7 +590,18 @@ def _decide(scheme: UpdateScheme, layer: Layer, decision: _Decision, notes: list
     channels = _choose(layer, decision.weight, where)
     if len(channels) == layer.channels:
         return Learned(layer.name, layer.weight.name, bias)
-    return Learned(layer.name, layer.weight.name, bias, channels, layer.axis, layer.channels)
+    own = tuple(int(_own_numbers(layer)[c]) for c in channels)
+    return Learned(layer.name, layer.weight.name, bias, channels, layer.axis, layer.channels, own)
+
+
+def _own_numbers(layer: Layer) -> np.ndarray:
+    """Of each input channel: its number in the user's tensor. Only the columns of dense layers are ever reordered."""
+    origin = layer.weight.origin if layer.weight else None
+    if layer.op == "nn.dense" and origin is not None:
+        for place in np.unravel_index(origin.index[0], origin.shape):
+            if np.array_equal(np.sort(place), np.arange(layer.channels)):
+                return np.asarray(place)
+    return np.arange(layer.channels)
 
 
 def _choose(layer: Layer, wanted: Channels, where: str) -> tuple[int, ...]:
@@ -614,7 +627,7 @@ def _choose(layer: Layer, wanted: Channels, where: str) -> tuple[int, ...]:
                 where=where,
                 fix=f"list numbers from 0 to {layer.channels - 1}, or leave out in_channels",
             )
-        return tuple(sorted(select))
+        return tuple(sorted(int(c) for c in np.argsort(_own_numbers(layer))[list(select)]))
     if select == "first":
         return tuple(range(count))
     weight = np.moveaxis(layer.weight.data.astype(np.float64), layer.axis, 0).reshape(layer.channels, -1)
