@@ -598,9 +598,9 @@ def _own_numbers(layer: Layer) -> np.ndarray:
     """Of each input channel: its number in the user's tensor. Only the columns of dense layers are ever reordered."""
     origin = layer.weight.origin if layer.weight else None
     if layer.op == "nn.dense" and origin is not None:
-        for place in np.unravel_index(origin.index[0], origin.shape):
-            if np.array_equal(np.sort(place), np.arange(layer.channels)):
-                return np.asarray(place)
+        for place in np.unravel_index(origin.index, origin.shape):
+            if np.all(place == place[0]) and np.array_equal(np.sort(place[0]), np.arange(layer.channels)):
+                return np.asarray(place[0])
     return np.arange(layer.channels)
 
 
