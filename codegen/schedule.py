@@ -40,12 +40,16 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Call:
-    """A kernel applied to values: inputs (in the order of the pointers), then outputs."""
+    """A kernel applied to values: inputs (in the order of the pointers), then outputs.
+
+    taken: the operand whose buffer the first output takes over; it is reached through the output's pointer.
+    """
 
     node: int
     kernel: Kernel
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+    taken: Value | None = None
 
 
 def schedule(graph: Graph) -> list[Call]:
@@ -137,7 +141,8 @@ def _call(index: int, node: Node) -> Call:
     context["args"] = args
     template = "elementwise_loop" if parts.anchor is None else _variant(parts.anchor)
     kernel = Kernel(template, json.dumps(context, sort_keys=True))
-    return Call(index, kernel, tuple(pointers.values()), node.outputs)
+    taken_value = node.inputs[node.inplace] if node.inplace is not None else None
+    return Call(index, kernel, tuple(pointers.values()), node.outputs, taken_value)
 
 
 def _variant(anchor: Node) -> str:

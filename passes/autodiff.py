@@ -1,12 +1,12 @@
 """Compile-time reverse-mode differentiation: appends the backward program of exactly what the scheme wants."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tte.errors import TTEError
-from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value
+from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value, rewrite
 
 LOSSES = ("nn.cross_entropy", "nn.mse", "nn.l1", "nn.huber", "nn.bce_with_logits")
 
@@ -111,12 +111,12 @@ def differentiate(graph: Graph, clip_loss_grad: float | None = None) -> Graph:
                 where=f"update scheme, parameter {param.name}",
                 fix="remove its layer from the scheme",
             )
-    return replace(
+    return rewrite(
         graph,
+        builder.nodes,
         consts=(*graph.consts, *builder.consts.values()),
-        nodes=tuple(builder.nodes),
         outputs=(graph.outputs[0], *(gradients[p.name] for p in graph.params)),
-    ).renumbered()
+    )
 
 
 def find_wanted(graph: Graph) -> dict[str, Wanted]:

@@ -38,7 +38,9 @@ def _evaluate_wide(graph: Graph, inputs: list[np.ndarray], params: dict[str, np.
     from tte.ir import OPS
 
     env = dict(params) | {c.name: c.data for c in graph.consts}
-    env |= {v.name: a.astype(np.float64) if a.dtype == np.float32 else a for v, a in zip(graph.inputs, inputs)}
+    env |= {
+        v.name: a.astype(np.float64) if a.dtype == np.float32 else a for v, a in zip(graph.inputs, inputs, strict=True)
+    }
     for node in graph.nodes:
         env[node.output.name] = OPS[node.op].ref(*(env[v.name] for v in node.inputs), **node.attrs)
     return env[graph.outputs[0].name]

@@ -194,12 +194,15 @@ class Builder:
 
 
 def rewrite(graph: Graph, nodes: Iterable[Node], **changes: Any) -> Graph:
-    """The graph with other nodes; drops params (unless updated) and consts that nobody reads any more."""
+    """The graph with other nodes; drops params (unless updated) and consts that nobody reads any more.
+
+    Constants of one name are one: nameless ones are named by their content.
+    """
     result = replace(graph, nodes=tuple(nodes), **changes)
     used = {v.name for node in result.nodes for v in node.inputs} | {v.name for v in result.outputs}
     used |= {p.name for p, _ in result.updates} | {v.name for _, v in result.updates}
     return replace(
         result,
         params=tuple(p for p in result.params if p.name in used),
-        consts=tuple(c for c in result.consts if c.name in used),
+        consts=tuple({c.name: c for c in result.consts if c.name in used}.values()),
     ).renumbered()

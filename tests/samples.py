@@ -1,0 +1,461 @@
+"""One row and more for every operator; tests/test_ops.py and tests/test_kernels.py walk this table.
+
+A row says how to make operands and how PyTorch computes the same, in our layouts. It feeds: type rule against
+reference, reference against PyTorch, gradient rule against torch.autograd and finite differences, generated C against reference.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import tte.ops  # noqa: F401  fills the table
+from tte.ir import OPS
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How to draw an operand. kind: normal, wide (normal * 4), positive, bits, label (0 <= n < high), integer."""
+
+    shape: tuple[int, ...]
+    kind: str = "normal"
+    high: int = 0
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        if self.kind == "bits":
+            return rng.random(self.shape) > 0.5
+        if self.kind == "label":
+            return rng.integers(0, self.high, self.shape).astype(np.int32)
+        if self.kind == "index":
+            return rng.integers(0, self.high, self.shape).astype(np.uint8)
+        if self.kind == "integer":
+            return rng.integers(-9, 10, self.shape).astype(np.int32)
+        normal = rng.standard_normal(self.shape)
+        scaled = {"normal": normal, "wide": 4 * normal, "positive": np.abs(normal) + 0.1}[self.kind]
+        return np.asarray(scaled, np.float32)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """operator(operands, attributes) == torch(*operands) in our layouts."""
+
+    op: str
+    operands: tuple[Operand, ...]
+    torch: Callable[..., Tensor]
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        shapes = "-".join("x".join(map(str, o.shape)) or "scalar" for o in self.operands)
+        attrs = ",".join(f"{k}={v}" for k, v in self.attrs.items())
+        return f"{self.op}[{shapes}]{attrs}".replace(" ", "")
+
+    def draw(self, seed: int = 0) -> list[np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return [operand.draw(rng) for operand in self.operands]
+
+    @property
+    def complete_attrs(self) -> dict[str, Any]:
+        return OPS[self.op].complete(self.attrs)
+
+
+SAMPLES: list[Sample] = []
+
+
+def add(op: str, *operands: tuple[int, ...] | Operand, torch: Callable[..., Tensor], **attrs: Any) -> None:
+    made = tuple(o if isinstance(o, Operand) else Operand(o) for o in operands)
+    SAMPLES.append(Sample(op, made, torch, attrs))
+
+
+def nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def input_gradient(f: Callable[..., Tensor], shape: tuple[int, ...]) -> Callable[..., Tensor]:
+    """g, rest -> the gradient of f(x, rest) at x = 0 in direction g; for f linear in x."""
+
+    def gradient(g: Tensor, *rest: Tensor) -> Tensor:
+        x = torch.zeros(shape, dtype=g.dtype, requires_grad=True)
+        return torch.autograd.grad(f(x, *rest), x, g)[0]
+
+    return gradient
+
+
+def derivative(f: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """g, x -> g * f'(x)"""
+
+    def gradient(g: Tensor, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(f(x), x, g)[0]
+
+    return gradient
+
+
+# --- convolutions ----------------------------------------------------------------------------------------------------
+
+
+def conv(padding=(0, 0, 0, 0), strides=(1, 1), dilation=(1, 1), groups=1):  # type: ignore[no-untyped-def]
+    top, left, bottom, right = padding
+
+    def run(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        padded = F.pad(nchw(x), (left, right, top, bottom))
+        return nhwc(F.conv2d(padded, w.permute(0, 3, 1, 2), b, strides, 0, dilation, groups))
+
+    return run
+
+
+def conv_transpose(padding=(0, 0, 0, 0), strides=(1, 1), dilation=(1, 1), groups=1, output_padding=(0, 0)):  # type: ignore[no-untyped-def]
+    """From PyTorch's without padding: cut the padding off, add what output_padding adds (zeros: no tap reaches it)."""
+    top, left, bottom, right = padding
+
+    def run(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        y = F.conv_transpose2d(nchw(x), w.permute(0, 3, 1, 2), None, strides, 0, 0, groups, dilation)
+        rows = y.shape[2] - top - bottom + output_padding[0]
+        columns = y.shape[3] - left - right + output_padding[1]
+        y = F.pad(y, (0, max(0, left + columns - y.shape[3]), 0, max(0, top + rows - y.shape[2])))
+        y = nhwc(y[:, :, top : top + rows, left : left + columns])
+        return y if b is None else y + b
+
+    return run
+
+
+CONVOLUTIONS: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
+    ((1, 5, 7, 3), (4, 3, 3, 3), {}),
+    ((1, 5, 7, 3), (8, 3, 3, 3), {"padding": (1, 1, 1, 1)}),
+    ((1, 9, 8, 4), (5, 3, 2, 4), {"padding": (0, 1, 2, 1), "strides": (2, 1), "dilation": (1, 2)}),
+    ((1, 8, 8, 3), (8, 3, 3, 3), {"padding": (0, 0, 1, 1), "strides": (2, 2)}),
+    ((1, 6, 6, 4), (6, 3, 1, 2), {"groups": 2, "padding": (1, 0, 1, 0)}),
+    ((1, 7, 6, 4), (4, 3, 3, 1), {"groups": 4, "padding": (1, 1, 1, 1), "strides": (2, 2)}),
+    ((1, 6, 5, 3), (6, 3, 3, 1), {"groups": 3, "padding": (1, 2, 1, 0)}),
+    ((1, 4, 4, 8), (16, 1, 1, 8), {}),
+    ((1, 5, 5, 3), (7, 1, 1, 3), {"strides": (2, 2)}),
+    ((1, 7, 7, 2), (2, 2, 2, 2), {"strides": (3, 3)}),
+    ((1, 3, 4, 2), (5, 3, 4, 2), {}),
+    ((1, 1, 12, 4), (6, 1, 5, 4), {"padding": (0, 2, 0, 2), "strides": (1, 2)}),
+    ((1, 1, 1, 5), (3, 1, 1, 5), {}),
+]
+for x_shape, w_shape, attrs in CONVOLUTIONS:
+    add("nn.conv2d", x_shape, w_shape, torch=conv(**attrs), **attrs)
+    add("nn.conv2d", x_shape, w_shape, (w_shape[0],), torch=conv(**attrs), **attrs)
+    y_shape = tuple(conv(**attrs)(torch.zeros(x_shape), torch.zeros(w_shape)).shape)
+
+    def weight_gradient(x: Tensor, g: Tensor, attrs=attrs, shape=w_shape) -> Tensor:  # type: ignore[no-untyped-def]
+        return input_gradient(lambda w, x: conv(**attrs)(x, w), shape)(g, x)
+
+    add("nn.conv2d_weight_grad", x_shape, y_shape, torch=weight_gradient, kernel_size=w_shape[1:3], **attrs)
+
+TRANSPOSED: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
+    ((1, 5, 7, 3), (3, 3, 3, 4), {}),
+    ((1, 4, 3, 8), (8, 3, 3, 8), {"padding": (1, 1, 1, 1), "strides": (2, 2), "output_padding": (1, 0)}),
+    ((1, 5, 6, 4), (4, 3, 2, 5), {"padding": (0, 1, 2, 1), "dilation": (1, 2), "strides": (2, 1)}),
+    ((1, 4, 4, 4), (4, 3, 1, 3), {"groups": 2, "strides": (2, 2)}),
+    ((1, 4, 3, 4), (4, 3, 3, 2), {"groups": 4, "padding": (1, 1, 1, 1), "strides": (2, 2)}),
+    ((1, 4, 3, 4), (4, 3, 3, 1), {"groups": 4, "padding": (1, 0, 1, 2)}),
+    ((1, 4, 4, 6), (6, 3, 3, 1), {"groups": 3}),
+    ((1, 3, 3, 2), (2, 1, 1, 2), {"strides": (3, 3), "output_padding": (2, 1)}),
+]
+for x_shape, w_shape, attrs in TRANSPOSED:
+    add("nn.conv2d_transpose", x_shape, w_shape, torch=conv_transpose(**attrs), **attrs)
+    bias = (w_shape[3] * attrs.get("groups", 1),)
+    add("nn.conv2d_transpose", x_shape, w_shape, bias, torch=conv_transpose(**attrs), **attrs)
+
+# --- matrix products -------------------------------------------------------------------------------------------------
+
+for x_shape, features in (((1, 7), 5), ((3, 8), 16), ((2, 3, 8), 3), ((5,), 4)):
+    add("nn.dense", x_shape, (features, x_shape[-1]), torch=F.linear)
+    add("nn.dense", x_shape, (features, x_shape[-1]), (features,), torch=F.linear)
+for ta in (False, True):
+    for tb in (False, True):
+        for lead in ((), (2,)):
+            a_shape, b_shape = ((6, 5) if ta else (5, 6)), ((8, 6) if tb else (6, 8))
+            for b_lead in {(), lead}:
+
+                def product(a: Tensor, b: Tensor, ta=ta, tb=tb) -> Tensor:  # type: ignore[no-untyped-def]
+                    return (a.mT if ta else a) @ (b.mT if tb else b)
+
+                add("matmul", (*lead, *a_shape), (*b_lead, *b_shape), torch=product, transpose_a=ta, transpose_b=tb)
+
+# --- elementwise -----------------------------------------------------------------------------------------------------
+
+UNARY: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "negative": ("normal", torch.neg),
+    "exp": ("normal", torch.exp),
+    "log": ("positive", torch.log),
+    "sqrt": ("positive", torch.sqrt),
+    "rsqrt": ("positive", torch.rsqrt),
+    "abs": ("normal", torch.abs),
+    "sign": ("normal", torch.sign),
+    "nn.relu": ("normal", F.relu),
+    "nn.hard_sigmoid": ("wide", F.hardsigmoid),
+    "nn.hard_swish": ("wide", F.hardswish),
+    "sigmoid": ("wide", torch.sigmoid),
+    "tanh": ("wide", torch.tanh),
+    "nn.silu": ("wide", F.silu),
+    "nn.gelu": ("wide", F.gelu),
+    "nn.softplus": ("wide", F.softplus),
+    "nn.leaky_relu": ("normal", F.leaky_relu),
+    "clip": ("normal", torch.clone),
+}
+for name, (kind, function) in UNARY.items():
+    for shape in ((1, 3, 5, 4), (), (17,)):
+        add(name, Operand(shape, kind), torch=function)
+add("clip", Operand((4, 5), "wide"), torch=F.relu6, min=0.0, max=6.0)
+add("clip", (4, 5), torch=lambda x: torch.clamp(x, max=0.5), max=0.5)
+add("clip", (4, 5), torch=lambda x: torch.clamp(x, min=-0.5), min=-0.5)
+add("nn.leaky_relu", (4, 5), torch=lambda x: F.leaky_relu(x, 0.2), alpha=0.2)
+add("nn.gelu", Operand((3, 9), "wide"), torch=lambda x: F.gelu(x, approximate="tanh"), approximate="tanh")
+add("nn.softplus", Operand((40,), "wide"), torch=lambda x: F.softplus(x, 2.0, 3.0), beta=2.0, threshold=3.0)
+add("cast", Operand((5,), "integer"), torch=lambda x: x.float(), dtype="float32")
+add("cast", Operand((5, 3), "wide"), torch=lambda x: x.int(), dtype="int32")
+add("nn.mask", (3, 7), torch=lambda x: x > 0, lower=0.0)
+add("nn.mask", (16,), torch=lambda x: (x > -0.5) & (x < 0.5), lower=-0.5, upper=0.5)
+add("nn.mask", (1, 2, 2, 3), torch=lambda x: x < 0.5, upper=0.5)
+add("nn.apply_mask", (3, 7), Operand((3, 7), "bits"), torch=lambda g, m: torch.where(m, g, 0))
+add("nn.apply_mask", (3, 7), Operand((3, 7), "bits"), torch=lambda g, m: torch.where(m, g, 0.1 * g), alpha=0.1)
+
+DERIVATIVES: dict[str, Callable[..., Tensor]] = {
+    "nn.sigmoid_grad": lambda g, y: g * y * (1 - y),
+    "tanh_grad": lambda g, y: g * (1 - y * y),
+    "nn.hard_swish_grad": derivative(F.hardswish),
+    "nn.silu_grad": derivative(F.silu),
+    "nn.softplus_grad": derivative(F.softplus),
+    "nn.gelu_grad": derivative(F.gelu),
+}
+for name, function in DERIVATIVES.items():
+    add(name, (4, 9), Operand((4, 9), "wide"), torch=function)
+add(
+    "nn.gelu_grad",
+    (4, 9),
+    Operand((4, 9), "wide"),
+    torch=derivative(lambda x: F.gelu(x, approximate="tanh")),
+    approximate="tanh",
+)
+BROADCASTS = [
+    ((1, 3, 4, 5), (1, 3, 4, 5)),
+    ((1, 3, 4, 5), (5,)),
+    ((5,), (1, 3, 4, 5)),
+    ((1, 3, 4, 1), (1, 1, 4, 5)),
+    ((4, 1), (3,)),
+    ((), (3,)),
+    ((2, 3), ()),
+    ((2, 1, 3), (4, 1)),
+]
+for name, function in (("add", torch.add), ("subtract", torch.sub), ("multiply", torch.mul), ("divide", torch.div)):
+    for a_shape, b_shape in BROADCASTS:
+        add(name, a_shape, Operand(b_shape, "positive" if name == "divide" else "normal"), torch=function)
+
+# --- pooling and resizing --------------------------------------------------------------------------------------------
+
+
+def max_pool(pool_size, strides=(1, 1), padding=(0, 0, 0, 0)):  # type: ignore[no-untyped-def]
+    top, left, bottom, right = padding
+
+    def run(x: Tensor) -> Tensor:
+        padded = F.pad(nchw(x), (left, right, top, bottom), value=-math.inf)
+        return nhwc(F.max_pool2d(padded, pool_size, strides))
+
+    return run
+
+
+def max_index(pool_size, strides=(1, 1), padding=(0, 0, 0, 0)):  # type: ignore[no-untyped-def]
+    top, left, bottom, right = padding
+
+    def run(x: Tensor) -> Tensor:
+        padded = F.pad(nchw(x), (left, right, top, bottom), value=-math.inf)
+        _, flat = F.max_pool2d(padded, pool_size, strides, return_indices=True)
+        width = padded.shape[3]
+        rows = torch.arange(flat.shape[2]).view(-1, 1) * strides[0]
+        columns = torch.arange(flat.shape[3]) * strides[1]
+        return nhwc((flat // width - rows) * pool_size[1] + flat % width - columns).to(torch.uint8)
+
+    return run
+
+
+def max_scatter(pool_size, input_size, strides=(1, 1), padding=(0, 0, 0, 0)):  # type: ignore[no-untyped-def]
+    def run(g: Tensor, index: Tensor) -> Tensor:
+        y = torch.zeros((1, input_size[0] + 99, input_size[1] + 99, g.shape[3]), dtype=g.dtype)
+        for _, i, j, c in np.ndindex(*g.shape):
+            at = int(index[0, i, j, c])
+            y[0, i * strides[0] + at // pool_size[1], j * strides[1] + at % pool_size[1], c] += g[0, i, j, c]
+        return y[:, padding[0] : padding[0] + input_size[0], padding[1] : padding[1] + input_size[1]]
+
+    return run
+
+
+def avg_pool(pool_size, strides=(1, 1), padding=(0, 0, 0, 0), count_include_pad=False):  # type: ignore[no-untyped-def]
+    top, left, bottom, right = padding
+
+    def run(x: Tensor) -> Tensor:
+        pads = (left, right, top, bottom)
+        total = F.avg_pool2d(F.pad(nchw(x), pads), pool_size, strides)
+        if not count_include_pad:
+            inside = F.pad(torch.ones_like(nchw(x)), pads)
+            total = total / F.avg_pool2d(inside, pool_size, strides)
+        return nhwc(total)
+
+    return run
+
+
+for window in (
+    {"pool_size": (2, 2), "strides": (2, 2)},
+    {"pool_size": (3, 2), "strides": (2, 1), "padding": (1, 1, 1, 0)},
+    {"pool_size": (3, 3), "strides": (2, 2), "padding": (0, 0, 1, 1)},
+):
+    x_shape = (1, 7, 6, 3)
+    y_shape = tuple(max_pool(**window)(torch.zeros(x_shape)).shape)
+    add("nn.max_pool2d", x_shape, torch=max_pool(**window), **window)
+    add("nn.max_pool2d_argmax", x_shape, torch=max_index(**window), **window)
+    # Index 0 may point into the padding; the last element of a window that begins inside never does.
+    padding = window.get("padding", (0, 0, 0, 0))
+    if not any(padding):
+        high = window["pool_size"][0] * window["pool_size"][1]
+        add(
+            "nn.max_pool2d_grad",
+            y_shape,
+            Operand(y_shape, "index", high),
+            torch=max_scatter(input_size=(7, 6), **window),
+            input_size=(7, 6),
+            **window,
+        )
+    for include in (False, True):
+        run = avg_pool(**window, count_include_pad=include)
+        add("nn.avg_pool2d", x_shape, torch=run, **window, count_include_pad=include)
+        gradient = input_gradient(run, x_shape)
+        add("nn.avg_pool2d_grad", y_shape, torch=gradient, **window, count_include_pad=include, input_size=(7, 6))
+for size in ((3, 2), (1, 1), (7, 5), (5, 4)):
+
+    def adaptive(x: Tensor, size=size) -> Tensor:  # type: ignore[no-untyped-def]
+        return nhwc(F.adaptive_avg_pool2d(nchw(x), size))
+
+    add("nn.adaptive_avg_pool2d", (1, 7, 5, 3), torch=adaptive, output_size=size)
+    gradient = input_gradient(adaptive, (1, 7, 5, 3))
+    add("nn.adaptive_avg_pool2d_grad", (1, *size, 3), torch=gradient, input_size=(7, 5))
+RESIZES: list[tuple[str, str, dict[str, Any]]] = [
+    ("nearest", "asymmetric", {"mode": "nearest"}),
+    ("linear", "half_pixel", {"mode": "bilinear", "align_corners": False}),
+    ("linear", "align_corners", {"mode": "bilinear", "align_corners": True}),
+]
+for method, coordinate, options in RESIZES:
+    for small, large in (((3, 4), (6, 8)), ((3, 4), (5, 7)), ((4, 4), (2, 3)), ((1, 3), (4, 1))):
+
+        def resize(x: Tensor, size=large, options=options) -> Tensor:  # type: ignore[no-untyped-def]
+            return nhwc(F.interpolate(nchw(x), size, **options))
+
+        add("nn.resize2d", (1, *small, 2), torch=resize, size=large, method=method, coordinate=coordinate)
+        gradient = input_gradient(resize, (1, *small, 2))
+        add(
+            "nn.resize2d_grad",
+            (1, *large, 2),
+            torch=gradient,
+            input_size=small,
+            method=method,
+            coordinate=coordinate,
+        )
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+add("reshape", (2, 6), torch=lambda x: x.reshape(3, 4), newshape=(3, 4))
+add("reshape", (1, 2, 3, 2), torch=lambda x: x.flatten(), newshape=(12,))
+add("transpose", (1, 3, 4, 5), torch=lambda x: x.permute(0, 3, 1, 2), axes=(0, 3, 1, 2))
+add("transpose", (4, 3), torch=torch.t, axes=(1, 0))
+add("concatenate", (1, 2, 3), (1, 4, 3), torch=lambda *xs: torch.cat(xs, 1), axis=1)
+add("concatenate", (1, 2, 3), (1, 2, 5), (1, 2, 1), torch=lambda *xs: torch.cat(xs, 2), axis=2)
+add("slice", (1, 5, 6), torch=lambda x: x[:, 1:, 1:6:3], begin=(0, 1, 1), end=(1, 5, 6), strides=(1, 1, 3))
+add("slice", (7,), torch=lambda x: x[::2], begin=(0,), end=(7,), strides=(2,))
+add("pad", (2, 3), torch=lambda x: F.pad(x, (0, 2, 1, 0), value=1.5), pad_width=((1, 0, 0), (0, 2, 0)), value=1.5)
+
+
+def spread(x: Tensor) -> Tensor:
+    y = torch.zeros((4, 7), dtype=x.dtype)
+    y[1:4:2, 0:7:3] = x
+    return y
+
+
+add("pad", (2, 3), torch=spread, pad_width=((1, 0, 1), (0, 0, 2)))
+add("broadcast_to", (3, 1), torch=lambda x: x.expand(2, 3, 4), shape=(2, 3, 4))
+add("broadcast_to", (1, 1, 1, 3), torch=lambda x: x.expand(1, 4, 5, 3), shape=(1, 4, 5, 3))
+add("take", (2, 4, 3), torch=lambda x: x[:, [2, 0, 3, 1]], axis=1, indices=(2, 0, 3, 1))
+
+# --- reductions, normalisation ---------------------------------------------------------------------------------------
+
+for name, function in (("sum", torch.sum), ("mean", torch.mean)):
+    for shape, axis, keepdims in (
+        ((1, 4, 5, 3), (0, 1, 2), False),
+        ((1, 4, 5, 3), (1, 2), True),
+        ((1, 4, 5, 3), (1, 2), False),
+        ((2, 4, 5), (1,), False),
+        ((2, 4, 5), (0, 2), True),
+        ((4,), (0,), False),
+    ):
+
+        def reduce(x: Tensor, function=function, axis=axis, keepdims=keepdims) -> Tensor:  # type: ignore[no-untyped-def]
+            return function(x, axis, keepdims)
+
+        add(name, shape, torch=reduce, axis=axis, keepdims=keepdims)
+for shape in ((3, 5), (7,), (1, 2, 2, 4)):
+    add("nn.softmax", Operand(shape, "wide"), torch=lambda x: torch.softmax(x, -1))
+    add("nn.log_softmax", Operand(shape, "wide"), torch=lambda x: torch.log_softmax(x, -1))
+    add("nn.softmax_grad", shape, shape, torch=lambda g, y: y * (g - (g * y).sum(-1, True)))
+    add("nn.log_softmax_grad", shape, shape, torch=lambda g, y: g - y.exp() * g.sum(-1, True))
+
+
+def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    return nhwc(F.batch_norm(nchw(x), mean, var, gamma, beta, False, 0.0, 1e-3))
+
+
+add("nn.batch_norm", (1, 3, 4, 5), (5,), (5,), (5,), Operand((5,), "positive"), torch=batch_norm, epsilon=1e-3)
+
+# --- losses and updates ----------------------------------------------------------------------------------------------
+
+
+def cross_entropy(**options: Any) -> Callable[..., Tensor]:
+    def run(x: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        return F.cross_entropy(flat, label.reshape(-1).long(), weight, **options)
+
+    return run
+
+
+def gradient_of_first(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(x: Tensor, *rest: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(f(x, *rest), x)[0]
+
+    return run
+
+
+for reduction in ("mean", "sum"):
+    for rows in ((1,), (3,), (2, 2)):
+        for smoothing in (0.0, 0.1):
+            for weights in ((), (Operand((5,), "positive"),)):
+                run = cross_entropy(reduction=reduction, label_smoothing=smoothing)
+                operands = (Operand((*rows, 5), "wide"), Operand(rows, "label", 5), *weights)
+                attrs = {"reduction": reduction, "label_smoothing": smoothing}
+                add("nn.cross_entropy", *operands, torch=run, **attrs)
+                add("nn.cross_entropy_grad", *operands, torch=gradient_of_first(run), **attrs)
+    pointwise: list[tuple[str, Callable[..., Tensor], dict[str, Any]]] = [
+        ("nn.mse", F.mse_loss, {}),
+        ("nn.l1", F.l1_loss, {}),
+        ("nn.huber", F.huber_loss, {"delta": 0.7}),
+        ("nn.bce_with_logits", F.binary_cross_entropy_with_logits, {}),
+    ]
+    for name, function, extra in pointwise:
+        for shape in ((3, 4), (1, 2, 3, 2)):
+
+            def loss(x: Tensor, t: Tensor, function=function, extra=extra, reduction=reduction) -> Tensor:  # type: ignore[no-untyped-def]
+                return function(x, t, **extra, reduction=reduction)
+
+            add(name, shape, shape, torch=loss, **extra, reduction=reduction)
+            add(f"{name}_grad", shape, shape, torch=gradient_of_first(loss), **extra, reduction=reduction)
+for shape in ((3, 4), (2, 3, 3, 5)):
+    add("nn.sgd", shape, shape, (), torch=lambda w, g, rate: w - rate * g)

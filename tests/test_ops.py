@@ -1,0 +1,168 @@
+"""Every operator against PyTorch: values, gradients, refusals. The rows are in samples.py."""
+
+import networks
+import numpy as np
+import pytest
+import torch
+from samples import SAMPLES, Sample
+
+from tte.ir import OPS, Builder, Graph, InvalidType, Param, TensorType, Value, evaluate, tensor_type, verify
+from tte.passes.autodiff import LOSSES, differentiate
+
+torch.set_num_threads(1)
+
+
+def by_id(sample: Sample) -> str:
+    return sample.id
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    """Floats in double precision: the yardstick must be finer than what it measures."""
+    return torch.from_numpy(array.astype(np.float64) if array.dtype == np.float32 else array)
+
+
+def close(ours: np.ndarray, theirs: np.ndarray, rtol: float) -> None:
+    """Relative to the largest element: a single small one may be all rounding."""
+    scale = max(1e-30, float(np.abs(theirs).max(initial=0)))
+    np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=rtol)
+
+
+def test_every_operator_has_a_row() -> None:
+    assert sorted({sample.op for sample in SAMPLES}) == sorted(OPS)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=by_id)
+def test_reference_agrees_with_type_rule_and_torch(sample: Sample) -> None:
+    arrays = sample.draw()
+    attrs = sample.complete_attrs
+    y = OPS[sample.op].ref(*arrays, **attrs)
+    (type,) = OPS[sample.op].infer_types(tuple(map(tensor_type, arrays)), attrs)
+    assert (y.shape, y.dtype) == (type.shape, type.numpy)
+    theirs = sample.torch(*map(to_torch, arrays)).detach().numpy()
+    assert y.shape == theirs.shape
+    if type.dtype != "float32":
+        np.testing.assert_array_equal(y, theirs)
+    else:
+        close(y, theirs, 1e-5)
+
+
+DIFFERENTIABLE = [s for s in SAMPLES if OPS[s.op].grad is not None]
+
+
+def gradient_graph(sample: Sample, arrays: list[np.ndarray]) -> Graph:
+    """The operator's float operands as params, behind it a sum of squares unless it is a loss itself."""
+    builder = Builder()
+    values: list[Value] = []
+    params, inputs = [], []
+    trainable = arrays[:1] if sample.op in LOSSES else arrays
+    for i, array in enumerate(arrays):
+        type = tensor_type(array)
+        if array.dtype == np.float32 and any(array is t for t in trainable):
+            params.append(Param(f"p{i}", type, array))
+            values.append(params[-1])
+        else:
+            inputs.append(Value(f"x{i}", type))
+            values.append(inputs[-1])
+    y = builder.call(sample.op, *values, **sample.attrs)
+    if sample.op not in LOSSES:
+        zero = builder.const(np.zeros(y.type.shape, np.float32))
+        y = builder.call("nn.mse", y, zero, reduction="sum")
+    consts = tuple(builder.consts.values())
+    graph = Graph("main", tuple(inputs), tuple(params), consts, tuple(builder.nodes), (y,))
+    return verify(graph.renumbered())
+
+
+@pytest.mark.parametrize("sample", DIFFERENTIABLE, ids=by_id)
+def test_gradient_agrees_with_autograd(sample: Sample) -> None:
+    if sample.operands[0].kind == "integer" or sample.attrs.get("dtype") == "int32":
+        pytest.skip("integers have no gradient")
+    arrays = sample.draw(seed=1)
+    graph = gradient_graph(sample, arrays)
+    tensors = {f"p{i}": to_torch(a) for i, a in enumerate(arrays)}
+    for param in graph.params:
+        tensors[param.name].requires_grad_()
+    y = sample.torch(*tensors.values())
+    loss = y if sample.op in LOSSES else (y * y).sum()
+    theirs = torch.autograd.grad(loss, [tensors[p.name] for p in graph.params])
+    inputs = [arrays[int(v.name[1:])] for v in graph.inputs]
+    ours = evaluate(verify(differentiate(graph)), inputs).outputs[1:]
+    for param, mine, reference in zip(graph.params, ours, theirs, strict=True):
+        assert mine.shape == param.type.shape
+        close(mine, reference.numpy(), 2e-5)
+
+
+def smooth(sample: Sample) -> bool:
+    return sample.op not in ("sign", "nn.l1") and sample.operands[0].kind != "integer" and "dtype" not in sample.attrs
+
+
+@pytest.mark.parametrize("sample", [s for s in DIFFERENTIABLE if smooth(s)], ids=by_id)
+def test_gradient_is_the_derivative_of_the_reference(sample: Sample) -> None:
+    """Along a random direction, in double precision: independent of PyTorch and of its conventions."""
+    arrays = [a.astype(np.float64) if a.dtype == np.float32 else a for a in sample.draw(seed=2)]
+    graph = gradient_graph(sample, [a.astype(np.float32) if a.dtype == np.float64 else a for a in arrays])
+    inputs = [arrays[int(v.name[1:])] for v in graph.inputs]
+    gradients = evaluate(differentiate(graph), inputs).outputs[1:]
+    rng = np.random.default_rng(5)
+    directions = [rng.standard_normal(p.type.shape) for p in graph.params]
+    values = []
+    step = 1e-7
+    for sign in (1, -1):
+        moved = list(arrays)
+        for param, direction in zip(graph.params, directions, strict=True):
+            moved[int(param.name[1:])] = arrays[int(param.name[1:])] + sign * step * direction
+        y = OPS[sample.op].ref(*moved, **sample.complete_attrs)
+        values.append(float(y if sample.op in LOSSES else (y * y).sum()))
+    expected = (values[0] - values[1]) / (2 * step)
+    ours = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
+    size = sum(float(np.abs(g * d).sum()) for g, d in zip(gradients, directions, strict=True))
+    assert abs(ours - expected) <= 1e-4 * size + 1e-6
+
+
+T = TensorType
+REFUSED = [
+    ("nn.conv2d", (T((1, 5, 5, 3)), T((4, 3, 3, 2))), {}, "3 channels"),
+    ("nn.conv2d", (T((1, 5, 5, 3)), T((4, 3, 3))), {}, "w must have rank 4"),
+    ("nn.conv2d", (T((1, 2, 2, 3)), T((4, 3, 3, 3))), {}, "larger than the padded input"),
+    ("nn.conv2d", (T((1, 5, 5, 4)), T((5, 3, 3, 2))), {"groups": 2}, "do not divide"),
+    ("nn.conv2d", (T((1, 5, 5, 3)), T((4, 3, 3, 3)), T((3,))), {}, "the bias must have shape"),
+    ("nn.conv2d", (T((1, 5, 5, 3)), T((4, 3, 3, 3))), {"padding": (-1, 0, 0, 0)}, "padding must be"),
+    ("nn.conv2d", (T((1, 5, 5, 3)), T((4, 3, 3, 3))), {"strides": (0, 1)}, "strides must be"),
+    ("nn.conv2d", (T((1, 5, 5, 3), "int8"), T((4, 3, 3, 3))), {}, "x must be float32"),
+    ("nn.conv2d_weight_grad", (T((1, 5, 5, 3)), T((1, 4, 4, 3))), {"kernel_size": (3, 3)}, "not the gradient"),
+    ("nn.dense", (T((1, 5)), T((4, 6))), {}, "x has 5 features"),
+    ("matmul", (T((2, 3)), T((2, 3))), {}, "sum over 3 and 2"),
+    ("matmul", (T((2, 2, 3)), T((3, 3, 2))), {}, "leading dimensions"),
+    ("add", (T((2, 3)), T((2,))), {}, "do not broadcast"),
+    ("clip", (T((2,)),), {"min": 1.0, "max": 0.0}, "must be less"),
+    ("nn.apply_mask", (T((2,)), T((2,))), {}, "must be bits"),
+    ("nn.max_pool2d", (T((1, 4, 4, 1)),), {"pool_size": (2, 2), "padding": (2, 0, 0, 0)}, "not smaller"),
+    ("nn.max_pool2d", (T((1, 4, 4, 1)),), {"pool_size": (5, 5)}, "larger than the padded input"),
+    ("nn.avg_pool2d_grad", (T((1, 3, 3, 1)),), {"pool_size": (2, 2), "input_size": (9, 9)}, "not the gradient"),
+    ("nn.resize2d", (T((1, 4, 4, 1)),), {"size": (2, 2), "method": "cubic"}, "method must be one of"),
+    ("reshape", (T((2, 3)),), {"newshape": (4,)}, "6 elements"),
+    ("transpose", (T((2, 3)),), {"axes": (0, 0)}, "not an order"),
+    ("concatenate", (T((2, 3)), T((3, 3))), {"axis": 1}, "does not fit"),
+    ("slice", (T((4,)),), {"begin": (0,), "end": (5,), "strides": (1,)}, "not inside"),
+    ("pad", (T((4,)),), {"pad_width": ((1, -1, 0),)}, "at least 0"),
+    ("broadcast_to", (T((4,)),), {"shape": (3,)}, "does not broadcast"),
+    ("take", (T((4,)),), {"axis": 0, "indices": (4,)}, "outside of axis"),
+    ("sum", (T((4,)),), {"axis": (1,)}, "not an axis"),
+    ("mean", (T((4,)),), {"axis": ()}, "distinct axes"),
+    ("nn.cross_entropy", (T((1, 4)), T((1,))), {}, "labels must be int32"),
+    ("nn.cross_entropy", (T((1, 4)), T((1,), "int32")), {"label_smoothing": 1.0}, "label_smoothing"),
+    ("nn.mse", (T((1, 4)), T((4,))), {}, "differ"),
+    ("nn.huber", (T((4,)), T((4,))), {"delta": 0.0}, "delta must be positive"),
+    ("nn.sgd", (T((4,)), T((4,)), T((1,))), {}, "rate be a scalar"),
+    ("nn.batch_norm", (T((1, 4)), T((4,)), T((4,)), T((4,)), T((3,))), {}, "var must have shape"),
+]
+
+
+@pytest.mark.parametrize(("op", "types", "attrs", "why"), REFUSED, ids=lambda v: str(v) if isinstance(v, str) else "")
+def test_wrong_operands_are_refused_with_a_reason(op, types, attrs, why) -> None:
+    with pytest.raises(InvalidType, match=why):
+        Builder().call(op, *(Value(f"x{i}", t) for i, t in enumerate(types)), **attrs)
+
+
+def test_tables_agree() -> None:
+    """The networks of the other tests are made of operators of this table."""
+    assert {n.op for n in networks.residual().nodes} <= set(OPS)
