@@ -48,7 +48,7 @@ class Analysis:
     def scheme_yaml(self) -> str:
         """A scheme to start from: the last layer learns, the rest is there as comments."""
         lines = [
-            "# Update scheme: what learns on the device. Names are the model's own; patterns like blocks.{9..13}.* work.",
+            "# What learns on the device. Names are the model's own; patterns like blocks.{9..13}.* work.",
             "version: 1",
             "loss: cross_entropy        # mse, l1, huber, bce_with_logits",
             "optimizer: {name: sgd, lr: 0.01}",

@@ -25,9 +25,9 @@ from tte.runner.build import Build
 from tte.runner.host import HostBoard, open_host
 from tte.runner.toolchain import Firmware, build_firmware, find_toolchains
 from tte.runner.train import Data, RunResult, open_board, train
+from tte.saved import pack_weights
 from tte.scheme import UpdateScheme
 from tte.target import Target, find_target
-from tte.saved import pack_weights
 
 SELFTEST_STEPS = 3
 
@@ -74,9 +74,21 @@ def compile(
         pipeline,
         arena,
     )
-    artifact = Artifact(compiled, scheme, board, clock_hz)
+    artifact = Artifact(compiled, scheme, board, clock_hz, _find_module(model))
     artifact.require_budget()
     return artifact
+
+
+def _find_module(model: Any) -> Any:
+    """The torch.nn.Module behind a model that is, or holds, one; else None."""
+    if isinstance(model, str | Path) and Path(model).suffix == ".pt2":
+        from tte.frontends.pytorch import read_program
+
+        return read_program(Path(model)).module()
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(model).__mro__}
+    if "torch.nn.modules.module.Module" in kinds:
+        return model
+    return model.module() if "torch.export.exported_program.ExportedProgram" in kinds else None
 
 
 def default_name(model: Any) -> str:
@@ -100,12 +112,16 @@ def parse_clock(text: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """A compiled model. Nothing is written and no compiler is run before it is needed."""
+    """A compiled model. Nothing is written and no compiler is run before it is needed.
+
+    module: the PyTorch module that was compiled, if it was one
+    """
 
     compiled: Compiled
     scheme: UpdateScheme
     target: Target
     clock_hz: int | None
+    module: Any = None
     _folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory, repr=False)
 
     @property
@@ -144,16 +160,17 @@ class Artifact:
 
         ``.train_step(x, y)``, ``.evaluate(x, y)``, ``.infer(x)``, ``.save_state()`` ... : see tte.runner.Board.
         """
-        board = open_host(self._build, sanitize)
+        board = open_host(self.build, sanitize)
         require_ok(board.init(), "init")
         return board
 
     def run(self, data: Any, *, evaluation: Any = None, runner: str = "unicorn", **options: Any) -> RunResult:
         """Train on an emulated board ("unicorn", "qemu") or on this computer ("host").
 
-        data, evaluation: paths to .npz or mappings with x and y; options: epochs, steps, rate, seed, progress, toolchain
+        data, evaluation: paths to .npz or mappings with x and y
+        options: epochs, steps, rate, seed, progress, toolchain
         """
-        return train(self._build.folder, data, evaluation=evaluation, runner=runner, **options)
+        return train(self.build.folder, data, evaluation=evaluation, runner=runner, **options)
 
     def verify(self, steps: int = 10, data: Any = None, tolerance: float = 1e-4) -> dict[str, Any]:
         """Compare gradients, losses and trained weights with PyTorch; see tte.proof.prove."""
@@ -210,7 +227,7 @@ class Artifact:
         return Build.open(folder)
 
     @cached_property
-    def _build(self) -> Build:
+    def build(self) -> Build:
         """The project in a temporary folder."""
         return self._write(self._files)
 
@@ -230,13 +247,13 @@ class Artifact:
 
         if self.target.name == "host" or not find_toolchains() or self.compiled.interface.arena == "extern":
             return None, Measured()
-        firmware = build_firmware(self._build, self.target)
+        firmware = build_firmware(self.build, self.target)
         if importlib.util.find_spec("unicorn") is None:
             return firmware, Measured()
-        samples = draw_samples(self._build, 1)
+        samples = draw_samples(self.build, 1)
         marks = []
         for call in ("infer", "train"):
-            board = open_board(self._build, "unicorn")
+            board = open_board(self.build, "unicorn")
             try:
                 marks.append(_run_once(board, call, samples))
             finally:

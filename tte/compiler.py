@@ -82,6 +82,7 @@ class Pipeline:
 class Compiled:
     """All that is known of a model before C is written.
 
+    imported:  the model as the frontend brought it
     source:    the model in the form that schemes are resolved against, all weights constants
     originals: the user's own tensors, by name, in the user's layout
     forward:   the model with what learns as params, as the user's head and input format make it
@@ -89,6 +90,7 @@ class Compiled:
     programs:  infer, evaluate and train, each with its memory plan
     """
 
+    imported: Graph
     source: Graph
     originals: dict[str, np.ndarray]
     forward: Graph
@@ -172,7 +174,9 @@ def compile_graphs(
     for const in source.consts:
         if const.origin and originals.get(const.origin.name, const.data).shape != const.origin.shape:
             originals[const.origin.name] = _as_user(const, const.origin)  # a new layer begins as it was made
-    return Compiled(source, originals, forward, gradients, resolved, target, interface, tuple(programs), tuple(notes))
+    return Compiled(
+        imported, source, originals, forward, gradients, resolved, target, interface, tuple(programs), tuple(notes)
+    )
 
 
 def _as_user(const: Const, origin: Origin) -> np.ndarray:

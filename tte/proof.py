@@ -1,0 +1,169 @@
+"""Holds a compiled model against the oracle, tensor by tensor: what ``tte verify`` prints."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tte.errors import TTEError
+from tte.ir import Graph, Param, evaluate
+from tte.oracle import Forward, follow, prepare_input, run_graph, run_module
+from tte.runner.board import require_ok, unpack_state
+from tte.runner.train import Data, check_data, load_data
+from tte.weights import export_weights
+
+if TYPE_CHECKING:
+    from tte.artifact import Artifact
+
+
+def prove(artifact: "Artifact", steps: int, data: Any, tolerance: float) -> dict[str, Any]:
+    """Compare with torch.autograd and torch.optim.SGD on the user's model in double precision.
+
+    Of every tensor that learns: the gradient of the first step, computed by the compiled graph, and the values after
+    ``steps`` steps of the generated C on this computer. Errors are relative, in the Euclidean norm over the elements
+    that learn: |ours - torch| / |torch|. Losses are compared one by one.
+    data: path or mapping with x and y; made up when None. Returns {"ok", "tensors": [...], "losses": {...}, ...}.
+    """
+    compiled, build = artifact.compiled, artifact.build
+    if data is None:
+        samples = _make_up(artifact, steps)
+    else:
+        samples = check_data(data, build, "data") if isinstance(data, dict) else load_data(Path(data), build)
+    pairs = [_sample(samples, i % len(samples)) for i in range(steps)]
+    params = [p for p, _ in compiled.train.graph.updates]
+    forward, tensors = _open(artifact)
+    _insert_new_layers(params, tensors, compiled.originals)
+    last = compiled.source.producer().get(compiled.source.outputs[0].name)
+    theirs = follow(
+        forward,
+        tensors,
+        _masks(params),
+        artifact.scheme.loss,
+        rate=artifact.scheme.optimizer.lr,
+        clip=artifact.scheme.optimizer.clip_loss_grad,
+        samples=[(prepare_input(x, artifact.scheme.io.input), y) for x, y in pairs],
+        ends_in_softmax=last is not None and last.op == "nn.softmax",
+    )
+    gradients = _user_gradients(compiled.gradients, pairs[0])
+    losses, values = _train(artifact, pairs, params)
+    rows = []
+    for name, mask in _masks(params).items():
+        gradient = _error(gradients[name][mask], theirs.gradients[name][mask])
+        value = _error(values[name][mask], theirs.values[name][mask])
+        rows.append(
+            {
+                "name": name,
+                "elements": int(mask.sum()),
+                "gradient_error": gradient,
+                "weight_error": value,
+                "ok": gradient <= tolerance and value <= tolerance,
+            }
+        )
+    loss_error = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(losses, theirs.losses, strict=True))
+    return {
+        "ok": all(row["ok"] for row in rows) and loss_error <= tolerance,
+        "oracle": "torch module" if artifact.module is not None else "torch interpretation of the imported graph",
+        "steps": steps,
+        "tolerance": tolerance,
+        "loss_error": loss_error,
+        "losses": {"tte": losses, "torch": theirs.losses},
+        "tensors": rows,
+    }
+
+
+def _error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """|ours - theirs| / |theirs|; where theirs is zero, 0 for equal and infinity for different."""
+    difference = float(np.linalg.norm(ours.astype(np.float64) - theirs))
+    size = float(np.linalg.norm(theirs))
+    return difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))
+
+
+def _open(artifact: "Artifact") -> tuple[Forward, dict[str, np.ndarray]]:
+    compiled = artifact.compiled
+    if artifact.module is not None:
+        return run_module(artifact.module)
+    # A new head is only there after the passes that prepare the model for it.
+    return run_graph(compiled.imported if artifact.scheme.head is None else compiled.source, compiled.originals)
+
+
+def _insert_new_layers(
+    params: Sequence[Param], tensors: dict[str, np.ndarray], originals: dict[str, np.ndarray]
+) -> None:
+    """A replaced head has another shape than the user's tensor of that name: it begins as the scheme says."""
+    for param in params:
+        if param.origin is None:
+            raise TTEError(
+                "TTE-E070",
+                f"{param.name} is not a tensor of the model, so PyTorch cannot judge it",
+                where=f"parameter {param.name}",
+                fix="freeze it, or give the layer an explicit bias",
+            )
+        if tensors[param.origin.name].shape != param.origin.shape:
+            tensors[param.origin.name] = originals[param.origin.name]
+
+
+def _masks(params: Sequence[Param]) -> dict[str, np.ndarray]:
+    """User's name -> which elements of that tensor learn."""
+    masks: dict[str, np.ndarray] = {}
+    for param in params:
+        assert param.origin is not None
+        mask = masks.setdefault(param.origin.name, np.zeros(param.origin.shape, bool))
+        mask.reshape(-1)[param.origin.index] = True
+    return masks
+
+
+def _user_gradients(graph: Graph, sample: tuple[np.ndarray, np.ndarray | None]) -> dict[str, np.ndarray]:
+    """Gradients of the compiled graph, as gradients of the user's tensors: dL/du = scale * dL/dw."""
+    results = evaluate(graph, _inputs(graph, sample)).outputs[1:]
+    gradients: dict[str, np.ndarray] = {}
+    for param, gradient in zip(graph.params, results, strict=True):
+        origin = param.origin
+        assert origin is not None
+        user = gradients.setdefault(origin.name, np.zeros(origin.shape))
+        user.reshape(-1)[origin.index] = gradient if origin.scale is None else gradient * origin.scale
+    return gradients
+
+
+def _inputs(graph: Graph, sample: tuple[np.ndarray, np.ndarray | None]) -> list[np.ndarray]:
+    arrays = [sample[0], *([] if len(graph.inputs) == 1 else [np.asarray(sample[1])])]
+    return [a.reshape(v.type.shape) for a, v in zip(arrays, graph.inputs, strict=True)]
+
+
+def _train(
+    artifact: "Artifact", pairs: Sequence[tuple[np.ndarray, np.ndarray | None]], params: Sequence[Param]
+) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Losses and trained tensors, the user's names and layouts, of the generated C."""
+    board = artifact.host()
+    losses = []
+    for i, (x, y) in enumerate(pairs):
+        step = board.train_step(x, y)
+        require_ok(step.status, f"training step {i}")
+        losses.append(step.loss)
+    trained = unpack_state(board.save_state(), board.build)
+    origins = {p.name: p.origin for p in params if p.origin}
+    initial = {p.name: p.data for p in params}
+    return losses, export_weights(trained, initial, origins, artifact.compiled.originals)
+
+
+def _make_up(artifact: "Artifact", count: int) -> Data:
+    """Normal inputs (uniform ones for integers), targets drawn evenly; seeded."""
+    build = artifact.build
+    rng = np.random.default_rng(0)
+    shape = (count, *build.input.shape[1:])
+    if build.input.dtype == np.float32:
+        x = rng.standard_normal(shape).astype(np.float32)
+    else:
+        limits = np.iinfo(build.input.dtype)
+        x = rng.integers(limits.min, limits.max, shape, endpoint=True).astype(build.input.dtype)
+    if build.target is None:
+        return Data(x, None)
+    if build.classes:
+        return Data(x, rng.integers(0, build.classes, (count, build.target.size)).astype(np.int32))
+    y = rng.standard_normal((count, build.target.size)).astype(np.float32)
+    return Data(x, (y > 0).astype(np.float32) if artifact.scheme.loss.name == "bce_with_logits" else y)
+
+
+def _sample(data: Data, i: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """One sample with its batch dimension."""
+    return data.x[i : i + 1], None if data.y is None else data.y[i : i + 1]
