@@ -66,7 +66,7 @@ def follow(
             values[name].grad *= mask
         if not gradients:
             gradients = {name: values[name].grad.numpy().copy() for name in masks}
-        losses.append(float(value))
+        losses.append(float(value.detach()))
         optimizer.step()
     return Trajectory(losses, gradients, {name: values[name].detach().numpy() for name in masks})
 

@@ -1,0 +1,40 @@
+"""Finds the data pack: real models and data sets that do not come with the project."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+
+VARIABLE = "TTE_DATA"
+
+
+def find_pack() -> Path | None:
+    """The folder named by TTE_DATA, or ../shared/data beside the checkout; None when there is none."""
+    folder = Path(os.environ.get(VARIABLE) or Path(__file__).resolve().parents[2] / "shared" / "data")
+    return folder if (folder / "MANIFEST.md").exists() else None
+
+
+def require_pack() -> Path:
+    folder = find_pack()
+    if folder is None:
+        raise SystemExit(f"the data pack is not there: set {VARIABLE} to its folder")
+    return folder
+
+
+def load_pictures(name: str, split: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, H, W, 3) uint8 and labels of a collection of JPEG files in one npz."""
+    from PIL import Image
+
+    pack = np.load(require_pack() / "data" / f"{name}.npz")
+    blob, offsets = pack["jpeg"].tobytes(), pack["offsets"]
+    chosen = np.flatnonzero(pack["split"] == split)
+    pictures = [Image.open(io.BytesIO(blob[offsets[i] : offsets[i + 1]])).convert("RGB") for i in chosen]
+    return np.stack([np.asarray(p) for p in pictures]), pack["labels"][chosen].astype(np.int32)
+
+
+def load_mnist(split: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 28, 28) uint8 and labels; split 0: training, 1: test."""
+    pack = np.load(require_pack() / "data" / "mnist.npz")
+    chosen = pack["split"] == split
+    return pack["x"][chosen], pack["labels"][chosen].astype(np.int32)
