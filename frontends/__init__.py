@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tte.arrays import read_npz
 from tte.errors import TTEError
 from tte.ir import Const, Graph, InvalidGraph, Origin, parse, verify
 
@@ -25,7 +26,7 @@ def import_model(model: Any, example_inputs: Sequence[Any] | None = None, name: 
     if isinstance(model, str | Path):
         path = Path(model)
         if not path.is_file():
-            raise TTEError("TTE-E020", f"there is no file {path}", fix="check the path")
+            raise TTEError("TTE-E020", "there is no such file", where=str(path), fix="check the path")
         if path.suffix == ".ir":
             return _read_text(path)
         if path.suffix == ".pt2":
@@ -65,14 +66,11 @@ def import_model(model: Any, example_inputs: Sequence[Any] | None = None, name: 
 
 def _read_text(path: Path) -> Graph:
     """tte's own text; constants with names are the user's tensors as they stand."""
-    data = {}
     beside = path.with_suffix(".npz")
+    data = read_npz(beside, "TTE-E020", "write it again") if beside.is_file() else {}
     try:
-        if beside.is_file():
-            with np.load(beside, allow_pickle=False) as archive:
-                data = {key: archive[key] for key in archive.files}
         text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError, EOFError, KeyError) as problem:  # zipfile.BadZipFile is an OSError to numpy
+    except (OSError, ValueError) as problem:
         raise TTEError("TTE-E020", f"cannot be read: {problem}", where=str(path), fix="write it again") from problem
     graph = parse(text, data, str(path))
     try:

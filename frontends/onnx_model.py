@@ -3,7 +3,7 @@
 For the same graph text as from PyTorch itself, export with names and batch norm kept:
     torch.onnx.export(model, (x,), path, dynamo=True, optimize=False)
     torch.onnx.export(model, (x,), path, dynamo=False, training=TrainingMode.PRESERVE, do_constant_folding=False)
-Other options fold batch norm into the convolutions before we see it: that is a different network, with other parameters.
+Other options fold batch norm into the convolutions before we see it: that is another network, with other parameters.
 """
 
 import ast
@@ -32,7 +32,8 @@ SUPPORTED = frozenset(
     """
     Conv ConvTranspose Gemm MatMul Relu Clip LeakyRelu HardSigmoid HardSwish Sigmoid Tanh Gelu Softplus Neg Exp Log Sqrt
     Reciprocal Abs Sign Pow Add Sub Mul Div Max Min Sum MaxPool AveragePool GlobalAveragePool GlobalMaxPool
-    Reshape Flatten Transpose Concat Split Slice Gather Pad Resize Upsample ReduceMean ReduceSum Mean Softmax LogSoftmax
+    Reshape Flatten Transpose Concat Split Slice Gather Pad Resize Upsample ReduceMean ReduceSum ReduceMax GatherND Mean
+    Softmax LogSoftmax Greater Where CastLike
     BatchNormalization LayerNormalization GroupNormalization InstanceNormalization Dropout Identity Squeeze Unsqueeze
     Expand Cast Constant
     """.split()
@@ -219,6 +220,8 @@ def _fold(model: Any) -> None:
     shapes = _shapes(model)
     known = {t.name: t for t in graph.initializer}
     weights = {n for n, t in known.items() if t.data_type == onnx.TensorProto.FLOAT and t.dims}
+    kinds = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    kinds |= {t.name: t.data_type for t in graph.initializer}
     arrays: dict[str, np.ndarray] = {}
 
     def value(name: str) -> np.ndarray:
@@ -239,6 +242,13 @@ def _fold(model: Any) -> None:
             result = value(inputs[0])
             if inputs[0] in weights:
                 weights.add(node.output[0])
+        elif node.op_type == "CastLike" and inputs[0] in known and inputs[1] in kinds:
+            result = value(inputs[0]).astype(onnx.helper.tensor_dtype_to_np_dtype(kinds[inputs[1]]))
+        elif node.op_type == "CastLike" and kinds.get(inputs[0]) == kinds.get(inputs[1], 0):
+            node.op_type = "Identity"
+            del node.input[1:]
+            left.append(node)
+            continue
         elif node.op_type == "Constant":
             result = np.asarray(ReferenceEvaluator(node).run(None, {})[0])
         elif (
@@ -251,7 +261,7 @@ def _fold(model: Any) -> None:
         else:
             left.append(node)
             continue
-        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(result), node.output[0])
+        tensor = onnx.numpy_helper.from_array(np.asarray(result, order="C"), node.output[0])
         known[node.output[0]] = tensor
         graph.initializer.append(tensor)
     del graph.node[:]

@@ -91,7 +91,7 @@ def read_program(path: Path) -> Any:
     import torch
 
     if not path.is_file():
-        raise TTEError("TTE-E020", f"there is no file {path}", fix="check the path")
+        raise TTEError("TTE-E020", "there is no such file", where=str(path), fix="check the path")
     try:
         with _quiet():
             return torch.export.load(path)

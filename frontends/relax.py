@@ -181,7 +181,7 @@ def import_exported_program(program: Any, path: Callable[[Any], str]) -> tuple[A
             """Padding by name: "same" or "valid"."""
             x, w = self.env[node.args[0]], self.env[node.args[1]]
             bias, strides, mode, dilation, groups = arguments(node, None, (1,), "valid", (1,), 1, skip=2)
-            kernel = self.shape_of(w)[2:]
+            kernel = list(self.shape_of(w))[2:]
             spread = [*dilation] * (len(kernel) // len(dilation))
             total = [d * (int(k) - 1) if mode == "same" else 0 for k, d in zip(kernel, spread, strict=True)]
             padding = [t // 2 for t in total] + [t - t // 2 for t in total]
@@ -281,7 +281,16 @@ def import_onnx(model: Any, named: Mapping[str, np.ndarray], layer: Callable[[An
                         layers.setdefault(value.name, layer(node))
 
         def _convert_operator(self, op_name: str, inputs: Any, attrs: dict[str, Any], opset: int) -> Any:
-            convert = {"Clip": self.clip, "Pad": self.pad, "Dropout": self.dropout, "Softplus": self.softplus}
+            convert = {
+                "Clip": self.clip,
+                "Pad": self.pad,
+                "Dropout": lambda inputs, attrs: inputs[0],
+                "Softplus": lambda inputs, attrs: relax.op.nn.softplus(inputs[0]),
+                "Gather": self.gather,
+                "GatherND": self.gather_nd,
+                "InstanceNormalization": self.normalize,
+                "GroupNormalization": self.normalize,
+            }
             if op_name in convert:
                 return self.bb.normalize(convert[op_name](inputs, attrs))
             return super()._convert_operator(op_name, inputs, attrs, opset)
@@ -301,11 +310,25 @@ def import_onnx(model: Any, named: Mapping[str, np.ndarray], layer: Callable[[An
             mode = attrs.get("mode", b"constant").decode()
             return relax.op.nn.pad(inputs[0], width.flatten().tolist(), mode, float(value))
 
-        def dropout(self, inputs: Any, attrs: dict[str, Any]) -> Any:
-            return inputs[0]
+        def gather(self, inputs: Any, attrs: dict[str, Any]) -> Any:
+            axis = attrs.get("axis", 0)
+            size = int(list(inputs[0].ty.shape)[axis])
+            return relax.op.take(inputs[0], relax.const(constant(inputs[1]).astype(np.int64) % size), axis)
 
-        def softplus(self, inputs: Any, attrs: dict[str, Any]) -> Any:
-            return relax.op.nn.softplus(inputs[0])
+        def gather_nd(self, inputs: Any, attrs: dict[str, Any]) -> Any:
+            numbers = constant(inputs[1])
+            if numbers.ndim != 2 or numbers.shape[1] != 1 or attrs.get("batch_dims", 0):
+                raise ValueError("GatherND along more than one dimension")
+            return self.gather([inputs[0], relax.const(numbers[:, 0].astype(np.int64))], {"axis": 0})
+
+        def normalize(self, inputs: Any, attrs: dict[str, Any]) -> Any:
+            x, gamma, beta = inputs
+            axes, epsilon = list(range(2, x.ty.ndim)), attrs.get("epsilon", 1e-5)
+            if "num_groups" not in attrs:
+                return relax.op.nn.instance_norm(x, gamma, beta, 1, axes, epsilon)
+            if int(list(gamma.ty.shape)[0]) != int(list(x.ty.shape)[1]):
+                raise ValueError("GroupNormalization with one scale per group: export with opset 21")
+            return relax.op.nn.group_norm(x, gamma, beta, attrs["num_groups"], 1, axes, epsilon)
 
     def constant(expression: Any) -> np.ndarray:
         if not isinstance(expression, tvm.ir.GenericConst):
@@ -353,7 +376,7 @@ class Lowering:
         weight = self.imported.weights[variable]
         name = constant_name(weight.name)
         if name not in self.builder.consts:
-            data = np.ascontiguousarray(weight.data, np.float32)
+            data = np.asarray(weight.data, np.float32, order="C")
             index = np.arange(data.size, dtype=np.int64).reshape(data.shape)
             self.builder.const(data, name, Origin(weight.name, data.shape, index))
         return self.builder.consts[name]
@@ -436,12 +459,12 @@ def _placeholder(builder: Builder, type: Any) -> Any:
     """Stands for a result that could not be computed, so that the search for problems can go on."""
     if hasattr(type, "fields"):
         return tuple(_placeholder(builder, t) for t in type.fields)
-    return builder.fresh(tensor_type_of(type))
+    return builder.fresh(tensor_type_of(type) if hasattr(type, "dtype") else TensorType(()))
 
 
 def _types(arguments: Sequence[Any]) -> str:
     flat = [f for a in arguments for f in (a.fields if hasattr(a, "fields") else [a])]
-    types = [tensor_type_of(a.ty) for a in flat if hasattr(a, "ty") and hasattr(a.ty, "dtype")]
+    types = [tensor_type_of(a.ty) for a in flat if hasattr(a.ty, "ndim") and hasattr(a.ty, "dtype")]
     return "(" + ", ".join(f"{t.dtype}{list(t.shape)}" for t in types) + ")"
 
 
@@ -475,6 +498,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def ints(array: Any) -> tuple[int, ...]:
     return tuple(int(v) for v in array)
+
+
+def number(value: Any) -> float:
+    """A setting as float32 would show it: ONNX stores 1e-5 as 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
 
 
 def result_shape(call: Any) -> tuple[int, ...]:
@@ -516,7 +544,7 @@ def _relu6(state: Lowering, call: Any) -> Value:
 
 @rule("clip")
 def _clip(state: Lowering, call: Any) -> Value:
-    low, high = (float(a.value) for a in call.args[1:3])
+    low, high = (number(a.value) for a in call.args[1:3])
     require(low <= high, f"clip to [{low}, {high}]")
     return state.call("clip", state.value(call.args[0]), min=low, max=high)
 
@@ -533,13 +561,44 @@ def _bound(state: Lowering, call: Any) -> Value:
 
 @rule("nn.leakyrelu")
 def _leaky_relu(state: Lowering, call: Any) -> Value:
-    return state.call("nn.leaky_relu", state.value(call.args[0]), alpha=float(call.attrs.alpha))
+    return state.call("nn.leaky_relu", state.value(call.args[0]), alpha=number(call.attrs.alpha))
 
 
 @rule("nn.softplus")
 def _softplus(state: Lowering, call: Any) -> Value:
-    beta, threshold = float(call.attrs.beta), float(call.attrs.threshold)
+    beta, threshold = number(call.attrs.beta), number(call.attrs.threshold)
     return state.call("nn.softplus", state.value(call.args[0]), beta=beta, threshold=threshold)
+
+
+@dataclass(frozen=True)
+class Greater:
+    """x > bound: has no form of its own, only a place in softplus."""
+
+    x: Value
+    bound: float
+
+
+@rule("greater")
+def _greater(state: Lowering, call: Any) -> Greater:
+    bound = state.value(call.args[1])
+    require(isinstance(bound, Const) and bound.type.size == 1, "only with a number, in softplus")
+    return Greater(state.value(call.args[0]), float(bound.data.item()))
+
+
+@rule("where")
+def _where(state: Lowering, call: Any) -> Value:
+    """where(beta * x > threshold, x, softplus(beta * x) / beta), as PyTorch's exporter writes softplus"""
+    condition, x, y = (state.value(a) for a in call.args)
+    made = {n.output.name: n for n in state.builder.nodes}
+    beta, node = 1.0, made.get(y.name)
+    if node and node.op == "divide" and isinstance(node.inputs[1], Const) and node.inputs[1].type.size == 1:
+        beta, node = float(node.inputs[1].data.item()), made.get(node.inputs[0].name)
+    found = node is not None and node.op == "nn.softplus" and isinstance(condition, Greater)
+    require(found and node.inputs[0] == condition.x, "only in softplus")  # type: ignore[union-attr]
+    scaled = made.get(condition.x.name)
+    by_beta = scaled and scaled.op == "multiply" and scaled.inputs[0] == x
+    require(condition.x == x if beta == 1.0 and not by_beta else bool(by_beta), "only in softplus")
+    return state.call("nn.softplus", x, beta=number(beta), threshold=number(condition.bound))
 
 
 @rule("power")
@@ -647,7 +706,7 @@ def _take(state: Lowering, call: Any) -> Value:
 def _pad(state: Lowering, call: Any) -> Value:
     require(str(call.attrs.pad_mode) == "constant", f"padding mode {call.attrs.pad_mode}")
     width = ints(call.attrs.pad_width)
-    x, value = state.value(call.args[0]), float(call.attrs.pad_value)
+    x, value = state.value(call.args[0]), number(call.attrs.pad_value)
     pairs = [(width[2 * d], width[2 * d + 1]) for d in range(x.type.rank)]
     if min(width) < 0:  # negative padding crops
         begin, end = (
@@ -674,7 +733,9 @@ def _max(state: Lowering, call: Any) -> Value:
     x = state.value(call.args[0])
     axes = () if call.attrs.axis is None else tuple(sorted(a % x.type.rank for a in ints(call.attrs.axis)))
     require(x.type.rank == 4 and axes == (2, 3), "only over the rows and columns of a picture")
-    y = state.call("nn.max_pool2d", state.call("transpose", x, axes=NHWC), pool_size=x.type.shape[2:], strides=(1, 1))
+    y = state.call(
+        "nn.max_pool2d", state.call("transpose", x, axes=NHWC), pool_size=x.type.shape[2:], strides=x.type.shape[2:]
+    )
     return state.call("reshape", state.call("transpose", y, axes=NCHW), newshape=result_shape(call))
 
 
@@ -804,7 +865,7 @@ def _batch_norm(state: Lowering, call: Any) -> tuple[Value, ...]:
     forward = (*(d for d in range(rank) if d != axis), axis)
     if axis != rank - 1:
         x = state.call("transpose", x, axes=forward)
-    y = state.call("nn.batch_norm", x, *tensors, epsilon=float(call.attrs.epsilon))
+    y = state.call("nn.batch_norm", x, *tensors, epsilon=number(call.attrs.epsilon))
     if axis != rank - 1:
         y = state.call("transpose", y, axes=tuple(int(a) for a in np.argsort(forward)))
     return (y, tensors[2], tensors[3])
@@ -822,7 +883,7 @@ def _layer_norm(state: Lowering, call: Any) -> Value:
     x, gamma, beta = (state.value(a) for a in call.args)
     axis = tuple(sorted(a % x.type.rank for a in ints(call.attrs.axes)))
     require(axis == tuple(range(x.type.rank - len(axis), x.type.rank)), "not over the last dimensions")
-    y = _normalize(state, x, axis, float(call.attrs.epsilon))
+    y = _normalize(state, x, axis, number(call.attrs.epsilon))
     return state.call("add", state.call("multiply", y, gamma), beta)
 
 
@@ -832,7 +893,7 @@ def _group_norm(state: Lowering, call: Any) -> Value:
     batch, channels, *rest = x.type.shape
     groups = int(call.attrs.num_groups) if call.op.name.endswith("group_norm") else channels
     split = state.call("reshape", x, newshape=(batch, groups, channels // groups, *rest))
-    y = _normalize(state, split, tuple(range(2, split.type.rank)), float(call.attrs.epsilon))
+    y = _normalize(state, split, tuple(range(2, split.type.rank)), number(call.attrs.epsilon))
     y = state.call("reshape", y, newshape=x.type.shape)
     gamma, beta = (state.moved("reshape", t, newshape=(channels, *[1] * len(rest))) for t in (gamma, beta))
     return state.call("add", state.call("multiply", y, gamma), beta)

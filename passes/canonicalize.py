@@ -122,16 +122,16 @@ def _drop_identity(state: Rewriter, node: Node) -> Value | None:
         "slice": True,
         "pad": True,
         "clip": node.attrs.get("min") == -math.inf and node.attrs.get("max") == math.inf,
-        "add": len(node.inputs) == 2 and _is_zero(node.inputs[1]),
-        "subtract": len(node.inputs) == 2 and _is_zero(node.inputs[1]),
-        "multiply": len(node.inputs) == 2 and _is(node.inputs[1], 1.0),
-        "divide": len(node.inputs) == 2 and _is(node.inputs[1], 1.0),
+        "add": _all_are(node.inputs[-1], 0.0),
+        "subtract": _all_are(node.inputs[-1], 0.0),
+        "multiply": _all_are(node.inputs[-1], 1.0),
+        "divide": _all_are(node.inputs[-1], 1.0),
     }
     return x if same.get(node.op, False) else None
 
 
-def _is_zero(value: Value) -> bool:
-    return _number(value) == 0.0
+def _all_are(value: Value, number: float) -> bool:
+    return isinstance(value, Const) and value.origin is None and bool((value.data == number).all())
 
 
 def _merge_reshapes(state: Rewriter, node: Node) -> Value | None:
@@ -145,6 +145,16 @@ def _merge_transposes(state: Rewriter, node: Node) -> Value | None:
         return None
     first, second = _ints(inner.attrs["axes"]), _ints(node.attrs["axes"])
     return state.call("transpose", inner.inputs[0], axes=tuple(first[a] for a in second))
+
+
+def _pad_last(state: Rewriter, node: Node) -> Value | None:
+    """Padding goes behind a transposition, towards the convolution that takes it over."""
+    pad = state.made_by(node.inputs[0], "pad") if node.op == "transpose" else None
+    if pad is None or not state.read_once(node.inputs[0]):
+        return None
+    axes, width = _ints(node.attrs["axes"]), _ints(pad.attrs["pad_width"])
+    x = state.call("transpose", pad.inputs[0], axes=axes)
+    return state.call("pad", x, **pad.attrs | {"pad_width": tuple(width[a] for a in axes)})
 
 
 def _merge_slices(state: Rewriter, node: Node) -> Value | None:
@@ -267,6 +277,12 @@ def _global_pool(state: Rewriter, node: Node) -> Value | None:
 # Activations
 
 
+def _rsqrt(state: Rewriter, node: Node) -> Value | None:
+    """1 / sqrt(x)"""
+    root = state.made_by(node.inputs[1], "sqrt") if node.op == "divide" and _is(node.inputs[0], 1.0) else None
+    return state.call("rsqrt", root.inputs[0]) if root else None
+
+
 def _clip(state: Rewriter, node: Node) -> Value | None:
     """clip(clip(x)), clip(relu(x)), clip from 0 up"""
     if node.op != "clip":
@@ -333,6 +349,6 @@ def _silu(state: Rewriter, node: Node) -> Value | None:
 
 
 RULES: Sequence[Rule] = (
-    _drop_identity, _merge_reshapes, _merge_transposes, _merge_slices, _reduce_then_reshape, _constant_second,
-    _short_constant, _dense, _bias, _padding, _global_pool, _clip, _hard_sigmoid, _hard_swish, _silu,
+    _drop_identity, _merge_reshapes, _merge_transposes, _pad_last, _merge_slices, _reduce_then_reshape,
+    _constant_second, _short_constant, _dense, _bias, _padding, _global_pool, _rsqrt, _clip, _hard_sigmoid, _hard_swish, _silu,
 )  # fmt: skip
