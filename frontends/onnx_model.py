@@ -54,7 +54,7 @@ SETTINGS = {"Clip": 1, "Pad": 1, "Resize": 1, "Upsample": 1, "Dropout": 1, "Expa
 def read_onnx(path: Path) -> Any:
     """The ModelProto of a file, external data included. Raises TTEError."""
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.load_model_from_string(path.read_bytes())

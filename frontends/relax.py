@@ -616,7 +616,8 @@ def _power(state: Lowering, call: Any) -> Value:
 def _astype(state: Lowering, call: Any) -> Value:
     target = str(call.attrs.dtype)
     require("float32" in target, f"a cast to {target}")
-    return state.value(call.args[0])
+    x: Value = state.value(call.args[0])
+    return x
 
 
 @rule("nn.dropout")
@@ -673,7 +674,7 @@ def _split(state: Lowering, call: Any) -> tuple[Value, ...]:
 
 @rule("strided_slice")
 def _slice(state: Lowering, call: Any) -> Value:
-    x = state.value(call.args[0])
+    x: Value = state.value(call.args[0])
     axes, begin, end = (ints(a.value if hasattr(a, "value") else a for a in call.args[i].fields) for i in (1, 2, 3))
     steps = ints(a.value if hasattr(a, "value") else a for a in call.args[4].fields) if len(call.args) > 4 else ()
     for axis, start, stop, step in zip(axes, begin, end, steps or (1,) * len(axes), strict=True):
@@ -719,7 +720,7 @@ def _pad(state: Lowering, call: Any) -> Value:
 
 @rule("mean", "sum")
 def _reduce(state: Lowering, call: Any) -> Value:
-    x = state.value(call.args[0])
+    x: Value = state.value(call.args[0])
     axes = range(x.type.rank) if call.attrs.axis is None else ints(call.attrs.axis)
     axis = tuple(sorted(a % x.type.rank for a in axes))
     if not axis:

@@ -7,6 +7,7 @@ output, or None. Rules run in order of execution until nothing changes.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tte.ir import Builder, Const, Graph, Node, Value, rewrite
 from tte.passes.simplify import eliminate_common_subexpressions, eliminate_dead_code, fold_constants
@@ -171,7 +172,7 @@ def _merge_slices(state: Rewriter, node: Node) -> Value | None:
     return state.call("slice", inner.inputs[0], begin=begin, end=end, strides=strides)
 
 
-def _ints(value: object) -> tuple[int, ...]:
+def _ints(value: object) -> tuple[Any, ...]:
     assert isinstance(value, tuple)
     return value
 
@@ -249,7 +250,7 @@ def _padding(state: Rewriter, node: Node) -> Value | None:
     pad = state.made_by(node.inputs[0], "pad") if node.op == "nn.conv2d" else None
     if pad is None or pad.attrs["value"] != 0.0:
         return None
-    batch, rows, columns, channels = pad.attrs["pad_width"]  # type: ignore[misc]
+    batch, rows, columns, channels = (_ints(w) for w in _ints(pad.attrs["pad_width"]))
     if any((*batch, *channels, rows[2], columns[2])):
         return None
     around = (rows[0], columns[0], rows[1], columns[1])
@@ -350,5 +351,6 @@ def _silu(state: Rewriter, node: Node) -> Value | None:
 
 RULES: Sequence[Rule] = (
     _drop_identity, _merge_reshapes, _merge_transposes, _pad_last, _merge_slices, _reduce_then_reshape,
-    _constant_second, _short_constant, _dense, _bias, _padding, _global_pool, _rsqrt, _clip, _hard_sigmoid, _hard_swish, _silu,
+    _constant_second, _short_constant, _dense, _bias, _padding, _global_pool, _rsqrt, _clip,
+    _hard_sigmoid, _hard_swish, _silu,
 )  # fmt: skip
