@@ -79,7 +79,11 @@ def _cross_entropy_grad_ref(x, label, weights=None, *, label_smoothing, reductio
     rows = x.reshape(-1, x.shape[-1])
     e = np.exp(rows - rows.max(-1, keepdims=True))
     q, w = _targets(x, label, weights, label_smoothing)
-    g = e / e.sum(-1, keepdims=True) * q.sum(-1, keepdims=True) - q
+    if label_smoothing:
+        g = e / e.sum(-1, keepdims=True) * q.sum(-1, keepdims=True) - q
+    else:  # softmax - 1 at the label is minus what the others have: nothing cancels
+        others = np.where(q > 0, 0, e).sum(-1, keepdims=True)
+        g = np.where(q > 0, -others, e) / e.sum(-1, keepdims=True) * w[:, None]
     return (g / w.sum() if reduction == "mean" else g).reshape(x.shape)
 
 
