@@ -9,6 +9,7 @@ Other options fold batch norm into the convolutions before we see it: that is an
 import ast
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,18 @@ def import_onnx_model(given: Any, name: str) -> Graph:
     named = _named(model)
     for tensor, array in named.items():
         refuse_nonfinite(array, tensor)
-    function, layers = import_onnx(model, named, lambda node: layer_of(node, named))
+    scopes = frozenset(_scope(node) for node in given.graph.node)
+    function, layers = import_onnx(model, named, lambda node: layer_of(node, named, scopes))
     weights = {tensor: Weight(tensor, array) for tensor, array in named.items()}
     inputs = [p.name for p in function.params if p.name not in weights]
     return lower(Imported(function, inputs[0], weights, layers), name)
 
 
-def layer_of(node: Any, named: Any = ()) -> str:
-    """The user's layer of a node: from its weight's name, else what PyTorch's exporters wrote, else the node's name."""
+def layer_of(node: Any, named: Iterable[str] = (), scopes: frozenset[str] = frozenset()) -> str:
+    """The user's layer of a node: from its weight's name, else what PyTorch's exporters wrote, else the node's name.
+
+    named: tensors with the user's names; scopes: all module paths in node names
+    """
     for tensor in node.input:
         if tensor in named and "." in tensor and not tensor.startswith("onnx::"):
             return str(tensor).rpartition(".")[0]
@@ -95,7 +100,17 @@ def layer_of(node: Any, named: Any = ()) -> str:
             return str(scopes[-2]) if len(scopes) > 1 else ""
     if not node.name.startswith("/"):
         return str(node.name or node.output[0])
-    # "/layer1/layer1.0/conv1/Conv": a child of a container repeats the container's name.
+    path = _scope(node)
+    # The second call of a module is written as "act_1", like a module of that name; weights tell them apart.
+    while (once := re.sub(r"_\d+($|\.)", r"\1", path)) in scopes and once != path:
+        if any(tensor.startswith(path + ".") for tensor in named):
+            break
+        path = once
+    return path
+
+
+def _scope(node: Any) -> str:
+    """ "/layer1/layer1.0/conv1/Conv" -> "layer1.0.conv1": a child of a container repeats the container's name."""
     path: list[str] = []
     for part in node.name.split("/")[1:-1]:
         if path and part.startswith(path[-1] + "."):

@@ -73,6 +73,18 @@ class Squeeze(nn.Module):
         return x * F.hardsigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
 
 
+class Shared(nn.Module):
+    """One activation that is called twice, as in many published models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(6, 5, 3), nn.Conv2d(5, 4, 3)
+        self.act, self.head_1 = nn.Hardswish(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head_1(self.act(self.conv2(self.act(self.conv1(x)))))
+
+
 def shuffle(x: torch.Tensor) -> torch.Tensor:
     return x.view(1, 2, 3, 8, 8).transpose(1, 2).reshape(1, 6, 8, 8)
 
@@ -162,6 +174,7 @@ MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "layer-norm": (nn.LayerNorm(20), LINE),
     "group-norm": (nn.Sequential(nn.Conv2d(6, 6, 1), nn.GroupNorm(3, 6)), PICTURE),
     "residual": (Residual(), PICTURE),
+    "shared": (Shared(), PICTURE),
     "squeeze-excite": (Squeeze(), PICTURE),
     "tied": (Call(lambda a, x: a(F.relu(a(x))), conv=nn.Conv2d(6, 6, 3, padding=1)), PICTURE),
 }  # fmt: skip
