@@ -79,7 +79,7 @@ def import_onnx_model(given: Any, name: str) -> Graph:
     named = _named(model)
     for tensor, array in named.items():
         refuse_nonfinite(array, tensor)
-    scopes = frozenset(_scope(node) for node in given.graph.node)
+    scopes = frozenset(map(_scope, model.graph.node))
     function, layers = import_onnx(model, named, lambda node: layer_of(node, named, scopes))
     weights = {tensor: Weight(tensor, array) for tensor, array in named.items()}
     inputs = [p.name for p in function.params if p.name not in weights]
@@ -129,6 +129,8 @@ def _check(model: Any) -> None:
     """Everything that can be said before shapes are known. Raises TTEError."""
     import onnx
 
+    if not all(isinstance(name, str) for name in _strings(model)):
+        raise _invalid(ValueError("a name is not UTF-8"), "ONNX model")
     where = model.graph.name or "ONNX model"
     external = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     if external:
@@ -186,6 +188,18 @@ def _check(model: Any) -> None:
             where=", ".join(layer_of(n) or n.op_type for n in training),
             fix="call model.eval() and export again",
         )
+
+
+def _strings(model: Any) -> Iterable[Any]:
+    """All names; protobuf gives bytes for what is not UTF-8."""
+    graph = model.graph
+    yield graph.name
+    for named in (*graph.input, *graph.output, *graph.value_info, *graph.initializer, *graph.node, *model.functions):
+        yield named.name
+    for node in graph.node:
+        yield from (node.op_type, node.domain, *node.input, *node.output)
+        yield from (a.name for a in node.attribute)
+        yield from (text for entry in node.metadata_props for text in (entry.key, entry.value))
 
 
 def _inputs(model: Any) -> list[Any]:

@@ -111,9 +111,9 @@ def import_program(program: Any, name: str) -> Graph:
     """The forward graph of a ``torch.export.ExportedProgram``. Raises TTEError."""
     _refuse_signature(program)
     _refuse_control_flow(program)
+    _refuse_active_layers(program)
     with _quiet():
         program = program.run_decompositions({})  # makes in-place operators functional
-        _refuse_active_layers(program)
         program = _decompose_unsupported(program)
     refuse_unsupported(_unsupported(program))
     tensors = dict(program.state_dict) | dict(program.constants)

@@ -439,7 +439,11 @@ def lower(imported: Imported, name: str) -> Graph:
     outputs = result if isinstance(result, tuple) else (result,)
     if len(outputs) != 1:
         raise TTEError("TTE-E023", f"the model has {len(outputs)} outputs", fix="return one tensor")
-    if isinstance(outputs[0], Const) or not state.builder.nodes:
+    computed = {"x"}
+    for node in state.builder.nodes:
+        if any(v.name in computed for v in node.inputs):
+            computed.add(node.output.name)
+    if outputs[0].name not in computed or outputs[0] is source:
         raise TTEError("TTE-E023", "the model's output does not depend on its input", fix="nothing to compile")
     graph = Graph(name, inputs=(source,), consts=tuple(state.builder.consts.values()), outputs=(outputs[0],))
     return rewrite(graph, state.builder.nodes)

@@ -4,8 +4,10 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -277,3 +279,200 @@ def test_onnx_as_exported_by_default(name: str, tmp_path: Path) -> None:
         torch.onnx.export(module, (x,), tmp_path / "m.onnx", verbose=False)
     graph = simplify(verify(import_model(tmp_path / "m.onnx")))
     assert largest_error(graph, module, x) < 1e-5
+
+
+def refusal(model: Any, *inputs: Any) -> TTEError:
+    with pytest.raises(TTEError) as caught:
+        import_model(model, tuple(inputs) or None)
+    assert caught.value.fix
+    return caught.value
+
+
+def test_unsupported_operators_are_listed_at_once() -> None:
+    class Exotic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = Call(lambda x: torch.sin(x))
+            self.second = nn.Sequential(nn.ReLU(), Call(lambda x: torch.cumsum(x, 1)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x)).sort(1)[0]
+
+    error = refusal(Exotic(), torch.zeros(ROW))
+    assert error.code == "TTE-E024"
+    assert error.where.split("\n         ") == [
+        "first: sin(float32[1, 12])",
+        "second.1: cumsum(float32[1, 12])",
+        "model: sort(float32[1, 12])",
+    ]
+
+
+def test_unsupported_operators_of_onnx_are_listed_at_once(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(12, 4), Call(torch.sin), nn.ELU())
+    error = refusal(export(module, torch.zeros(ROW), tmp_path / "m.onnx", dynamo=False))
+    assert error.where.split("\n         ") == ["1: Sin(float[1, 4])", "2: Elu(float[1, 4])"]
+
+
+def test_unsupported_forms_of_supported_operators_say_why() -> None:
+    model = nn.Sequential(nn.AvgPool2d(3, 2, padding=1, ceil_mode=True), nn.MaxPool2d(2, dilation=2))
+    error = refusal(model, torch.zeros(PICTURE))
+    assert "0: nn.avg_pool2d(float32[1, 6, 8, 8]): average pooling with ceil_mode and count_include_pad" in error.where
+    assert "1: nn.max_pool2d(float32[1, 6, 5, 5]): pooling with dilation" in error.where
+    assert "does not divide" in refusal(nn.Upsample(scale_factor=1.3, mode="bilinear"), torch.zeros(PICTURE)).where
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(), nn.BatchNorm1d(12)])
+def test_training_mode_is_refused(layer: nn.Module, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(12, 12), layer).train()
+    error = refusal(model, torch.zeros(ROW))
+    assert error.code == "TTE-E029" and error.where.startswith("1 (") and "eval()" in error.fix
+    if isinstance(layer, nn.Dropout):  # PyTorch itself refuses batch norm of one sample in training mode
+        program = torch.export.export(model, (torch.zeros(ROW),))
+        assert refusal(program).code == "TTE-E029"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            training = torch.onnx.TrainingMode.TRAINING
+            torch.onnx.export(model, (torch.zeros(ROW),), tmp_path / "m.onnx", dynamo=False, training=training)
+        assert refusal(tmp_path / "m.onnx").code == "TTE-E029"
+
+
+def test_training_mode_without_dropout_or_norm_is_fine() -> None:
+    assert import_model(nn.Sequential(nn.Linear(12, 3), nn.ReLU()).train(), (torch.zeros(ROW),)).nodes
+
+
+def test_dynamic_shapes_are_refused(tmp_path: Path) -> None:
+    model, x = nn.Conv2d(6, 3, 3), torch.zeros(1, 6, 8, 8)
+    dim = torch.export.Dim("height", min=4, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({2: dim},))
+    assert refusal(program).code == "TTE-E022"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (x,), tmp_path / "m.onnx", dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "n", 2: "height"}}
+        )
+    assert "height" in refusal(tmp_path / "m.onnx").what
+
+
+def test_free_batch_of_onnx_becomes_one(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(6, 3, 3), nn.Flatten(), nn.Linear(108, 2)).eval(), torch.randn(1, 6, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        axes = {"x": {0: "n"}}
+        torch.onnx.export(model, (x,), tmp_path / "m.onnx", dynamo=False, input_names=["x"], dynamic_axes=axes)
+    assert largest_error(simplify(import_model(tmp_path / "m.onnx")), model, x) < 1e-5
+
+
+def test_batch_is_one(tmp_path: Path) -> None:
+    x = torch.zeros(4, 12)
+    error = refusal(nn.Linear(12, 3), x)
+    assert error.code == "TTE-E027" and "(1, 12)" in error.fix
+    assert refusal(torch.export.export(nn.Linear(12, 3), (x,))).code == "TTE-E027"
+    assert refusal(export(nn.Linear(12, 3), x, tmp_path / "m.onnx", dynamo=False)).code == "TTE-E027"
+
+
+def test_control_flow_is_refused(tmp_path: Path) -> None:
+    branch = Call(lambda x: torch.relu(x) if x.sum() > 0 else x)
+    assert refusal(branch, torch.zeros(ROW)).code == "TTE-E026"
+    cond = Call(lambda x: torch.cond(x.sum() > 0, lambda v: v + 1, lambda v: v - 1, (x,)))
+    error = refusal(cond, torch.zeros(ROW))
+    assert error.code == "TTE-E026" and "cond" in error.what
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_must_be_finite(value: float, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(12, 3), nn.Linear(3, 2)).eval()
+    model[1].weight.data[1, 2] = value
+    error = refusal(model, torch.zeros(ROW))
+    assert error.code == "TTE-E028" and error.where == "1.weight"
+    assert refusal(export(model, torch.zeros(ROW), tmp_path / "m.onnx", dynamo=False)).where == "1.weight"
+
+
+def test_what_is_not_a_model(tmp_path: Path) -> None:
+    assert refusal(nn.Linear(12, 3)).code == "TTE-E021"
+    assert refusal(tmp_path / "none.onnx").code == "TTE-E020"
+    assert refusal([1, 2]).code == "TTE-E020"
+    for name in ("m.onnx", "m.pt2", "m.pt", "m.ir"):
+        (tmp_path / name).write_bytes(b"\x08\x0a not a model \xff")
+        assert refusal(tmp_path / name).code in ("TTE-E020", "TTE-E010")
+
+
+def test_one_input_one_output(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    assert refusal(Two(), torch.zeros(ROW), torch.zeros(ROW)).code == "TTE-E023"
+    assert refusal(Call(lambda x: (x + 1, x * 2)), torch.zeros(ROW)).code == "TTE-E023"
+    assert refusal(Call(lambda layer, x: layer.weight * 2, layer=nn.Linear(2, 2)), torch.zeros(ROW)).code == "TTE-E023"
+    assert refusal(Call(lambda x: x * 2), torch.zeros(ROW, dtype=torch.int32)).code == "TTE-E023"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Two(), (torch.zeros(ROW), torch.zeros(ROW)), tmp_path / "m.onnx", dynamo=False)
+    assert refusal(tmp_path / "m.onnx").code == "TTE-E023"
+
+
+def test_files(tmp_path: Path) -> None:
+    """.pt2, .onnx with its data in another file, and tte's own text give what the module gives."""
+    module, x = prepared("residual")
+    graph = import_model(module, (x,))
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "m.pt2")
+    assert import_model(tmp_path / "m.pt2") == graph
+    (tmp_path / "m.ir").write_text(str(graph))
+    np.savez(tmp_path / "m.npz", **{c.name: c.data for c in graph.consts})
+    again = import_model(tmp_path / "m.ir")
+    assert again == graph and largest_error(again, module, x) < 1e-5
+    assert again.consts[0].origin is not None and again.consts[0].origin.name == graph.consts[0].name
+
+    proto = onnx.load(export(module, x, tmp_path / "m.onnx", dynamo=False))
+    onnx.save(proto, tmp_path / "e.onnx", save_as_external_data=True, location="e.data", size_threshold=0)
+    expected = str(import_model(tmp_path / "m.onnx"))
+    assert str(import_model(tmp_path / "e.onnx")) == expected == str(import_model(onnx.load(tmp_path / "m.onnx")))
+    assert refusal(onnx.load(tmp_path / "e.onnx", load_external_data=False)).code == "TTE-E020"
+    (tmp_path / "e.data").unlink()
+    assert refusal(tmp_path / "e.onnx").code == "TTE-E020"
+
+
+def test_old_opset(tmp_path: Path) -> None:
+    proto = onnx.load(export(nn.Linear(12, 3), torch.zeros(ROW), tmp_path / "m.onnx", dynamo=False))
+    proto.opset_import[0].version = 5
+    assert "opset 5" in refusal(proto).what
+
+
+@pytest.fixture(scope="module")
+def small_onnx(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    module = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU6(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)
+    )
+    path = tmp_path_factory.mktemp("onnx") / "m.onnx"
+    return export(module.eval(), torch.zeros(1, 2, 6, 6), path, dynamo=False).read_bytes()
+
+
+def import_damaged(data: bytes, path: Path) -> None:
+    """Either a graph that is valid and can be simplified, or a TTEError."""
+    path.write_bytes(data)
+    try:
+        simplify(verify(import_model(path)))
+    except TTEError as error:
+        assert error.code.startswith("TTE-E0") and error.fix
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_damaged_onnx(seed: int, small_onnx: bytes, tmp_path: Path) -> None:
+    """Bits flipped, bytes replaced, cut off and doubled: 25 of each round."""
+    rng = np.random.default_rng(seed)
+    for _ in range(25):
+        data = bytearray(small_onnx)
+        for _ in range(rng.integers(1, 4)):
+            at = int(rng.integers(len(data)))
+            kind = rng.integers(4)
+            if kind == 0:
+                data[at] ^= 1 << int(rng.integers(8))
+            elif kind == 1:
+                data[at] = int(rng.integers(256))
+            elif kind == 2:
+                del data[at : at + int(rng.integers(1, 20))]
+            else:
+                data[at:at] = data[at : at + int(rng.integers(1, 20))]
+        import_damaged(bytes(data), tmp_path / "m.onnx")
+    for length in rng.integers(0, len(small_onnx), 5):
+        import_damaged(small_onnx[:length], tmp_path / "m.onnx")
