@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tte.ops  # noqa: F401  fills the table of operators
+from tte.arrays import read_npz
 from tte.errors import TTEError
 from tte.ir import Builder, Const, Graph, Origin, TensorType, Value, evaluate
 from tte.passes.batch_norm import fold_batch_norm
-from tte.weights import export_weights, load_weights, read_npz, save_weights
+from tte.weights import export_weights, load_weights, save_weights
 
 RNG = np.random.default_rng(0)
 
@@ -143,6 +144,6 @@ def test_damaged_files(tmp_path_factory, position: int, byte: int, truncate: boo
         content[position] = byte
     path.write_bytes(content)
     try:
-        read_npz(path)
+        read_npz(path, "TTE-E061", "")
     except TTEError as problem:
         assert problem.code == "TTE-E061"

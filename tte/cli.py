@@ -167,7 +167,7 @@ def state(
         content = blob.read_bytes()
     except OSError as problem:
         fix = "give the file that the bytes of <name>_state_save were written to"
-        raise TTEError("TTE-E062", f"cannot read: {problem.strerror}", where=str(blob), fix=fix) from problem
+        raise TTEError("TTE-E060", f"cannot read: {problem.strerror}", where=str(blob), fix=fix) from problem
     shapes = _save_weights(output, content, build)
     if json_:
         return _print_json({"output": str(output), "weights": shapes})
@@ -294,15 +294,11 @@ def _print_json(value: Any) -> None:
 
 def _save_weights(path: Path, state: bytes, build: Path) -> dict[str, list[int]]:
     """Write what a state holds as an .npz with the model's own names and layouts; return the shapes."""
-    import numpy as np
-
     from tte.saved import read_state
+    from tte.weights import save_weights
 
     weights = read_state(state, build)
-    try:
-        np.savez(path, **weights)
-    except OSError as problem:
-        raise _unwritable(path, problem) from problem
+    save_weights(path, weights)
     return {name: list(array.shape) for name, array in weights.items()}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tte.errors import TTEError
+from tte.arrays import read_npz
 from tte.ir import Origin, Param
 from tte.runner.board import unpack_state
 from tte.runner.build import Build
@@ -35,16 +35,7 @@ def read_state(state: bytes, folder: Path | str) -> dict[str, np.ndarray]:
     state: what <name>_state_save wrote; folder: the project it ran. Raises TTEError (E050, E060, E061).
     """
     trained = unpack_state(state, Build.open(folder))
-    try:
-        with np.load(Path(folder) / "weights.npz", allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError) as problem:
-        raise TTEError(
-            "TTE-E061",
-            f"cannot read: {problem}",
-            where=str(Path(folder) / "weights.npz"),
-            fix="compile the model again",
-        ) from problem
+    arrays = read_npz(Path(folder) / "weights.npz", "TTE-E061", "compile the model again")
     originals = {k.removeprefix(ORIGINAL): v for k, v in arrays.items() if k.startswith(ORIGINAL)}
     origins, initial = {}, {}
     for key, index in arrays.items():

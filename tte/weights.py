@@ -1,13 +1,12 @@
 """Trained tensors on their way back: from our layouts to the user's names and layouts, to a file, into a module."""
 
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tte.arrays import read_npz
 from tte.document import suggest
 from tte.errors import TTEError
 from tte.ir import Origin
@@ -61,20 +60,6 @@ def save_weights(path: Path | str, weights: Mapping[str, np.ndarray]) -> None:
         ) from problem
 
 
-def read_npz(path: Path | str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file. Raises TTEError (E061) for anything that is not one, whatever is wrong with it."""
-    # All that numpy and zipfile throw at damaged, foreign or encrypted files.
-    damage = (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, SyntaxError, TypeError)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {str(key): np.asarray(file[key]) for key in file.files}
-    except (*damage, AttributeError, zipfile.BadZipFile, zlib.error) as problem:
-        reason = getattr(problem, "strerror", None) or f"it is not a complete .npz file ({type(problem).__name__})"
-        raise TTEError(
-            "TTE-E061", f"cannot read: {reason}", where=str(path), fix="give a file written by `tte run --save`"
-        ) from problem
-
-
 def load_weights(module: Any, path: Path | str) -> None:
     """Put trained weights into the torch.nn.Module they came from: all of them, or none when something does not fit.
 
@@ -83,7 +68,7 @@ def load_weights(module: Any, path: Path | str) -> None:
     """
     import torch
 
-    weights = read_npz(path)
+    weights = read_npz(path, "TTE-E061", "give a file written by `tte run --save`")
     parameters = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
     for name, array in weights.items():
         if name not in parameters:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tte.arrays import read_npz
 from tte.errors import TTEError
 from tte.runner.board import STATE_HEADER, Board, require_ok
 from tte.runner.build import Build
@@ -54,11 +55,7 @@ class RunResult:
 
 def load_data(path: Path | str, build: Build) -> Data:
     """Read an .npz with x and y and hold it against the model. Raises TTEError (E057), saying what does not fit."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {k: file[k] for k in file.files}
-    except (OSError, ValueError, EOFError, KeyError) as problem:
-        raise _bad(path, f"not a readable .npz: {problem}", "save it with numpy.savez(path, x=..., y=...)") from problem
+    arrays = read_npz(path, "TTE-E057", "save it with numpy.savez(path, x=..., y=...)")
     return check_data(arrays, build, path)
 
 
