@@ -9,7 +9,7 @@ Other options fold batch norm into the convolutions before we see it: that is an
 import ast
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,24 +69,23 @@ def import_onnx_model(given: Any, name: str) -> Graph:
     """The forward graph of an ``onnx.ModelProto``. Raises TTEError."""
     model = type(given)()
     model.CopyFrom(given)
-    _check(model)
-    where = model.graph.name or "ONNX model"
-    _fix_batch(model)
-    with translate_errors(where):
+    with translate_errors(given.graph.name or "ONNX model"):
+        _check(model)
+        _fix_batch(model)
         _fold(model)
         _resolve_padding(model)
-    refuse_unsupported(_unsupported(model))
-    named = _named(model)
+        refuse_unsupported(_unsupported(model))
+        named = _named(model)
     for tensor, array in named.items():
         refuse_nonfinite(array, tensor)
-    scopes = frozenset(map(_scope, model.graph.node))
+    scopes = frozenset(_scope(node) for node in model.graph.node)
     function, layers = import_onnx(model, named, lambda node: layer_of(node, named, scopes))
     weights = {tensor: Weight(tensor, array) for tensor, array in named.items()}
     inputs = [p.name for p in function.params if p.name not in weights]
     return lower(Imported(function, inputs[0], weights, layers), name)
 
 
-def layer_of(node: Any, named: Iterable[str] = (), scopes: frozenset[str] = frozenset()) -> str:
+def layer_of(node: Any, named: Collection[str] = (), scopes: frozenset[str] = frozenset()) -> str:
     """The user's layer of a node: from its weight's name, else what PyTorch's exporters wrote, else the node's name.
 
     named: tensors with the user's names; scopes: all module paths in node names

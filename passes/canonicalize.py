@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tte.ir import Builder, Const, Graph, Node, Value, rewrite
+from tte.ir import OPS, Builder, Const, Graph, Node, Value, rewrite
 from tte.passes.simplify import eliminate_common_subexpressions, eliminate_dead_code, fold_constants
 
 COMMUTATIVE = ("add", "multiply")
@@ -138,6 +138,22 @@ def _all_are(value: Value, number: float) -> bool:
 def _merge_reshapes(state: Rewriter, node: Node) -> Value | None:
     inner = node.op == "reshape" and state.made_by(node.inputs[0], "reshape")
     return state.call("reshape", inner.inputs[0], **node.attrs) if inner else None
+
+
+def _reshape_last(state: Rewriter, node: Node) -> Value | None:
+    """Views go behind elementwise operators, so that these stand next to the layer that they can be fused with."""
+    if node.op != "nn.batch_norm" and (OPS[node.op].kind != "elementwise" or node.op == "broadcast_to"):
+        return None
+    view = state.made_by(node.inputs[0], "reshape")
+    if view is None or not state.read_once(node.inputs[0]):
+        return None
+    x, others = view.inputs[0], node.inputs[1:]
+    # A constant beside it must be a number, or run along a last dimension that the view does not touch.
+    last = x.type.shape[-1:] if x.type.shape[-1:] == node.output.type.shape[-1:] else ()
+    if not all(isinstance(v, Const) and v.type.shape in ((), last) for v in others):
+        return None
+    y = state.call(node.op, x, *others, **node.attrs)
+    return state.call("reshape", y, newshape=node.output.type.shape)
 
 
 def _merge_transposes(state: Rewriter, node: Node) -> Value | None:
@@ -350,7 +366,7 @@ def _silu(state: Rewriter, node: Node) -> Value | None:
 
 
 RULES: Sequence[Rule] = (
-    _drop_identity, _merge_reshapes, _merge_transposes, _pad_last, _merge_slices, _reduce_then_reshape,
+    _drop_identity, _merge_reshapes, _reshape_last, _merge_transposes, _pad_last, _merge_slices, _reduce_then_reshape,
     _constant_second, _short_constant, _dense, _bias, _padding, _global_pool, _rsqrt, _clip,
     _hard_sigmoid, _hard_swish, _silu,
 )  # fmt: skip
