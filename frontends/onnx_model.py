@@ -34,7 +34,7 @@ SUPPORTED = frozenset(
     Conv ConvTranspose Gemm MatMul Relu Clip LeakyRelu HardSigmoid HardSwish Sigmoid Tanh Gelu Softplus Neg Exp Log Sqrt
     Reciprocal Abs Sign Pow Add Sub Mul Div Max Min Sum MaxPool AveragePool GlobalAveragePool GlobalMaxPool
     Reshape Flatten Transpose Concat Split Slice Gather Pad Resize Upsample ReduceMean ReduceSum ReduceMax GatherND Mean
-    Softmax LogSoftmax Greater Where CastLike
+    Softmax LogSoftmax Greater Where CastLike Erf
     BatchNormalization LayerNormalization GroupNormalization InstanceNormalization Dropout Identity Squeeze Unsqueeze
     Expand Cast Constant
     """.split()
@@ -95,8 +95,8 @@ def layer_of(node: Any, named: Collection[str] = (), scopes: frozenset[str] = fr
             return str(tensor).rpartition(".")[0]
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
-            scopes = ast.literal_eval(entry.value)
-            return str(scopes[-2]) if len(scopes) > 1 else ""
+            path = ast.literal_eval(entry.value)
+            return str(path[-2]) if len(path) > 1 else ""
     if not node.name.startswith("/"):
         return str(node.name or node.output[0])
     path = _scope(node)

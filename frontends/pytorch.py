@@ -30,7 +30,7 @@ SUPPORTED = frozenset(
     linear.default addmm.default
     matmul.default mm.default bmm.default relu.default relu6.default hardtanh.default clamp.default clamp_min.default
     clamp_max.default leaky_relu.default hardsigmoid.default hardswish.default sigmoid.default tanh.default silu.default
-    gelu.default softplus.default neg.default exp.default log.default sqrt.default rsqrt.default abs.default
+    gelu.default erf.default softplus.default neg.default exp.default log.default sqrt.default rsqrt.default abs.default
     sign.default square.default pow.Tensor_Scalar add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Tensor rsub.Scalar
     mul.Tensor mul.Scalar div.Tensor div.Scalar reciprocal.default maximum.default minimum.default
     max_pool1d.default max_pool2d.default avg_pool1d.default avg_pool2d.default adaptive_avg_pool1d.default

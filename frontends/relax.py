@@ -529,7 +529,49 @@ def _unary(name: str) -> Rule:
 
 
 def _binary(name: str) -> Rule:
-    return lambda state, call: state.call(name, state.value(call.args[0]), state.value(call.args[1]))
+    def lower_binary(state: Lowering, call: Any) -> Any:
+        a, b = state.value(call.args[0]), state.value(call.args[1])
+        if isinstance(a, Erf) or isinstance(b, Erf):
+            return _gelu_by_hand(state, name, *((b, a) if isinstance(a, Erf) else (a, b)))
+        return state.call(name, a, b)
+
+    return lower_binary
+
+
+@dataclass(frozen=True)
+class Erf:
+    """erf(x) + shift: has no form of its own, only a place in gelu."""
+
+    x: Value
+    shift: float = 0.0
+
+
+@rule("erf")
+def _erf(state: Lowering, call: Any) -> Erf:
+    return Erf(state.value(call.args[0]))
+
+
+def _gelu_by_hand(state: Lowering, name: str, u: Any, erf: Erf) -> Any:
+    """x * (erf(x / sqrt(2)) + 1) = 2 gelu(x); with x / 2 in place of the first x it is gelu(x)."""
+    if name == "add" and isinstance(u, Const) and u.type.size == 1 and u.data.item() == 1.0:
+        return Erf(erf.x, 1.0)
+    made = {n.output.name: n for n in state.builder.nodes}
+
+    def unscaled(value: Value, factor: float) -> Value | None:
+        """x, if value is x * factor or x / (1 / factor)"""
+        node = made.get(value.name)
+        if node is None or node.op not in ("multiply", "divide") or not isinstance(node.inputs[1], Const):
+            return None
+        given = float(node.inputs[1].data.reshape(-1)[0])
+        found = given if node.op == "multiply" else 1.0 / given if given else 0.0
+        return node.inputs[0] if node.inputs[1].type.size == 1 and math.isclose(found, factor, rel_tol=1e-5) else None
+
+    require(name == "multiply" and erf.shift == 1.0, "only in gelu")
+    x = unscaled(erf.x, math.sqrt(0.5))
+    require(x is not None and x in (u, unscaled(u, 0.5)), "only in gelu")
+    assert x is not None
+    y = state.call("nn.gelu", x)
+    return state.call("multiply", y, state.const(2.0)) if x == u else y
 
 
 TABLE.update({f"relax.{theirs}": _unary(ours) for theirs, ours in UNARY.items()})
@@ -612,7 +654,9 @@ def _power(state: Lowering, call: Any) -> Value:
     power = float(exponent.data.item())
     if power == 2.0:
         return state.call("multiply", x, x)
-    require(power in (0.5, -0.5), f"exponent {power}: only 2, 0.5 and -0.5")
+    if power == 3.0:
+        return state.call("multiply", state.call("multiply", x, x), x)
+    require(power in (0.5, -0.5), f"exponent {power}: only 3, 2, 0.5 and -0.5")
     return state.call("sqrt" if power > 0 else "rsqrt", x)
 
 

@@ -231,6 +231,16 @@ def _short_constant(state: Rewriter, node: Node) -> Value | None:
     return None
 
 
+def _merge_factors(state: Rewriter, node: Node) -> Value | None:
+    """(x * a) * b with numbers whose product is exact"""
+    outer = _number(node.inputs[1]) if node.op == "multiply" else None
+    inner = state.made_by(node.inputs[0], "multiply")
+    factor = _number(inner.inputs[1]) if inner else None
+    if outer is None or inner is None or factor is None or math.frexp(outer)[0] != 0.5:
+        return None
+    return state.call("multiply", inner.inputs[0], state.builder.const(factor * outer))
+
+
 # Layers
 
 
@@ -367,6 +377,6 @@ def _silu(state: Rewriter, node: Node) -> Value | None:
 
 RULES: Sequence[Rule] = (
     _drop_identity, _merge_reshapes, _reshape_last, _merge_transposes, _pad_last, _merge_slices, _reduce_then_reshape,
-    _constant_second, _short_constant, _dense, _bias, _padding, _global_pool, _rsqrt, _clip,
+    _constant_second, _short_constant, _merge_factors, _dense, _bias, _padding, _global_pool, _rsqrt, _clip,
     _hard_sigmoid, _hard_swish, _silu,
 )  # fmt: skip

@@ -124,6 +124,7 @@ MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "gelu": (nn.GELU(), PICTURE),
     "gelu-tanh": (nn.GELU("tanh"), PICTURE),
     "softplus": (nn.Softplus(), PICTURE),
+    "gelu-by-hand": (Call(lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5))), PICTURE),
     "exp-log": (Call(lambda x: torch.log(torch.exp(x) + 1.5)), ROW),
     "sqrt": (Call(lambda x: torch.sqrt(x.abs() + 0.5) + torch.rsqrt(x * x + 1)), ROW),
     "negative": (Call(lambda x: -x - torch.sign(x)), ROW),
@@ -279,6 +280,18 @@ def test_onnx_as_exported_by_default(name: str, tmp_path: Path) -> None:
         torch.onnx.export(module, (x,), tmp_path / "m.onnx", verbose=False)
     graph = simplify(verify(import_model(tmp_path / "m.onnx")))
     assert largest_error(graph, module, x) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["none", "tanh"])
+def test_gelu_of_older_exports(form: str, tmp_path: Path) -> None:
+    module, x = nn.Sequential(nn.Linear(12, 5), nn.GELU(form)), torch.randn(ROW)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), tmp_path / "m.onnx", dynamo=False, opset_version=13)
+    graph = simplify(import_model(tmp_path / "m.onnx"))
+    assert largest_error(graph, module, x) < 1e-5
+    if form == "none":
+        assert [n.op for n in graph.nodes] == ["nn.dense", "nn.gelu"]
 
 
 def refusal(model: Any, *inputs: Any) -> TTEError:
