@@ -137,7 +137,7 @@ def _program(
     """The calls of one entry point as the template prints them."""
     graph = program.graph
     storage = _Storage(program, layout, names)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for call in calls:
         node = graph.nodes[call.node]
         arguments = [storage.pointer(v) for v in call.inputs]

@@ -115,7 +115,7 @@ def _call(index: int, node: Node) -> Call:
     operands: list[dict[str, Any]] = []
     tail = []
     for k, step in enumerate(parts.tail):
-        arguments = []
+        arguments: list[dict[str, Any]] = []
         for value in step.inputs:
             if value.name in names:
                 arguments.append({"kind": "register", "c": names[value.name]})

@@ -14,7 +14,7 @@ from tte.codegen.emit import Interface, Program, StateLayout
 from tte.codegen.plan import plan_memory
 from tte.errors import TTEError
 from tte.frontends import import_model
-from tte.ir import Const, Graph, Origin, verify
+from tte.ir import Const, Graph, Origin, Param, verify
 from tte.passes.autodiff import differentiate
 from tte.passes.batch_norm import fold_batch_norm
 from tte.passes.canonicalize import canonicalize
@@ -192,7 +192,8 @@ def hash_model(forward: Graph, train: Graph) -> str:
     Target, schedule, plan and version of tte are not in it: an updated firmware keeps what was learned.
     """
     digest = hashlib.sha256(str(forward).encode())
-    for stored in (*forward.params, *forward.consts):
+    weights: list[Param | Const] = [*forward.params, *forward.consts]
+    for stored in weights:
         digest.update(stored.name.encode() + stored.data.tobytes())
     for param, _ in train.updates:
         digest.update(param.name.encode())

@@ -61,7 +61,7 @@ def follow(
             output.register_hook(lambda g: g.clamp(-clip, clip))
         target = torch.from_numpy(x if y is None else y)
         value = measure_loss(output, target, loss)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         for name, mask in bits.items():
             values[name].grad *= mask
         if not gradients:
@@ -76,7 +76,7 @@ def measure_loss(output: Any, target: Any, loss: Loss) -> Any:
     import torch
     import torch.nn.functional as F
 
-    reduction = {"reduction": loss.reduction}
+    reduction: dict[str, Any] = {"reduction": loss.reduction}
     if loss.name == "cross_entropy":
         weight = None if loss.class_weights is None else torch.tensor(loss.class_weights, dtype=output.dtype)
         rows = output.reshape(-1, output.shape[-1])
@@ -85,7 +85,11 @@ def measure_loss(output: Any, target: Any, loss: Loss) -> Any:
     target = target.to(output.dtype).reshape(output.shape)
     if loss.name == "huber":
         return F.huber_loss(output, target, delta=loss.delta, **reduction)
-    functions = {"mse": F.mse_loss, "l1": F.l1_loss, "bce_with_logits": F.binary_cross_entropy_with_logits}
+    functions: dict[str, Any] = {
+        "mse": F.mse_loss,
+        "l1": F.l1_loss,
+        "bce_with_logits": F.binary_cross_entropy_with_logits,
+    }
     return functions[loss.name](output, target, **reduction)
 
 
@@ -198,9 +202,10 @@ def _pad(node: Node, x: Any) -> Any:
     import torch.nn.functional as F
 
     widths: list[int] = []
-    for before, after, _ in reversed(node.attrs["pad_width"]):  # type: ignore[call-overload]
+    attrs: dict[str, Any] = node.attrs
+    for before, after, _ in reversed(attrs["pad_width"]):
         widths += [before, after]
-    return F.pad(x, widths, value=node.attrs["value"])
+    return F.pad(x, widths, value=attrs["value"])
 
 
 def _slice(node: Node, x: Any) -> Any:

@@ -129,13 +129,14 @@ class _Parser:
             elif result := re.fullmatch(r"return (.*);", line):
                 outputs = tuple(value(ref.strip()) for ref in result[1].split(","))
             elif region := re.fullmatch(rf"((?:%{IDENTIFIER}(?:, )?)+) = region\((.*)\) \{{", line):
-                names, operands = [], []
+                names: list[str] = []
+                operands: list[Value] = []
                 attrs = self.arguments(region[2], value, operands, names)
                 layer, inplace = str(attrs.pop("layer", "")), attrs.pop("inplace", None)
                 arguments = tuple(Value(n, v.type) for n, v in zip(names, operands, strict=True))
                 inner, last = self.body("region", arguments, "}")
                 outs = self.outputs(region[1], last.removeprefix("} "))
-                nodes.append(Node("region", tuple(operands), attrs, outs, layer, inplace, inner))  # type: ignore[arg-type]
+                nodes.append(Node("region", tuple(operands), attrs, outs, layer, inplace, inner))
                 scope |= {"%" + v.name: v for v in outs}
             elif call := re.fullmatch(rf"((?:%{IDENTIFIER}(?:, )?)+) = ([a-z0-9_.]+)\((.*)\) (/\* ty=.* \*/;)", line):
                 if call[2] not in OPS:
@@ -148,7 +149,7 @@ class _Parser:
                 except InvalidType as problem:
                     raise self.fail(str(problem)) from problem
                 outs = self.outputs(call[1], call[4])
-                nodes.append(Node(call[2], tuple(operands), attrs, outs, layer, inplace))  # type: ignore[arg-type]
+                nodes.append(Node(call[2], tuple(operands), attrs, outs, layer, inplace))
                 scope |= {"%" + v.name: v for v in outs}
             else:
                 raise self.fail(f"cannot read {line[:60]!r}")

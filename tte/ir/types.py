@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # bit: a packed 1-bit mask; numpy holds it as bool, C as (size + 7) / 8 bytes, element i in bit i % 8 of byte i / 8.
-DTYPES = {
+DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "int8": np.dtype(np.int8),
     "uint8": np.dtype(np.uint8),

@@ -1,6 +1,6 @@
 """Re-reads a graph with suspicion; runs after every pass."""
 
-from tte.ir.graph import Graph, Node, Value
+from tte.ir.graph import Const, Graph, Node, Param, Value
 from tte.ir.op import OPS, InvalidType
 
 
@@ -26,7 +26,8 @@ def _verify(graph: Graph, where: str) -> None:
     for value in (*graph.inputs, *graph.params, *graph.consts):
         require(value.name not in defined, f"{value.name} is defined twice")
         defined[value.name] = value
-    for stored in (*graph.params, *graph.consts):
+    weights: list[Param | Const] = [*graph.params, *graph.consts]
+    for stored in weights:
         same = stored.data.shape == stored.type.shape and stored.data.dtype == stored.type.numpy
         require(same, f"@{stored.name} is {stored.type}, its data {stored.data.shape} {stored.data.dtype}")
     for i, node in enumerate(graph.nodes):

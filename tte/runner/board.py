@@ -76,7 +76,7 @@ def unpack_state(blob: bytes, build: Build) -> dict[str, np.ndarray]:
     }
 
 
-def pack(array: np.ndarray | None, dtype: np.dtype, size: int) -> bytes:  # type: ignore[type-arg]
+def pack(array: np.ndarray | None, dtype: np.dtype, size: int) -> bytes:
     """The bytes of a C buffer."""
     if array is None:
         assert size == 0

@@ -259,7 +259,7 @@ def _this_cpu() -> str:
 
 def _linker_script(emulator: Path, board: Target) -> str:
     template = jinja2.Template((emulator / "emu_link.ld.j2").read_text(), undefined=jinja2.StrictUndefined)
-    return template.render(target=board, flash=board.flash, ram=board.ram, stack_bytes=STACK_BYTES)
+    return str(template.render(target=board, flash=board.flash, ram=board.ram, stack_bytes=STACK_BYTES))
 
 
 def _sizes(elf: Path) -> tuple[int, int, int, int, int]:
