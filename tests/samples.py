@@ -1,7 +1,8 @@
 """One row and more for every operator; tests/test_ops.py and tests/test_kernels.py walk this table.
 
 A row says how to make operands and how PyTorch computes the same, in our layouts. It feeds: type rule against
-reference, reference against PyTorch, gradient rule against torch.autograd and finite differences, generated C against reference.
+reference, reference against PyTorch, gradient rule against torch.autograd and finite differences, generated C against
+reference.
 """
 
 import math

@@ -70,8 +70,8 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     ),
     "speech": (
         nn.Sequential(
-            nn.Conv1d(6, 8, 5, 2, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(8, 8, 3, groups=8),
-            nn.Flatten(), nn.Linear(16, 3),
+            nn.Conv1d(6, 8, 5, 2, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.MaxPool1d(2),
+            nn.Conv1d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(16, 3),
         ),
         (1, 6, 20),
     ),
