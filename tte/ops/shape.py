@@ -29,7 +29,7 @@ def _transpose(x: TensorType, *, axes: tuple[int, ...]) -> TensorType:
 
 
 def _transpose_ref(x, *, axes):  # type: ignore[no-untyped-def]
-    return np.ascontiguousarray(x.transpose(axes))
+    return np.asarray(x.transpose(axes), order="C")
 
 
 def _transpose_grad(backward, dy, x, *, axes):  # type: ignore[no-untyped-def]
@@ -81,7 +81,7 @@ def _slice(x: TensorType, *, begin: tuple[int, ...], end: tuple[int, ...], strid
 
 def _slice_ref(x, *, begin, end, strides):  # type: ignore[no-untyped-def]
     index = tuple(slice(b, e, s) for b, e, s in zip(begin, end, strides, strict=True))
-    return np.ascontiguousarray(x[index])
+    return np.asarray(x[index], order="C")
 
 
 def _slice_grad(backward, dy, x, *, begin, end, strides):  # type: ignore[no-untyped-def]
@@ -130,7 +130,7 @@ def _broadcast_to(x: TensorType, *, shape: tuple[int, ...]) -> TensorType:
 
 
 def _broadcast_to_ref(x, *, shape):  # type: ignore[no-untyped-def]
-    return np.ascontiguousarray(np.broadcast_to(x, shape))
+    return np.asarray(np.broadcast_to(x, shape), order="C")
 
 
 def _broadcast_to_grad(backward, dy, x, *, shape):  # type: ignore[no-untyped-def]
