@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import networks
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -25,6 +27,12 @@ def test_help_is_fast_because_it_imports_nothing_heavy() -> None:
     *text, modules = result.stdout.splitlines()
     assert not {"numpy", "torch", "tvm", "onnx", "ortools", "pydantic", "jinja2"} & set(modules.split())
     assert all(any(f" {command} " in line for line in text) for command in COMMANDS)
+
+
+def succeed(*arguments: object) -> str:
+    result = call(*arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -60,6 +68,64 @@ def test_a_mistake_is_three_lines_on_stderr(tmp_path: Path, command: tuple[str, 
     assert "missing.onnx" in where
     assert fix.strip().startswith("fix:")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network in tte's own text, its weights beside it, and some data."""
+    folder = tmp_path_factory.mktemp("model")
+    graph = networks.residual()
+    (folder / "net.ir").write_text(str(graph))
+    np.savez(folder / "net.npz", **{c.name: c.data for c in graph.consts})
+    rng = np.random.default_rng(0)
+    np.savez(folder / "data.npz", x=rng.standard_normal((6, 8, 8, 2)).astype(np.float32), y=np.arange(6) % 5)
+    return folder / "net.ir"
+
+
+def test_from_model_to_trained_weights(model: Path, tmp_path: Path) -> None:
+    """analyze -> scheme -> compile -> run -> state, as a user types it."""
+    scheme, build, saved = tmp_path / "scheme.yaml", tmp_path / "build", tmp_path / "weights.npz"
+    analysis = json.loads(succeed("analyze", model, "--write-scheme", scheme, "--json"))
+    assert [row["name"] for row in analysis["layers"]] == ["stem", "a", "b", "depthwise", "narrow", "head"]
+    text = succeed("compile", model, "--update-scheme", scheme, "--target", "stm32f746", "-o", build)
+    assert "head" in text and "proved optimal" in text
+    report = json.loads((build / "report.json").read_text())
+    assert report["gradients"] == ["head.weight", "head.bias"]
+    data = model.parent / "data.npz"
+    arguments = ("run", build, "--data", data, "--eval", data, "--host", "--epochs", "2", "--save", saved)
+    result = json.loads(succeed(*arguments, "--json"))
+    assert result["steps"] == len(result["loss"]) == 12
+    assert 0.0 <= result["accuracy_after"] <= 1.0
+    with np.load(model.with_suffix(".npz")) as before, np.load(saved) as after:
+        assert sorted(after.files) == ["head.bias", "head.weight"]
+        assert not np.array_equal(before["head.weight"], after["head.weight"])
+    blob = tmp_path / "state.bin"
+    blob.write_bytes(b"TTES")
+    assert "TTE-E060" in call("state", blob, "--build", build, "-o", saved).stderr
+    assert "TTE-E060" in call("state", tmp_path / "nothing", "--build", build, "-o", saved).stderr
+
+
+def test_compile_prints_the_report_as_json(model: Path, tmp_path: Path) -> None:
+    out = succeed("compile", model, "-u", "bias-only", "-t", "host", "-o", tmp_path / "b", "--json")
+    assert json.loads(out) == json.loads((tmp_path / "b" / "report.json").read_text())
+
+
+def test_verify_exits_with_1_beyond_the_tolerance(model: Path) -> None:
+    proof = json.loads(succeed("verify", model, "-u", "last-layer", "--steps", 2, "--json"))
+    assert proof["ok"] and {row["name"] for row in proof["tensors"]} == {"head.weight", "head.bias"}
+    strict = call("verify", model, "-u", "last-layer", "--steps", 2, "--tolerance", 1e-12)
+    assert strict.returncode == 1
+    assert "head.weight" in strict.stdout and strict.stderr == ""
+
+
+def test_passes_can_be_left_out_and_dumped(model: Path, tmp_path: Path) -> None:
+    arguments = ("compile", model, "-u", "full", "-t", "host", "--json", "--dump-ir", tmp_path / "ir")
+    plain = json.loads(succeed(*arguments, "-o", tmp_path / "a"))
+    names = sorted(path.name for path in (tmp_path / "ir").iterdir())
+    bare = json.loads(succeed(*arguments, "-o", tmp_path / "b", "--disable-pass", "work_in_place"))
+    assert bare["memory"]["arena_bytes"] > plain["memory"]["arena_bytes"]
+    assert any("work_in_place" in name for name in names)
+    assert "TTE-E044" in call("compile", model, "-o", tmp_path / "c", "--disable-pass", "nothing").stderr
 
 
 def test_our_own_bugs_are_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The command line: each command calls one function of tte and prints what it returns, as a table or as JSON."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,13 @@ def compile_model(
     artifact.export(output)
     if json_:
         return _print_json(artifact.report)
+    for note in dict.fromkeys((*artifact.compiled.resolved.notes, *artifact.compiled.notes)):
+        print(f"note: {note}")
+    learned = [
+        (layer.layer, _count(layer.weight, layer.channels), "yes" if layer.bias else "no")
+        for layer in artifact.compiled.resolved.layers
+    ]
+    _print_table("what learns", ("layer", "weight", "bias"), learned)
     _print_report(artifact.report, output)
 
 
@@ -150,7 +158,9 @@ def verify(
         _print_json(proof)
     else:
         rows = [(r["name"], r["gradient_error"], r["weight_error"], r["ok"]) for r in proof["tensors"]]
-        _print_table(f"against PyTorch, {steps} steps", ("tensor", "gradient", "weights", "within"), rows)
+        title = f"relative error (L2 norm) against PyTorch: gradients of step 1, weights after step {steps}"
+        _print_table(title, ("tensor", "gradient", "weights", f"within {tolerance:g}"), rows)
+        print(f"loss of every step: {proof['loss_error']:.2e}; oracle: {proof['oracle']}")
     if not proof["ok"]:
         raise typer.Exit(1)
 
@@ -214,6 +224,12 @@ def targets(json_: Json = False) -> None:
     _print_table("targets", ("name", "flash", "RAM", "clock", ""), rows)
 
 
+def _count(weight: str | None, channels: Sequence[int] | None) -> str:
+    if weight is None:
+        return "no"
+    return "all" if channels is None else f"{len(channels)} input channels"
+
+
 def _print_report(report: dict[str, Any], output: Path) -> None:
     memory = report["memory"]
     gap = memory["arena_bytes"] - memory["lower_bound_bytes"]
@@ -269,7 +285,7 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any
     from rich.text import Text
 
     rows = list(rows)
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         numeric = any(type(row[i]) in (int, float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
@@ -277,7 +293,8 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any
         table.add_row(*(Text(_cell(value)) for value in row))
     # A pipe gets every column in full; a terminal gets what fits.
     console = Console(highlight=False)
-    Console(highlight=False, width=None if console.is_terminal else 200).print(table)
+    console = console if console.is_terminal else Console(highlight=False, width=200)
+    console.print(Text(title, style="bold"), table, sep="\n")
 
 
 def _cell(value: Any) -> str:
@@ -289,7 +306,16 @@ def _cell(value: Any) -> str:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _save_weights(path: Path, state: bytes, build: Path) -> dict[str, list[int]]:
