@@ -26,8 +26,8 @@ def _half(shape: tuple[int, ...]) -> dict:
 
 
 @st.composite
-def programs(draw, most: int = 8) -> Graph:
-    """At most ``most`` steps, then the updates of up to two params; everything that nobody reads is returned."""
+def programs(draw, most: int = 8, least: int = 1) -> Graph:
+    """``least`` to ``most`` steps, then the updates of up to two params; everything that nobody reads is returned."""
     builder = Builder()
     x = Value("x", TensorType((draw(st.integers(1, 9)),)))
     params = [
@@ -35,7 +35,7 @@ def programs(draw, most: int = 8) -> Graph:
         for i, size in enumerate(draw(st.lists(st.integers(1, 9), max_size=2)))
     ]
     values: list[Value] = [x, *params]
-    for _ in range(draw(st.integers(1, most))):
+    for _ in range(draw(st.integers(least, most))):
         step = STEPS[draw(st.sampled_from(sorted(STEPS)))]
         one, other = (values[-1 - draw(st.integers(0, min(5, len(values) - 1)))] for _ in range(2))
         try:
@@ -51,7 +51,7 @@ def programs(draw, most: int = 8) -> Graph:
             updates.append((param, builder.call("subtract", param, gradient, layer="update")))
     read = {v.name for node in builder.nodes for v in node.inputs} | {v.name for _, v in updates} | {loss.name}
     rest = (n.output for n in builder.nodes if n.output.name not in read)
-    graph = Graph(draw(st.just("program")), (x,), tuple(params), (), (), (loss, *rest), tuple(updates))
+    graph = Graph("program", (x,), tuple(params), (), (), (loss, *rest), tuple(updates))
     return verify(rewrite(graph, builder.nodes))
 
 
