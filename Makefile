@@ -22,7 +22,7 @@ check: $(READY) links  ## style, types, floors, and warnings of the generated C
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest -k "c_warnings" tests/test_house.py
+	$(BIN)/python -m pytest tests/test_c_warnings.py
 
 links:  ## tte/frontends -> ../frontends and so on, for tools that do not import
 	@for room in frontends passes codegen runtime_c; do ln -sfn ../$$room tte/$$room; done

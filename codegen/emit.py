@@ -291,6 +291,7 @@ def _description(interface: Interface, layout: StateLayout, programs: Sequence[P
         "classes": interface.classes,
         "loss": interface.loss,
         "learning_rate": interface.learning_rate,
+        "arena": interface.arena,
         "arena_bytes": max(p.plan.arena_bytes for p in programs),
         "state_bytes": layout.nbytes,
         "state": [{"name": p.name, "offset": at} | tensor(p.type) for p, at in layout.slots],

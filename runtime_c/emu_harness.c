@@ -31,6 +31,12 @@ static int commands, results;
 static API(_input_t) x[SIZE(_INPUT_SIZE)];
 static API(_target_t) target[SIZE(_TARGET_SIZE) > 0 ? SIZE(_TARGET_SIZE) : 1];
 static API(_output_t) y[SIZE(_OUTPUT_SIZE)];
+#if SIZE(_ARENA_EXTERN)
+static uint8_t arena[SIZE(_ARENA_BYTES)] __attribute__((aligned(SIZE(_ARENA_ALIGN)), section(".bss.emu_arena")));
+#define INIT() API(_init)(arena, sizeof arena)
+#else
+#define INIT() API(_init)()
+#endif
 
 /* A pipe may give less than was asked for; nothing at all means that the other side is gone. */
 static void receive(void *data, size_t n) {
@@ -102,7 +108,7 @@ int main(void) {
         receive(&command, 1);
         switch (command) {
         case 'I':
-            send_u32((uint32_t)API(_init)());
+            send_u32((uint32_t)INIT());
             break;
         case 'L': {
             float rate;

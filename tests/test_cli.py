@@ -110,6 +110,16 @@ def test_compile_prints_the_report_as_json(model: Path, tmp_path: Path) -> None:
     assert json.loads(out) == json.loads((tmp_path / "b" / "report.json").read_text())
 
 
+def test_an_arena_of_the_caller_changes_no_bit(model: Path, tmp_path: Path) -> None:
+    hashes = set()
+    for arena in ("static", "extern"):
+        succeed("compile", model, "-t", "host", "-o", tmp_path / arena, "--arena", arena)
+        arguments = ("run", tmp_path / arena, "--data", model.parent / "data.npz", "--host", "--json")
+        hashes.add(json.loads(succeed(*arguments))["weights_sha256"])
+    assert len(hashes) == 1
+    assert "void *arena" in (tmp_path / "extern/Core/Inc/net.h").read_text()
+
+
 def test_verify_exits_with_1_beyond_the_tolerance(model: Path) -> None:
     proof = json.loads(succeed("verify", model, "-u", "last-layer", "--steps", 2, "--json"))
     assert proof["ok"] and {row["name"] for row in proof["tensors"]} == {"head.weight", "head.bias"}

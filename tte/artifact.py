@@ -245,7 +245,7 @@ class Artifact:
         """Link the firmware and run one step and one inference of it, as far as the tools are installed."""
         import importlib.util
 
-        if self.target.name == "host" or not find_toolchains() or self.compiled.interface.arena == "extern":
+        if self.target.name == "host" or not find_toolchains():
             return None, Measured()
         firmware = build_firmware(self.build, self.target)
         if importlib.util.find_spec("unicorn") is None:

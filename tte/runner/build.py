@@ -51,6 +51,7 @@ class Build:
     classes: int | None
     loss: str
     learning_rate: float
+    arena: str
     arena_bytes: int
     state_bytes: int
     state: tuple[Slot, ...]
@@ -72,6 +73,7 @@ class Build:
                 data["classes"],
                 data["loss"],
                 data["learning_rate"],
+                data["arena"],
                 data["arena_bytes"],
                 data["state_bytes"],
                 tuple(

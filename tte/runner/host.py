@@ -36,7 +36,10 @@ class HostBoard:
         return self._library[f"{self.build.name}_{name}"](*arguments)
 
     def init(self) -> int:
-        return int(self._call("init"))
+        if self.build.arena == "static":
+            return int(self._call("init"))
+        self._arena = np.empty(self.build.arena_bytes // 8 + 1, np.float64)  # numpy aligns it to 16 bytes
+        return int(self._call("init", self._arena.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(self._arena.nbytes)))
 
     def set_learning_rate(self, rate: float) -> None:
         self._call("set_learning_rate", ctypes.c_float(rate))

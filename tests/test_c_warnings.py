@@ -1,0 +1,58 @@
+"""Generated C is free of warnings under every compiler at hand, in a project's flags as well as in ours."""
+
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import networks
+import pytest
+
+import tte
+from tte.target import CORTEX_M4, CORTEX_M7
+
+STRICT = "-Wall -Wextra -Werror -Wconversion -Wpedantic -Wshadow -Wstrict-prototypes -Wmissing-prototypes".split()
+COMPILERS = {
+    "gcc": ["gcc"],
+    "clang": ["clang"],
+    "zig": [sys.executable, "-m", "ziglang", "cc"] if find_spec("ziglang") else ["zig-is-not-installed"],
+    "arm-gcc-m7": ["arm-none-eabi-gcc", *CORTEX_M7.gcc_flags],
+    "arm-gcc-m4": ["arm-none-eabi-gcc", *CORTEX_M4.gcc_flags],
+}
+# The second line is what an STM32CubeIDE project compiles with in its Debug configuration.
+FLAGS = {
+    "ours": ["-std=c99", "-O2", *STRICT],
+    "cube": ["-std=gnu11", "-O0", "-g3", "-ffunction-sections", "-fdata-sections", "-Wall", "-Werror"],
+}
+
+
+@pytest.fixture(scope="module")
+def projects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same network, trained whole with labels, and its biases only towards a tensor in an arena of the caller."""
+    folder = tmp_path_factory.mktemp("projects")
+    graph = networks.residual()
+    (folder / "net.ir").write_text(str(graph))
+    schemes = {
+        "whole": ({"train": "full"}, "static"),
+        "bias": ({"train": "bias-only", "loss": "mse", "io": {"input": {"dtype": "uint8"}}}, "extern"),
+    }
+    for name, (scheme, arena) in schemes.items():
+        tte.compile(folder / "net.ir", update_scheme=scheme, target="host", name=name, arena=arena).export(
+            folder / name
+        )
+    return [folder / name for name in schemes]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_no_warnings(projects: list[Path], compiler: str, flags: str, tmp_path: Path) -> None:
+    command = COMPILERS[compiler]
+    if not shutil.which(command[0]):
+        pytest.skip(f"{command[0]} is not installed")
+    for project in projects:
+        for source in sorted(project.glob("Core/Src/*.c")):
+            include = f"-I{project / 'Core' / 'Inc'}"
+            arguments = [*command, *FLAGS[flags], include, "-c", source, "-o", tmp_path / "out.o"]
+            result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+            assert (result.returncode, result.stderr) == (0, ""), source.name
