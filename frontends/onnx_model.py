@@ -6,7 +6,6 @@ For the same graph text as from PyTorch itself, export with names and batch norm
 Other options fold batch norm into the convolutions before we see it: that is another network, with other parameters.
 """
 
-import ast
 import math
 import re
 from collections.abc import Collection, Iterable
@@ -47,6 +46,7 @@ FOLDED = frozenset(
     """.split()
 )
 FOLD_LIMIT = 4096
+AXES, MAX_RANK = {"axis", "axes", "batch_dims", "perm", "start"}, 16  # attributes that name dimensions
 CONTROL_FLOW = {"If", "Loop", "Scan"}
 # Operators whose small inputs are settings, not tensors that could learn: (operator, first such input)
 SETTINGS = {"Clip": 1, "Pad": 1, "Resize": 1, "Upsample": 1, "Dropout": 1, "Expand": 1, "Reshape": 1, "Pow": 1}
@@ -95,8 +95,8 @@ def layer_of(node: Any, named: Collection[str] = (), scopes: frozenset[str] = fr
             return str(tensor).rpartition(".")[0]
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
-            path = ast.literal_eval(entry.value)
-            return str(path[-2]) if len(path) > 1 else ""
+            modules = re.findall(r"'([^']*)'", entry.value)
+            return str(modules[-2]) if len(modules) > 1 else ""
     if not node.name.startswith("/"):
         return str(node.name or node.output[0])
     path = _scope(node)
@@ -131,6 +131,12 @@ def _check(model: Any) -> None:
     if not all(isinstance(name, str) for name in _strings(model)):
         raise _invalid(ValueError("a name is not UTF-8"), "ONNX model")
     where = model.graph.name or "ONNX model"
+    for node in model.graph.node:
+        for a in node.attribute:
+            # onnx's own shape inference crashes on some of these
+            limit = MAX_RANK if a.name in AXES else 2**31
+            if not all(-limit <= i <= limit for i in (a.i, *a.ints)):
+                raise _invalid(ValueError(f"{node.op_type} {node.name}: {a.name} is out of range"), where)
     external = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     if external:
         raise TTEError(
@@ -239,15 +245,26 @@ def _fix_batch(model: Any) -> None:
 
 
 def _fold(model: Any) -> None:
-    """Compute what depends on shapes and small constants only; a copied initializer becomes one of its own."""
+    """Compute what depends on shapes and small constants only; a copied initializer becomes one of its own.
+
+    Shapes and constants take turns; onnx's own propagation of values allocates whatever a file asks for.
+    """
+    import onnx
+
+    weights = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and t.dims}
+    _infer_shapes(model)
+    while _fold_once(model, weights):
+        _infer_shapes(model)
+
+
+def _fold_once(model: Any, weights: set[str]) -> bool:
+    """One walk over the nodes; says whether there were any to fold. ``weights`` are not folded, only copied."""
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    _infer_shapes(model)
     graph = model.graph
     shapes = _shapes(model)
     known = {t.name: t for t in graph.initializer}
-    weights = {n for n, t in known.items() if t.data_type == onnx.TensorProto.FLOAT and t.dims}
     kinds = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
     kinds |= {t.name: t.data_type for t in graph.initializer}
     arrays: dict[str, np.ndarray] = {}
@@ -261,11 +278,8 @@ def _fold(model: Any) -> None:
     for node in graph.node:
         inputs = [i for i in node.input if i]
         if node.op_type == "Shape" and inputs[0] in shapes:
-            shape = shapes[inputs[0]][_attribute(node, "start", 0) :]
-            end = _attribute(node, "end", None)
-            result = np.asarray(
-                shape if end is None else shapes[inputs[0]][_attribute(node, "start", 0) : end], np.int64
-            )
+            part = slice(_attribute(node, "start", 0), _attribute(node, "end", None))
+            result = np.asarray(shapes[inputs[0]][part], np.int64)
         elif node.op_type == "Identity" and inputs[0] in known:
             result = value(inputs[0])
             if inputs[0] in weights:
@@ -292,12 +306,13 @@ def _fold(model: Any) -> None:
         tensor = onnx.numpy_helper.from_array(np.asarray(result, order="C"), node.output[0])
         known[node.output[0]] = tensor
         graph.initializer.append(tensor)
+    folded = len(left) < len(graph.node)
     del graph.node[:]
     graph.node.extend(left)
     stored = {t.name for t in graph.initializer}
     for kept in [i for i in graph.input if i.name in stored]:
         graph.input.remove(kept)
-    _infer_shapes(model)
+    return folded
 
 
 def _infer_shapes(model: Any) -> None:
@@ -308,7 +323,7 @@ def _infer_shapes(model: Any) -> None:
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")
     try:
-        model.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True))
+        model.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True))
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as problem:
         raise _invalid(problem, model.graph.name or "ONNX model") from problem
 

@@ -473,14 +473,17 @@ def _types(arguments: Sequence[Any]) -> str:
 
 
 def tensor_type_of(type: Any) -> TensorType:
-    """The tte type of a Relax tensor type. Raises TTEError where a dimension is not a number."""
+    """The tte type of a Relax tensor type. Raises TTEError where a dimension is not a positive number."""
     shape = []
     for dim in type.shape if getattr(type, "shape", None) is not None else ["?"]:
-        if not hasattr(dim, "value") and not isinstance(dim, int):
+        number = int(dim) if hasattr(dim, "value") or isinstance(dim, int) else 0
+        if number < 1:
             raise TTEError(
-                "TTE-E022", f"a dimension is not known: {type}", fix="export the model with a fixed input shape"
+                "TTE-E022",
+                f"a dimension is not known or not positive: {type}",
+                fix="export the model with a fixed input shape that is large enough",
             )
-        shape.append(int(dim))
+        shape.append(number)
     dtype = str(type.dtype).replace('"', "")
     dtype = dtype.removeprefix("dtype(").removesuffix(")").strip("'")
     return TensorType(tuple(shape), dtype if dtype in ("float32", "int32", "int8", "uint8") else "float32")
