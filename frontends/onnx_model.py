@@ -16,6 +16,7 @@ import numpy as np
 
 from tte.errors import TTEError
 from tte.frontends.relax import (
+    GIVEN,
     Imported,
     Unsupported,
     Weight,
@@ -80,9 +81,8 @@ def import_onnx_model(given: Any, name: str) -> Graph:
         refuse_nonfinite(array, tensor)
     scopes = frozenset(_scope(node) for node in model.graph.node)
     function, layers = import_onnx(model, named, lambda node: layer_of(node, named, scopes))
-    weights = {tensor: Weight(tensor, array) for tensor, array in named.items()}
-    inputs = [p.name for p in function.params if p.name not in weights]
-    return lower(Imported(function, inputs[0], weights, layers), name)
+    weights = {GIVEN + tensor: Weight(tensor, array) for tensor, array in named.items()}
+    return lower(Imported(function, GIVEN + _inputs(model)[0].name, weights, layers), name)
 
 
 def layer_of(node: Any, named: Collection[str] = (), scopes: frozenset[str] = frozenset()) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from tte.errors import TTEError
 from tte.frontends.relax import (
+    GIVEN,
     Imported,
     Refused,
     Unsupported,
@@ -124,7 +125,7 @@ def import_program(program: Any, name: str) -> Graph:
         if target in tensors and tensors[target].is_floating_point()
     }
     function, layers = import_exported_program(program, module_path)
-    return lower(Imported(function, program.graph_signature.user_inputs[0], weights, layers), name)
+    return lower(Imported(function, GIVEN + program.graph_signature.user_inputs[0], weights, layers), name)
 
 
 def module_path(node: Any) -> str:

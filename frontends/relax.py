@@ -18,6 +18,8 @@ from tte.errors import TTEError
 from tte.ir import Builder, Const, Graph, InvalidType, Origin, TensorType, Value, rewrite
 
 NHWC, NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
+# In front of users' names: TVM calls its own variables lv, gv, ... without looking whether a parameter has that name.
+GIVEN = "given:"
 # Names in the IR that users' tensors must not take.
 RESERVED = {"x", "target", "lr"}
 
@@ -139,6 +141,10 @@ def import_exported_program(program: Any, path: Callable[[Any], str]) -> tuple[A
             }
             table = super().create_convert_map() | own
             return {name: self.recorded(convert) for name, convert in table.items()}
+
+        def create_input_vars(self, program: Any) -> tuple[dict[str, Any], dict[str, Any], Any]:
+            stored, inputs, ranges = super().create_input_vars(program)
+            return stored, {name: relax.Var(GIVEN + name, v.ty) for name, v in inputs.items()}, ranges
 
         def recorded(self, convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
             def convert_and_record(node: Any) -> Any:
@@ -263,11 +269,14 @@ def import_onnx(model: Any, named: Mapping[str, np.ndarray], layer: Callable[[An
             for tensor in graph.initializer:
                 array = self._parse_array(tensor)
                 if tensor.name in named:
-                    variable = self._new_var(tensor.name, shape=array.shape, dtype=array.dtype)
-                    self._params[tensor.name] = (variable, array)
+                    variable = self._new_var(GIVEN + tensor.name, shape=array.shape, dtype=array.dtype)
+                    self._params[variable.name] = (variable, array)
                     self._nodes[tensor.name] = variable
                 else:
                     self._nodes[tensor.name] = relax.const(array)
+
+        def _sanitize_name(self, name: str) -> str:
+            return GIVEN + name
 
         def _construct_nodes(self, graph: Any) -> None:
             for node in graph.node:
@@ -359,9 +368,8 @@ class Lowering:
         """What an operand became: a Value, or a tuple of them."""
         kind = type(expression).__name__
         if kind in ("Var", "DataflowVar"):
-            return (
-                self.weight(expression.name) if expression.name in self.imported.weights else self.env[expression.name]
-            )
+            name = expression.name
+            return self.weight(name) if name in self.imported.weights else self.env[name]
         if kind == "Tuple":
             return tuple(self.value(f) for f in expression.fields)
         if kind == "GenericConst":
@@ -375,6 +383,8 @@ class Lowering:
         """The user's tensor as a constant; a constant with a name is one constant, however often it is read."""
         weight = self.imported.weights[variable]
         name = constant_name(weight.name)
+        while (taken := self.builder.consts.get(name)) and taken.origin and taken.origin.name != weight.name:
+            name += "_"  # two names of the user's that differ only in characters that the IR does not have
         if name not in self.builder.consts:
             data = np.asarray(weight.data, np.float32, order="C")
             index = np.arange(data.size, dtype=np.int64).reshape(data.shape)

@@ -282,6 +282,36 @@ def test_onnx_as_exported_by_default(name: str, tmp_path: Path) -> None:
     assert largest_error(graph, module, x) < 1e-5
 
 
+class Clashing(nn.Module):
+    """Names that TVM and the IR use for their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Linear(12, 12)
+        self.lv = nn.Linear(12, 12)
+        self.gv = nn.Parameter(torch.randn(12))
+
+    def forward(self, lv: torch.Tensor) -> torch.Tensor:
+        return torch.relu(torch.tanh(lv) + self.gv) * self.x(lv) + self.lv(lv)
+
+
+def test_names_that_clash(tmp_path: Path) -> None:
+    module, x = Clashing().eval(), torch.randn(ROW)
+    assert largest_error(simplify(import_model(module, (x,))), module, x) < 1e-5
+    proto = onnx.load(export(module, x, tmp_path / "m.onnx", dynamo=False))
+    names = dict(
+        zip(["gv", "lv.weight", "lv.bias", "x.weight", "x.bias"], ["lv", "lv1", "0", "a b", "a?b"], strict=True)
+    )
+    for tensor in proto.graph.initializer:
+        tensor.name = names[tensor.name]
+    for node in proto.graph.node:
+        node.input[:] = [names.get(i, i) for i in node.input]
+    graph = simplify(import_model(proto))
+    assert largest_error(graph, module, x) < 1e-5
+    origins = {c.name: c.origin.name for c in graph.consts if c.origin}
+    assert origins == {"lv": "lv", "lv1": "lv1", "param.0": "0", "a_b": "a b", "a_b_": "a?b"}
+
+
 @pytest.mark.parametrize("form", ["none", "tanh"])
 def test_gelu_of_older_exports(form: str, tmp_path: Path) -> None:
     module, x = nn.Sequential(nn.Linear(12, 5), nn.GELU(form)), torch.randn(ROW)
