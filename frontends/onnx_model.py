@@ -15,17 +15,8 @@ from typing import Any
 import numpy as np
 
 from tte.errors import TTEError
-from tte.frontends.relax import (
-    GIVEN,
-    Imported,
-    Unsupported,
-    Weight,
-    import_onnx,
-    lower,
-    refuse_nonfinite,
-    refuse_unsupported,
-    translate_errors,
-)
+from tte.frontends.lower import Imported, Unsupported, Weight, lower, refuse_nonfinite, refuse_unsupported
+from tte.frontends.relax import GIVEN, import_onnx, translate_errors
 from tte.ir import Graph
 
 OPSET = (7, 22)

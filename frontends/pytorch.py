@@ -10,18 +10,8 @@ from typing import Any
 import numpy as np
 
 from tte.errors import TTEError
-from tte.frontends.relax import (
-    GIVEN,
-    Imported,
-    Refused,
-    Unsupported,
-    Weight,
-    constant_index,
-    import_exported_program,
-    lower,
-    refuse_nonfinite,
-    refuse_unsupported,
-)
+from tte.frontends.lower import Imported, Refused, Unsupported, Weight, lower, refuse_nonfinite, refuse_unsupported
+from tte.frontends.relax import GIVEN, constant_index, import_exported_program
 from tte.ir import Graph
 
 # ATen operators that go all the way through. Others are decomposed by PyTorch, and refused if that does not help.
