@@ -22,9 +22,10 @@ def check_plan(graph: Graph, plan: Plan, scratch: Mapping[int, int] | None = Non
     """
     memory = _Memory(plan)
     for value in (*graph.inputs, *graph.params, *graph.consts):
-        memory.storage[value.name] = np.empty(value.type.nbytes, np.int64)
+        if value.name not in plan.offsets:
+            memory.storage[value.name] = np.empty(value.type.nbytes, np.int64)
         memory.write(value.name, value.type.nbytes, "start")
-    untouchable = {id(memory.storage[v.name]) for v in (*graph.inputs, *graph.consts)}
+    untouchable = {id(memory.storage[v.name]) for v in (*graph.inputs, *graph.consts) if v.name in memory.storage}
     for i, node in enumerate(graph.nodes):
         at = f"node {i} ({node.op}, layer {node.layer or '-'})"
         names = [v.name for v in node.inputs]

@@ -201,7 +201,7 @@ class _Storage:
 
     def pointer(self, value: Value) -> str:
         root = self.root(value)
-        if root.name in self.inputs:
+        if root.name in self.inputs and root.name not in self.plan.offsets:
             return ("x", "target")[self.inputs[root.name]]
         if root.name in self.params:
             return self.state(root)

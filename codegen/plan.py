@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tte.ir import OPS, Graph
+from tte.ir import OPS, Graph, Value
 
 # Effort of CP-SAT in its own deterministic time (a unit is 20 to 60 s): the same plan on every machine, however slow.
 # Questions that are answered at all are answered within a few hundredths.
@@ -16,6 +16,7 @@ class Buffer:
 
     name   the value that is born here (views and in-place results live in the same bytes), or "scratch.<node>"
     layer  the user's name of the layer of the node that makes it
+    pinned must lie at offset 0, where a caller expects it
     """
 
     name: str
@@ -24,6 +25,7 @@ class Buffer:
     birth: int
     death: int
     offset: int = 0
+    pinned: bool = False
 
     @property
     def end(self) -> int:
@@ -75,14 +77,18 @@ class Plan:
         return tuple(sorted(alive, key=lambda b: (-b.size, b.offset)))
 
 
-def plan_memory(graph: Graph, scratch: Mapping[int, int] | None = None, alignment: int = 4) -> Plan:
+def plan_memory(
+    graph: Graph, scratch: Mapping[int, int] | None = None, alignment: int = 4, hold_input: bool = False
+) -> Plan:
     """Place all that ``graph`` keeps in the arena.
 
-    scratch: node index -> bytes that its kernel needs while it runs. Graph inputs are the caller's memory; params and
-    constants have storage of their own, also for results computed in place of a param.
+    scratch: node index -> bytes that its kernel needs while it runs. Graph inputs are the caller's memory; with
+    ``hold_input`` the first lies at the arena's start up to its last use. Params and constants have storage of their
+    own, also for results computed in place of a param.
     """
     owners = find_owners(graph)
-    buffers = find_buffers(graph, owners, scratch or {}, alignment)
+    held = graph.inputs[:1] if hold_input else ()
+    buffers = find_buffers(graph, owners, scratch or {}, alignment, held)
     live = tuple(sum(b.size for b in buffers if b.birth <= i <= b.death) for i in range(len(graph.nodes)))
     bound = max(live, default=0)
     placed, proof = place(buffers, bound, alignment)
@@ -111,7 +117,11 @@ def find_owners(graph: Graph) -> dict[str, str]:
 
 
 def find_buffers(
-    graph: Graph, owners: Mapping[str, str], scratch: Mapping[int, int], alignment: int
+    graph: Graph,
+    owners: Mapping[str, str],
+    scratch: Mapping[int, int],
+    alignment: int,
+    held: Sequence[Value] = (),
 ) -> tuple[Buffer, ...]:
     """What has to be placed, in order of birth. What outlives the program is alive up to the last node."""
     death: dict[str, int] = {}
@@ -119,7 +129,7 @@ def find_buffers(
         death |= {owners[v.name]: i for v in (*node.inputs, *node.outputs)}
     for value in (*graph.outputs, *(v for _, v in graph.updates)):
         death[owners[value.name]] = len(graph.nodes) - 1
-    buffers = []
+    buffers = [Buffer(v.name, "", _align(v.type.nbytes, alignment), 0, death[v.name], pinned=True) for v in held]
     for i, node in enumerate(graph.nodes):
         for value in node.outputs:
             if owners[value.name] == value.name:
@@ -136,7 +146,7 @@ def place(buffers: Sequence[Buffer], bound: int, alignment: int = 4) -> tuple[tu
     best: list[int] = []
     height = -1
     for key in SORT_KEYS:
-        order = sorted(range(len(buffers)), key=lambda i: (key(buffers[i]), i))
+        order = sorted(range(len(buffers)), key=lambda i: (not buffers[i].pinned, key(buffers[i]), i))
         for strategy in (_fill, _stack):
             offsets = strategy(buffers, meets, order)
             top = max((o + b.size for o, b in zip(offsets, buffers, strict=True)), default=0)
@@ -211,7 +221,7 @@ def _fit(buffers: Sequence[Buffer], height: int, alignment: int) -> tuple[str, l
     starts, times, places = [], [], []
     for i, buffer in enumerate(buffers):
         size = buffer.size // alignment
-        starts.append(model.new_int_var(0, height // alignment - size, f"offset{i}"))
+        starts.append(model.new_int_var(0, 0 if buffer.pinned else height // alignment - size, f"offset{i}"))
         times.append(model.new_fixed_size_interval_var(buffer.birth, buffer.death - buffer.birth + 1, f"time{i}"))
         places.append(model.new_fixed_size_interval_var(starts[i], size, f"place{i}"))
     model.add_no_overlap_2d(times, places)

@@ -28,7 +28,11 @@ size_t emu_stack_high_water(void);
 extern uint8_t emu_arena_start[], emu_arena_end[];
 
 static int commands, results;
+#if SIZE(_INPUT_IN_ARENA)
+#define x API(_input)()
+#else
 static API(_input_t) x[SIZE(_INPUT_SIZE)];
+#endif
 static API(_target_t) target[SIZE(_TARGET_SIZE) > 0 ? SIZE(_TARGET_SIZE) : 1];
 static API(_output_t) y[SIZE(_OUTPUT_SIZE)];
 #if SIZE(_ARENA_EXTERN)
@@ -84,7 +88,7 @@ static uint32_t timer(void) {
 
 static void run_step(int (*step)(const API(_input_t) *, const API(_target_t) *, API(_result_t) *)) {
     API(_result_t) result = {0.0f, -1, 0.0f};
-    receive(x, sizeof x);
+    receive(x, SIZE(_INPUT_BYTES));
     if (SIZE(_TARGET_SIZE) > 0)
         receive(target, sizeof target[0] * SIZE(_TARGET_SIZE));
     const uint32_t before = timer();
@@ -123,7 +127,7 @@ int main(void) {
             run_step(API(_evaluate));
             break;
         case 'F': {
-            receive(x, sizeof x);
+            receive(x, SIZE(_INPUT_BYTES));
             const uint32_t before = timer();
             const int status = API(_infer)(x, y);
             const uint32_t ticks = before - timer();

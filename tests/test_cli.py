@@ -110,14 +110,20 @@ def test_compile_prints_the_report_as_json(model: Path, tmp_path: Path) -> None:
     assert json.loads(out) == json.loads((tmp_path / "b" / "report.json").read_text())
 
 
-def test_an_arena_of_the_caller_changes_no_bit(model: Path, tmp_path: Path) -> None:
-    hashes = set()
-    for arena in ("static", "extern"):
-        succeed("compile", model, "-t", "host", "-o", tmp_path / arena, "--arena", arena)
-        arguments = ("run", tmp_path / arena, "--data", model.parent / "data.npz", "--host", "--json")
+def test_memory_of_the_caller_changes_no_bit(model: Path, tmp_path: Path) -> None:
+    hashes, bytes_ = set(), {}
+    for arena, place in (("static", "caller"), ("extern", "caller"), ("extern", "arena")):
+        build = tmp_path / f"{arena}-{place}"
+        report = succeed("compile", model, "-t", "host", "-o", build, "--arena", arena, "--input", place, "--json")
+        bytes_[place] = json.loads(report)["memory"]["arena_bytes"]
+        arguments = ("run", build, "--data", model.parent / "data.npz", "--host", "--json")
         hashes.add(json.loads(succeed(*arguments))["weights_sha256"])
     assert len(hashes) == 1
-    assert "void *arena" in (tmp_path / "extern/Core/Inc/net.h").read_text()
+    assert "void *arena" in (tmp_path / "extern-caller/Core/Inc/net.h").read_text()
+    assert "net_input_t *net_input(void);" in (tmp_path / "extern-arena/Core/Inc/net.h").read_text()
+    assert bytes_["caller"] < bytes_["arena"] <= bytes_["caller"] + 8 * 8 * 2 * 4
+    refused = call("compile", model, "-o", tmp_path / "x", "--input", "heap")
+    assert "TTE-E044" in refused.stderr and not (tmp_path / "x").exists()
 
 
 def test_verify_exits_with_1_beyond_the_tolerance(model: Path) -> None:

@@ -76,6 +76,16 @@ def test_in_place_results_share_the_buffer() -> None:
     check_plan(graph, plan)
 
 
+@pytest.mark.parametrize("text", [CHAIN, STEP])
+def test_an_input_in_the_arena_lies_at_its_start(text: str) -> None:
+    graph = parse(text)
+    plan = plan_memory(graph, hold_input=True)
+    assert plan.offsets[graph.inputs[0].name] == 0
+    check_plan(graph, plan)
+    with pytest.raises(PlanError, match="%x was last written by %0"):
+        check_plan(graph, replace(plan, offsets=plan.offsets | {"0": 0}))
+
+
 def test_params_have_storage_of_their_own() -> None:
     graph = parse(STEP)
     plan = plan_memory(graph)

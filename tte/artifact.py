@@ -40,6 +40,7 @@ def compile(
     name: str | None = None,
     *,
     arena: str = "static",
+    input: str = "caller",
     clock: str | None = None,
     disable_passes: Sequence[str] = (),
     dump_ir: Path | str | None = None,
@@ -53,6 +54,8 @@ def compile(
     target:         see ``tte.targets()``
     name:           prefix of every C symbol and file; by default made from the model's file or class
     arena:          "static", or "extern": the caller gives the arena's memory to <name>_init
+    input:          "caller": the input stays in the caller's memory, or "arena": the arena has a place for it, which
+                    is used for other tensors as soon as it has been read
     clock:          core clock for time estimates, such as "216MHz"; by default the board's
     disable_passes: passes to leave out, see ``tte.compiler.OPTIONAL``
     dump_ir:        folder for the program after every pass
@@ -60,8 +63,11 @@ def compile(
     """
     scheme = UpdateScheme.load(update_scheme)
     board = find_target(target)
-    if arena not in ("static", "extern"):
-        raise TTEError("TTE-E044", f"no arena placement {arena!r}", where="--arena", fix="static or extern")
+    for option, value, choices in (("arena", arena, ("static", "extern")), ("input", input, ("caller", "arena"))):
+        if value not in choices:
+            raise TTEError(
+                "TTE-E044", f"no {option} placement {value!r}", where=f"--{option}", fix=" or ".join(choices)
+            )
     clock_hz = board.clock_hz if clock is None else parse_clock(clock)
     pipeline = Pipeline(Path(dump_ir) if dump_ir else None, find_passes(disable_passes))
     compiled = compile_graphs(
@@ -73,6 +79,7 @@ def compile(
         __version__,
         pipeline,
         arena,
+        input == "arena",
     )
     artifact = Artifact(compiled, scheme, board, clock_hz, _find_module(model))
     artifact.require_budget()

@@ -72,6 +72,9 @@ def compile_model(
     target: Annotated[str, typer.Option("-t", "--target", help="see `tte targets`")] = "cortex-m7",
     name: Annotated[str | None, typer.Option(help="prefix of every C symbol and file")] = None,
     arena: Annotated[str, typer.Option(help="static: inside the project; extern: given to <name>_init")] = "static",
+    input_: Annotated[
+        str, typer.Option("--input", help="caller: the input stays where it is; arena: the arena has a place for it")
+    ] = "caller",
     clock: Annotated[str | None, typer.Option(help="core clock for time estimates, e.g. 216MHz")] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(help="leave out a pass (again for more)")] = None,
     dump_ir: Annotated[Path | None, typer.Option(help="write the program after every pass into this folder")] = None,
@@ -86,6 +89,7 @@ def compile_model(
         target=target,
         name=name,
         arena=arena,
+        input=input_,
         clock=clock,
         disable_passes=disable_pass or (),
         dump_ir=dump_ir,

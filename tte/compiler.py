@@ -127,6 +127,7 @@ def compile_graphs(
     version: str,
     pipeline: Pipeline,
     arena: str = "static",
+    input_in_arena: bool = False,
 ) -> Compiled:
     """Everything up to the C: the three programs, planned and checked."""
     imported = verify(import_model(model, example_inputs))
@@ -149,7 +150,7 @@ def compile_graphs(
     programs = []
     for role, graph in roles.items():
         small = pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}")
-        plan = plan_memory(small)
+        plan = plan_memory(small, hold_input=input_in_arena)
         check_plan(small, plan)
         programs.append(Program(role, small, plan))
     target_value = next((v for v in with_loss.inputs if v.name == "target"), None)
@@ -168,6 +169,7 @@ def compile_graphs(
         model_hash=hash_model(forward, train),
         version=version,
         arena=arena,
+        input_in_arena=input_in_arena,
         notes=tuple(notes),
     )
     originals = {c.origin.name: c.data.reshape(c.origin.shape) for c in imported.consts if c.origin}

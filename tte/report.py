@@ -10,7 +10,7 @@ import jinja2
 from tte import __version__
 from tte.codegen.emit import Program
 from tte.codegen.plan import Plan
-from tte.ir import OPS, Graph, Node, Param
+from tte.ir import OPS, Graph, Node, Param, Value
 from tte.runner.toolchain import Firmware
 
 SCHEMA_VERSION = 1
@@ -74,6 +74,8 @@ def make_report(
             "lower_bound_bytes": max(program.plan.lower_bound for program in programs),
             "proved_optimal": largest.proved,
             "trained_bytes": trained_bytes,
+            "input_bytes": graph.inputs[0].type.nbytes,
+            "input_in_arena": graph.inputs[0].name in train.plan.offsets,
             "static_ram_bytes": ram,
             "peak_node": train.plan.peak_node,
             "peak_tensors": [t for t in list_tensors(train) if t["start"] <= train.plan.peak_node <= t["end"]],
@@ -110,7 +112,8 @@ def find_program(programs: Sequence[Program], role: str) -> Program:
 
 def list_tensors(program: Program) -> list[dict[str, Any]]:
     """What lies in the arena, largest first: bytes at offset, taken from node start to node end, both included."""
-    made = {v.name: (node, v) for node in program.graph.nodes for v in node.outputs}
+    made: dict[str, tuple[Node | None, Value]] = {v.name: (None, v) for v in program.graph.inputs}
+    made |= {v.name: (node, v) for node in program.graph.nodes for v in node.outputs}
     phases = find_phases(program.graph)
     tensors = []
     for buffer in sorted(program.plan.buffers, key=lambda b: (-b.size, b.offset, b.birth)):
@@ -119,7 +122,7 @@ def list_tensors(program: Program) -> list[dict[str, Any]]:
             {
                 "name": buffer.name,
                 "layer": buffer.layer,
-                "op": main_op(node) if node else "scratch",
+                "op": main_op(node) if node else "input" if value else "scratch",
                 "phase": phases[buffer.birth],
                 "shape": list(value.type.shape) if value else [buffer.size],
                 "dtype": value.type.dtype if value else "uint8",
