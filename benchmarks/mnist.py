@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/mnist.json"))
     parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--epochs", type=int, default=3)
     arguments = parser.parse_args()
     network = pretrain()
     train, test = load(0, 5), load(1, 5)
@@ -52,7 +53,7 @@ def main() -> None:
     for scheme in ("full", "bias-only", "last-layer"):
         settings = {"train": scheme, "optimizer": {"lr": arguments.lr}, "head": {"layer": "7", "classes": 5}}
         artifact = tte.compile(network, (torch.zeros(1, 1, 28, 28),), settings, name="mnist")
-        result = artifact.run(train, evaluation=test, runner="host", epochs=1)
+        result = artifact.run(train, evaluation=test, runner="host", epochs=arguments.epochs)
         rows.append({"scheme": scheme, "steps": result.steps} | result.metric)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(rows, indent=2) + "\n")
