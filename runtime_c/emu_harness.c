@@ -1,5 +1,5 @@
 /* Carries out commands that arrive in the file "commands" and writes each result to the file "results".
- * Compiled with -DMODEL=<name> -DMODEL_UPPER=<NAME> -DMODEL_HEADER="<name>.h".
+ * Compiled with -DMODEL_PREFIX=<name>_ -DMODEL_PREFIX_UPPER=<NAME>_ -DMODEL_HEADER="<name>.h": no name is a macro then.
  *
  *   command               result
  *   I                     status                                           init
@@ -20,26 +20,26 @@
 
 #define JOIN2(a, b) a##b
 #define JOIN(a, b) JOIN2(a, b)
-#define API(name) JOIN(MODEL, name)
-#define SIZE(name) JOIN(MODEL_UPPER, name)
+#define API(name) JOIN(MODEL_PREFIX, name)
+#define SIZE(name) JOIN(MODEL_PREFIX_UPPER, name)
 #define ARENA_PAINT 0xa5
 
 size_t emu_stack_high_water(void);
 extern uint8_t emu_arena_start[], emu_arena_end[];
 
 static int commands, results;
-#if SIZE(_INPUT_IN_ARENA)
-#define x API(_input)()
+#if SIZE(INPUT_IN_ARENA)
+#define x API(input)()
 #else
-static API(_input_t) x[SIZE(_INPUT_SIZE)];
+static API(input_t) x[SIZE(INPUT_SIZE)];
 #endif
-static API(_target_t) target[SIZE(_TARGET_SIZE) > 0 ? SIZE(_TARGET_SIZE) : 1];
-static API(_output_t) y[SIZE(_OUTPUT_SIZE)];
-#if SIZE(_ARENA_EXTERN)
-static uint8_t arena[SIZE(_ARENA_BYTES)] __attribute__((aligned(SIZE(_ARENA_ALIGN)), section(".bss.emu_arena")));
-#define INIT() API(_init)(arena, sizeof arena)
+static API(target_t) target[SIZE(TARGET_SIZE) > 0 ? SIZE(TARGET_SIZE) : 1];
+static API(output_t) y[SIZE(OUTPUT_SIZE)];
+#if SIZE(ARENA_EXTERN)
+static uint8_t arena[SIZE(ARENA_BYTES)] __attribute__((aligned(SIZE(ARENA_ALIGN)), section(".bss.emu_arena")));
+#define INIT() API(init)(arena, sizeof arena)
 #else
-#define INIT() API(_init)()
+#define INIT() API(init)()
 #endif
 
 /* A pipe may give less than was asked for; nothing at all means that the other side is gone. */
@@ -86,11 +86,11 @@ static uint32_t timer(void) {
 }
 #endif
 
-static void run_step(int (*step)(const API(_input_t) *, const API(_target_t) *, API(_result_t) *)) {
-    API(_result_t) result = {0.0f, -1, 0.0f};
-    receive(x, SIZE(_INPUT_BYTES));
-    if (SIZE(_TARGET_SIZE) > 0)
-        receive(target, sizeof target[0] * SIZE(_TARGET_SIZE));
+static void run_step(int (*step)(const API(input_t) *, const API(target_t) *, API(result_t) *)) {
+    API(result_t) result = {0.0f, -1, 0.0f};
+    receive(x, SIZE(INPUT_BYTES));
+    if (SIZE(TARGET_SIZE) > 0)
+        receive(target, sizeof target[0] * SIZE(TARGET_SIZE));
     const uint32_t before = timer();
     const int status = step(x, target, &result);
     const uint32_t ticks = before - timer();
@@ -117,19 +117,19 @@ int main(void) {
         case 'L': {
             float rate;
             receive(&rate, sizeof rate);
-            API(_set_learning_rate)(rate);
+            API(set_learning_rate)(rate);
             break;
         }
         case 'T':
-            run_step(API(_train_step));
+            run_step(API(train_step));
             break;
         case 'E':
-            run_step(API(_evaluate));
+            run_step(API(evaluate));
             break;
         case 'F': {
-            receive(x, SIZE(_INPUT_BYTES));
+            receive(x, SIZE(INPUT_BYTES));
             const uint32_t before = timer();
-            const int status = API(_infer)(x, y);
+            const int status = API(infer)(x, y);
             const uint32_t ticks = before - timer();
             send_u32((uint32_t)status);
             send_u32(ticks);
@@ -137,23 +137,23 @@ int main(void) {
             break;
         }
         case 'S':
-            send_u32((uint32_t)API(_state_size)());
-            send_u32((uint32_t)API(_state_save)(send, 0));
+            send_u32((uint32_t)API(state_size)());
+            send_u32((uint32_t)API(state_save)(send, 0));
             break;
         case 'D': {
             uint32_t size;
             receive(&size, sizeof size);
             int handle = emu_open("state", 1);
-            send_u32((uint32_t)API(_state_load)(read_state, &handle, size));
+            send_u32((uint32_t)API(state_load)(read_state, &handle, size));
             (void)emu_close(handle);
             break;
         }
         case 'R':
-            send_u32((uint32_t)API(_state_reset)());
+            send_u32((uint32_t)API(state_reset)());
             break;
 #ifdef EMU_SELFTEST
         case 'X':
-            send_u32((uint32_t)API(_selftest)());
+            send_u32((uint32_t)API(selftest)());
             break;
 #endif
         case 'W': {

@@ -202,10 +202,19 @@ def hash_model(forward: Graph, train: Graph) -> str:
     return digest.hexdigest()[:32]
 
 
+# <name>.h must not hide a header of the C library, nor <name>.c be a file of every firmware.
+TAKEN = frozenset(
+    """
+    assert complex ctype errno fenv float inttypes iso646 limits locale main math setjmp signal stdalign stdarg
+    stdatomic stdbool stddef stdint stdio stdlib stdnoreturn string tgmath threads time uchar wchar wctype
+    """.split()
+)
+
+
 def c_name(name: str) -> str:
-    """A model's name as a C identifier. Raises TTEError where nothing is left of it."""
-    result = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_").lower()
-    if not result or result[0].isdigit():
+    """A model's name as a C identifier, "m" where nothing is left of it."""
+    result = re.sub(r"\W+", "_", name, flags=re.ASCII).lower()[:64].strip("_")
+    if not result or result[0].isdigit() or result in TAKEN or result.startswith("emu_"):
         result = f"m_{result}".rstrip("_")
     return result
 

@@ -113,8 +113,9 @@ def _link(build: Build, board: Target, toolchain: str, options: Sequence[str]) -
     emulator = build.folder / "emulator"
     timer = TIMERS.get(board.qemu_machine, TIMER)
     flags = [*FLAGS, *options]
-    flags += [f"-I{build.include}", f"-I{emulator}", f"-DMODEL={build.name}", f"-DMODEL_UPPER={build.name.upper()}"]
-    flags += [f'-DMODEL_HEADER="{build.name}.h"', f"-DEMU_TIMER={timer:#x}u"]
+    prefix = f"{build.name}_"  # with "_": -DMODEL=model would go around in circles
+    flags += [f"-I{build.include}", f"-I{emulator}", f"-DMODEL_PREFIX={prefix}"]
+    flags += [f"-DMODEL_PREFIX_UPPER={prefix.upper()}", f'-DMODEL_HEADER="{build.name}.h"', f"-DEMU_TIMER={timer:#x}u"]
     if toolchain == "zig":
         command = _zig() + ["-target", board.zig_target, f"-mcpu={board.zig_cpu}", "-ffreestanding"]
     else:
