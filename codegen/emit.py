@@ -340,7 +340,12 @@ def _environment(prefix: str) -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"f32": _float, "literal": _literal, "json": lambda v: json.dumps(v, indent=2)}
+    environment.filters |= {
+        "f32": _float,
+        "literal": _literal,
+        "round_int": round,
+        "json": lambda v: json.dumps(v, indent=2),
+    }
     environment.globals |= {"p": prefix, "P": prefix.upper(), "ctypes": CTYPES}
     return environment
 

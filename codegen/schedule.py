@@ -26,6 +26,7 @@ class Kernel:
       ins     one record per operand of the anchor: {c, shape, dtype, segments: [{c, start, stop}], axis, literal}
       out     {shape, dtype, ctype} of the value that is stored
       attrs   of the anchor
+      acc     C type of the anchor's result
       tail    elementwise steps behind the anchor: {op, attrs, operands}; see ``_operand``
       args    pointers in the order of the call: {c, ctype, const}
     """
@@ -112,6 +113,7 @@ def _call(index: int, node: Node) -> Call:
                 start = stop
             context["ins"].append(_tensor(value.type) | {"c": segments[0]["c"], "segments": segments, "axis": axis})
     names = {} if parts.anchor is None else {parts.anchor.output.name: "acc"}
+    context["acc"] = "" if parts.anchor is None else CTYPES[parts.anchor.output.type.dtype]
     operands: list[dict[str, Any]] = []
     tail = []
     for k, step in enumerate(parts.tail):
@@ -125,7 +127,7 @@ def _call(index: int, node: Node) -> Call:
                 operand = _operand(value.type, out) | {"c": pointer(value), "name": f"v{k}_{len(arguments)}"}
                 arguments.append(operand)
                 operands.append(operand)
-        attrs = {key: _plain(v) for key, v in step.attrs.items()}
+        attrs = {key: _plain(v) for key, v in step.attrs.items()} | {"types": [v.type.dtype for v in step.inputs]}
         ctype = CTYPES[step.output.type.dtype]
         macro = step.op.replace(".", "_")
         tail.append({"op": macro, "attrs": attrs, "operands": arguments, "name": f"t{k}", "ctype": ctype})
@@ -147,8 +149,8 @@ def _call(index: int, node: Node) -> Call:
 
 def _variant(anchor: Node) -> str:
     """The template of an operator; a depthwise convolution has its own."""
-    name = anchor.op.removeprefix("nn.")
-    if anchor.op in ("nn.conv2d", "nn.conv2d_transpose"):
+    name = anchor.op.removeprefix("q").removeprefix("nn.")
+    if name in ("conv2d", "conv2d_transpose"):
         groups = anchor.attrs["groups"]
         if groups != 1 and groups == anchor.inputs[0].type.shape[3]:
             return f"depthwise_{name}"

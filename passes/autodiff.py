@@ -52,6 +52,11 @@ class Backward:
         """The node's own output, for rules that are cheaper in terms of y than of x."""
         return self._node.output
 
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        """All of them, where a node makes more than its result."""
+        return self._node.outputs
+
     def call(self, op: str, *inputs: Value, **attrs: Any) -> Value:
         return self._builder.call(op, *inputs, layer=self._node.layer, **attrs)
 
@@ -100,7 +105,7 @@ def differentiate(graph: Graph, clip_loss_grad: float | None = None) -> Graph:
             if is_loss and clip_loss_grad is not None:
                 gradient = builder.call("clip", gradient, min=-clip_loss_grad, max=clip_loss_grad, layer=node.layer)
             part = wanted[value.name]
-            if isinstance(part, Part) and gradient.type == value.type:
+            if isinstance(part, Part) and gradient.type.shape == value.type.shape:
                 gradient = _slice(builder, gradient, part, node.layer)
             _accumulate(builder, gradients, value, gradient, node)
     for param in graph.params:

@@ -94,11 +94,13 @@ def _extendable(node: Node, groups: dict[str, _Group], readers: dict[str, int]) 
     """The group that ``node`` may join: it alone reads the group's output, element by element."""
     for value in reversed(node.inputs):
         group = groups.get(value.name)
-        if group is None or readers[value.name] != 1 or value.type != node.output.type:
+        if group is None or readers[value.name] != 1 or value.type.shape != node.output.type.shape:
             continue
+        if value.type.dtype == "bit" or len(group.members[-1].outputs) > 1:
+            continue  # packed bits, and second results, are stored where they are made
         head = next(m for m in group.members if m.op != "concatenate" or m is group.members[-1])
         kind = "opaque" if head.body else head.definition.kind
-        if kind in ("anchor", "elementwise") and node.output.type.dtype == "float32":
+        if kind in ("anchor", "elementwise") and node.output.type.dtype != "bit":
             return group
     return None
 
@@ -113,12 +115,12 @@ def _region(group: _Group) -> Node:
                 outside.setdefault(value.name, value)
     arguments = {name: Value(f"a{i}", v.type) for i, (name, v) in enumerate(outside.items())}
     nodes = tuple(replace(m, inputs=tuple(arguments.get(v.name, v) for v in m.inputs)) for m in group.members)
-    body = Graph("region", tuple(arguments.values()), nodes=nodes, outputs=(group.output,)).renumbered()
+    body = Graph("region", tuple(arguments.values()), nodes=nodes, outputs=group.members[-1].outputs).renumbered()
     return Node(
         "region",
         tuple(outside.values()),
         {"strategy": "fused"},
-        (group.output,),
+        group.members[-1].outputs,
         next(m.layer for m in group.members if m.op != "concatenate"),
         body=body,
     )

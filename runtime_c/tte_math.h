@@ -176,4 +176,44 @@ static inline float tte_huberf(float d, float delta) {
     return a < delta ? 0.5f * d * d : delta * (a - 0.5f * delta);
 }
 
+/* The nearest integer, halves to even; beyond 2^20, which is beyond every limit of int8, it stays at 2^20. */
+static inline int32_t tte_round(float v) {
+    const float limit = 1048576.0f, magic = 12582912.0f;
+    v = v > -limit ? (v < limit ? v : limit) : -limit;
+    return (int32_t)((v + magic) - magic);
+}
+
+/* An accumulator times a real number: in float32 as onnxruntime does ... */
+static inline int32_t tte_scale_float(int32_t acc, float multiplier) {
+    return tte_round((float)acc * multiplier);
+}
+
+/* ... or in integers, multiplier = round(real * 2^(32 - shift)); halves up. Accumulators that the shift would push out of
+ * range are far beyond the limits of int8. */
+static inline int32_t tte_scale_fixed(int32_t acc, int32_t multiplier, int shift) {
+    const int32_t limit = INT32_MAX >> shift;
+    acc = acc > limit ? limit : acc < -limit ? -limit : acc;
+    return (int32_t)(((int64_t)acc * (1 << shift) * multiplier + ((int64_t)1 << 31)) >> 32);
+}
+
+/* floor(d + u) */
+static inline int32_t tte_floor(float d, float u) {
+    const float limit = 1073741824.0f;
+    d += u;
+    d = d > -limit ? (d < limit ? d : limit) : -limit;
+    const int32_t whole = (int32_t)d;
+    return whole - ((float)whole > d);
+}
+
+/* A number in [0, 1) from the bits of d: rounding d up with the probability of its fraction needs no generator. */
+static inline float tte_fraction(float d) {
+    uint32_t h = (uint32_t)tte_to_bits(d) * 0x9e3779b9u;
+    h = (h ^ (h >> 15 | (h >> 31 ? 0xfffe0000u : 0u))) * 0x85ebca6bu;
+    return (float)(h >> 8) * 5.9604644775390625e-8f;
+}
+
+static inline int32_t tte_saturate(int64_t v, int32_t low, int32_t high) {
+    return v < low ? low : v > high ? high : (int32_t)v;
+}
+
 #endif

@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Operand:
-    """How to draw an operand. kind: normal, wide (normal * 4), positive, bits, label (0 <= n < high), integer."""
+    """How to draw an operand. kind: normal, wide (normal * 4), positive, scale, bits, label (0 <= n < high), integers."""
 
     shape: tuple[int, ...]
     kind: str = "normal"
@@ -37,6 +37,15 @@ class Operand:
             return rng.integers(0, self.high, self.shape).astype(np.uint8)
         if self.kind == "integer":
             return rng.integers(-9, 10, self.shape).astype(np.int32)
+        if self.kind in ("int8", "int16"):
+            limits = np.iinfo(self.kind)
+            return rng.integers(limits.min, limits.max + 1, self.shape).astype(self.kind)
+        if self.kind == "int32":  # accumulators and biases, a few of them huge
+            return (rng.integers(-(2**15), 2**15, self.shape) << rng.choice([0, 0, 0, 15], self.shape)).astype(np.int32)
+        if self.kind == "fraction":  # multipliers as integers with 32 bits of fraction
+            return rng.integers(2**20, 2**30, self.shape).astype(np.int32)
+        if self.kind == "scale":
+            return np.asarray(rng.random(self.shape) * 0.01 + 1e-4, np.float32)
         normal = rng.standard_normal(self.shape)
         scaled = {"normal": normal, "wide": 4 * normal, "positive": np.abs(normal) + 0.1}[self.kind]
         return np.asarray(scaled, np.float32)
@@ -460,3 +469,106 @@ for reduction in ("mean", "sum"):
             add(f"{name}_grad", shape, shape, torch=gradient_of_first(loss), **extra, reduction=reduction)
 for shape in ((3, 4), (2, 3, 3, 5)):
     add("nn.sgd", shape, shape, (), torch=lambda w, g, rate: w - rate * g)
+
+
+# --- integers: a float operator on q - zero_point, then rounding; only "mask" changes how many results there are --------
+
+
+def counted(f: Callable[..., Tensor], zero_point: int = 0) -> Callable[..., Tensor]:
+    """The float operator on what the integers stand for: x - zero_point, w (int16: w / 256 rounded down), b."""
+
+    def run(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        w = torch.floor(w.double() / 256) if w.dtype == torch.int16 else w.double()
+        return f(x.double() - zero_point, w, None if b is None else b.double()).to(torch.int32)
+
+    return run
+
+
+def numbers(f: Callable[..., Tensor], k: int, zero_point: int = 0) -> Callable[..., Tensor]:
+    """A float operator of which operand k is stored integers."""
+
+    def run(*operands: Tensor) -> Tensor:
+        wide = list(operands)
+        whole = torch.floor(wide[k].double() / 256) if wide[k].dtype == torch.int16 else wide[k].double()
+        wide[k] = whole - zero_point
+        return f(*wide)
+
+    return run
+
+
+def rounded(v: Tensor, zero_point: int, low: int = -128, high: int = 127) -> Tensor:
+    return (torch.round(v) + zero_point).clamp(low, high).to(torch.int8)
+
+
+INT8, INT16, INT32 = "int8", "int16", "int32"
+for x_shape, w_shape, attrs in CONVOLUTIONS:
+    for kind in (INT8, INT16):
+        operands = (Operand(x_shape, INT8), Operand(w_shape, kind), Operand(w_shape[:1], INT32))
+        add("qnn.conv2d", *operands, torch=counted(conv(**attrs), -5), zero_point=-5, **attrs)
+    y_shape = tuple(conv(**attrs)(torch.zeros(x_shape), torch.zeros(w_shape)).shape)
+
+    def weight_gradient(x: Tensor, g: Tensor, attrs=attrs, shape=w_shape) -> Tensor:  # type: ignore[no-untyped-def]
+        return input_gradient(lambda w, x: conv(**attrs)(x, w), shape)(g, x)
+
+    add("nn.conv2d_weight_grad", Operand(x_shape, INT8), y_shape, torch=numbers(weight_gradient, 0, 7),
+        kernel_size=w_shape[1:3], zero_point=7, **attrs)  # fmt: skip
+for kind, (x_shape, w_shape, attrs) in zip((INT8, INT16) * 9, TRANSPOSED, strict=False):
+    add("nn.conv2d_transpose", x_shape, Operand(w_shape, kind), torch=numbers(conv_transpose(**attrs), 1), **attrs)
+add("qnn.dense", Operand((1, 7), INT8), Operand((5, 7), INT8), Operand((5,), INT32),
+    torch=counted(F.linear, 11), zero_point=11)  # fmt: skip
+add("qnn.dense", Operand((2, 8), INT8), Operand((4, 8), INT16), torch=counted(F.linear))
+add("matmul", (2, 5), Operand((5, 8), INT8), torch=numbers(torch.matmul, 1, -4), zero_point=-4)
+add("matmul", (2, 5), Operand((5, 8), INT16), torch=numbers(torch.matmul, 1))
+window = {"pool_size": (3, 2), "strides": (2, 2), "padding": (1, 0, 1, 0)}
+add(
+    "nn.max_pool2d",
+    Operand((1, 5, 6, 3), INT8),
+    torch=lambda x: max_pool(**window)(x.double()).to(torch.int8),
+    **window,
+)
+add("nn.max_pool2d_argmax", Operand((1, 5, 6, 3), INT8), torch=lambda x: max_index(**window)(x.double()), **window)
+add("qnn.sum_pool2d", Operand((1, 5, 6, 3), INT8), torch=lambda x: (6 * avg_pool(**window, count_include_pad=True)(
+    x.double() + 3)).round().to(torch.int32), zero_point=-3, **window)  # fmt: skip
+add("qnn.sum", Operand((1, 4, 5, 3), INT8), torch=lambda x: (x.int() - 9).sum((1, 2), dtype=torch.int32), axis=(1, 2),
+    zero_point=9)  # fmt: skip
+add("qnn.quantize", Operand((3, 50), "wide"), torch=lambda x: rounded(x.float() / 0.05, 3), scale=0.05, zero_point=3)
+add("qnn.quantize", Operand((3, 50), "wide"), torch=lambda x: rounded(x.float() / 0.02, -128, -128, 60), scale=0.02,
+    zero_point=-128, high=60)  # fmt: skip
+add("qnn.dequantize", Operand((3, 50), INT8), torch=lambda q: (q.double() + 7) * 0.05, scale=0.05, zero_point=-7)
+for channels in (1, 6):
+    add("qnn.requantize", Operand((1, 9, 6), INT32), Operand((channels,), "scale"), torch=lambda acc, m: rounded(
+        acc.float() * m.float(), -4, -100, 90), scale=0.1, zero_point=-4, low=-100, high=90)  # fmt: skip
+    add("qnn.requantize", Operand((1, 9, 6), INT32), Operand((channels,), "fraction"), torch=lambda acc, m: (
+        ((acc.long() * 2 * m.long() + 2**31) >> 32) + 5).clamp(-128, 127).to(torch.int8), scale=0.1, zero_point=5,
+        shift=1)  # fmt: skip
+halves = {"a_scale": 0.03, "a_zero": -3, "b_scale": 0.017, "b_zero": 20, "scale": 0.04, "zero_point": 1}
+add("qnn.add", Operand((1, 5, 9), INT8), Operand((1, 5, 9), INT8), torch=lambda a, b: rounded(
+    ((a.float() + 3) * 0.03 + (b.float() - 20) * 0.017) / 0.04, 1), **halves)  # fmt: skip
+add("qnn.add", Operand((1, 5, 9), INT8), Operand((1, 5, 9), INT8), torch=lambda a, b: ((
+    (a.long() + 3) * round(0.75 * 2**20) + (b.long() - 20) * round(0.425 * 2**20) + 2**19 >> 20) + 1).clamp(
+    -128, 127).to(torch.int8), bits=20, **halves)  # fmt: skip
+
+
+def stored_step(rounding: str) -> Callable[..., Tensor]:
+    """qnn.sgd with Python integers: an independent reading of the formula."""
+
+    def one(w: int, d: float, bits: int) -> int:
+        if bits == 16 or rounding == "nearest":
+            return w + math.floor(np.float32(d * (256 if bits == 16 else 1)) + np.float32(0.5))
+        h = int(np.float32(d).view(np.uint32)) * 0x9E3779B9 & 0xFFFFFFFF
+        h = (h ^ (h >> 15 | (0xFFFE0000 if h >> 31 else 0))) * 0x85EBCA6B & 0xFFFFFFFF
+        return w + math.floor(np.float32(d) + np.float32((h >> 8) * 2.0**-24))
+
+    def run(w: Tensor, g: Tensor, rate: Tensor, factor: Tensor) -> Tensor:
+        limits = torch.iinfo(w.dtype)
+        d = -(rate.float() * factor.float() * g.float())
+        stepped = [one(int(a), float(b), limits.bits) for a, b in zip(w.flatten(), d.flatten(), strict=True)]
+        return torch.tensor(stepped).clamp(limits.min, limits.max).to(w.dtype).reshape(w.shape)
+
+    return run
+
+
+for kind in (INT8, INT16, INT32):
+    for rounding in ("stochastic", "nearest"):
+        add("qnn.sgd", Operand((4, 3, 3, 5), kind), Operand((4, 3, 3, 5)), Operand((), "scale"),
+            Operand((4, 1, 1, 1), "wide"), torch=stored_step(rounding), rounding=rounding)  # fmt: skip

@@ -142,6 +142,6 @@ def test_kernel_agrees_with_reference(case: Case, libraries: dict[str, ctypes.CD
 def test_every_kernel_template_is_exercised() -> None:
     from tte.codegen.emit import HERE
 
-    parts = {"tail", "elementwise", "copy", "reduce", "window", "adaptive", "pointwise_loss", "resize"}
+    parts = {"tail", "number", "elementwise", "copy", "reduce", "window", "adaptive", "pointwise_loss", "resize"}
     templates = {path.name.removesuffix(".c.j2") for path in (HERE / "kernels").glob("*.j2")}
     assert templates - parts == {kernel.template for kernel in NAMES}

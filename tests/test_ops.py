@@ -46,7 +46,9 @@ def test_reference_agrees_with_type_rule_and_torch(sample: Sample) -> None:
         close(y, theirs, 1e-5)
 
 
-DIFFERENTIABLE = [s for s in SAMPLES if OPS[s.op].grad is not None]
+# Rounding is passed straight through, which is no derivative: test_quantized.py has the gradients of integers.
+DIFFERENTIABLE = [s for s in SAMPLES if OPS[s.op].grad and not any("int" in o.kind for o in s.operands)]
+DIFFERENTIABLE = [s for s in DIFFERENTIABLE if s.op != "qnn.quantize"]
 
 
 def gradient_graph(sample: Sample, arrays: list[np.ndarray]) -> Graph:
@@ -74,7 +76,7 @@ def gradient_graph(sample: Sample, arrays: list[np.ndarray]) -> Graph:
 
 @pytest.mark.parametrize("sample", DIFFERENTIABLE, ids=by_id)
 def test_gradient_agrees_with_autograd(sample: Sample) -> None:
-    if sample.operands[0].kind == "integer" or sample.attrs.get("dtype") == "int32":
+    if sample.attrs.get("dtype") == "int32":
         pytest.skip("integers have no gradient")
     arrays = sample.draw(seed=1)
     graph = gradient_graph(sample, arrays)

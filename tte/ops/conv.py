@@ -7,7 +7,15 @@ Activations are NHWC, weights OHWI (output channels, height, width, input channe
 import numpy as np
 
 from tte.ir import Op, TensorType, register
-from tte.ops.rules import require, require_float, require_padding, require_pair, require_rank
+from tte.ops.rules import (
+    read_numbers,
+    require,
+    require_float,
+    require_numbers,
+    require_padding,
+    require_pair,
+    require_rank,
+)
 
 Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]
@@ -40,9 +48,14 @@ def _conv2d(
     x: (N, H, W, C), w: (O, KH, KW, C / groups), b: (O,) -> (N, OH, OW, O). Depthwise: groups == C.
     As torch.nn.functional.conv2d, with padding on each side of its own.
     """
+    require_float(x=x, w=w, b=b)
+    return conv2d_type(x, w, b, strides=strides, padding=padding, dilation=dilation, groups=groups)
+
+
+def conv2d_type(x, w, b, *, strides, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    """The result's type, whatever the elements are."""
     require_rank("x", x, 4)
     require_rank("w", w, 4)
-    require_float(x=x, w=w, b=b)
     _require_geometry(strides, padding, dilation, groups)
     o, kh, kw, c = w.shape
     require(x.shape[3] == c * groups, f"x has {x.shape[3]} channels, w expects {c} x {groups} groups")
@@ -66,7 +79,7 @@ def _tap(kh: int, kw: int, h: int, w: int, strides: Pair, dilation: Pair) -> tup
     return slice(None), rows, columns
 
 
-def _conv2d_ref(x, w, b=None, *, strides, padding, dilation, groups):  # type: ignore[no-untyped-def]
+def conv2d_ref(x, w, b=None, *, strides, padding, dilation, groups):  # type: ignore[no-untyped-def]
     o, kh, kw, c = w.shape
     h = _span(x.shape[1], kh, strides[0], padding[0], padding[2], dilation[0])
     v = _span(x.shape[2], kw, strides[1], padding[1], padding[3], dilation[1])
@@ -80,7 +93,13 @@ def _conv2d_ref(x, w, b=None, *, strides, padding, dilation, groups):  # type: i
     return y if b is None else y + b
 
 
-def _conv2d_grad(backward, dy, x, w, b=None, *, strides, padding, dilation, groups):  # type: ignore[no-untyped-def]
+def _conv2d_grad(backward, dy, x, w, b=None, **geometry):  # type: ignore[no-untyped-def]
+    dx, dw, db = conv2d_gradients(backward, dy, x, w, b, **geometry)
+    return (dx, dw) if b is None else (dx, dw, db)
+
+
+def conv2d_gradients(backward, dy, x, w, b, *, strides, padding, dilation, groups, zero_point=0):  # type: ignore[no-untyped-def]
+    """Of x, w and b, each None unless it is wanted; zero_point: what stands for 0 in an integer x."""
     geometry = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
     dx = dw = None
     if backward.wants(0):
@@ -91,9 +110,9 @@ def _conv2d_grad(backward, dy, x, w, b=None, *, strides, padding, dilation, grou
         )
         dx = backward.call("nn.conv2d_transpose", dy, w, **geometry, output_padding=extra)
     if backward.wants(1):
-        dw = _weight_gradient(backward, x, dy, w, geometry)
+        dw = _weight_gradient(backward, x, dy, w, geometry | {"zero_point": zero_point})
     db = backward.call("sum", dy, axis=(0, 1, 2)) if b is not None and backward.wants(2) else None
-    return (dx, dw) if b is None else (dx, dw, db)
+    return dx, dw, db
 
 
 def _weight_gradient(backward, x, dy, w, geometry):  # type: ignore[no-untyped-def]
@@ -115,12 +134,12 @@ def _channels(backward, x, start, stop):  # type: ignore[no-untyped-def]
     return backward.call("slice", x, begin=(0, 0, 0, start), end=(n, h, w, stop), strides=(1, 1, 1, 1))
 
 
-def _conv2d_macs(x, w, b=None, *, strides, padding, dilation, groups):  # type: ignore[no-untyped-def]
-    y = _conv2d(x, w, strides=strides, padding=padding, dilation=dilation, groups=groups)
+def conv2d_macs(x, w, b=None, *, strides, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    y = conv2d_type(x, w, None, strides=strides, padding=padding, dilation=dilation, groups=groups)
     return y.size * w.size // w.shape[0]
 
 
-register(Op("nn.conv2d", _conv2d, _conv2d_ref, _conv2d_grad, kind="anchor", macs=_conv2d_macs))
+register(Op("nn.conv2d", _conv2d, conv2d_ref, _conv2d_grad, kind="anchor", macs=conv2d_macs))
 
 
 def _transposed_span(size: int, kernel: int, stride: int, padding: tuple[int, ...], dilation: int) -> int:
@@ -143,11 +162,12 @@ def _conv2d_transpose(
 
     x: (N, H, W, C), w: (C, KH, KW, O / groups), b: (O,) -> (N, OH, OW, O), OH = (H-1)*sh - top - bottom + dh*(KH-1) + 1
     + output_padding. As torch.nn.functional.conv_transpose2d; output_padding may exceed the stride here, because
-    a convolution may leave any number of input rows unread.
+    a convolution may leave any number of input rows unread. w may be stored integers (see ``read_numbers``).
     """
     require_rank("x", x, 4)
     require_rank("w", w, 4)
-    require_float(x=x, w=w, b=b)
+    require_float(x=x, b=b)
+    require_numbers(w=w)
     _require_geometry(strides, padding, dilation, groups)
     require_pair("output_padding", output_padding, 0)
     c, kh, kw, o = w.shape
@@ -161,6 +181,7 @@ def _conv2d_transpose(
 
 
 def _conv2d_transpose_ref(x, w, b=None, *, strides, padding, dilation, groups, output_padding):  # type: ignore[no-untyped-def]
+    w = read_numbers(w, x.dtype)
     c, kh, kw, o = w.shape
     n, h, v, _ = x.shape
     top, left, bottom, right = padding
@@ -231,14 +252,17 @@ def _conv2d_weight_grad(
     padding: Padding = (0, 0, 0, 0),
     dilation: Pair = (1, 1),
     groups: int = 1,
+    zero_point: int = 0,
 ) -> TensorType:
     """The weight gradient of nn.conv2d: y[o,kh,kw,c] = sum over i, j of x[i*sh + kh*dh - top, ..., c] * g[i,j,o].
 
-    x: (N, H, W, C), g: (N, OH, OW, O) -> (O, KH, KW, C / groups)
+    x: (N, H, W, C), g: (N, OH, OW, O) -> (O, KH, KW, C / groups). An int8 x counts from zero_point.
     """
     require_rank("x", x, 4)
     require_rank("g", g, 4)
-    require_float(x=x, g=g)
+    require_float(g=g)
+    require_numbers(x=x)
+    require(zero_point == 0 or x.dtype == "int8", "a zero point belongs to integers")
     require_pair("kernel_size", kernel_size, 1)
     _require_geometry(strides, padding, dilation, groups)
     for d in (0, 1):
@@ -246,10 +270,11 @@ def _conv2d_weight_grad(
         require(span == g.shape[1 + d], f"g {g.shape} is not the gradient of this convolution of x {x.shape}")
     fits = x.shape[3] % groups == 0 and g.shape[3] % groups == 0
     require(fits, f"{x.shape[3]} or {g.shape[3]} channels do not divide into {groups} groups")
-    return x.with_shape((g.shape[3], *kernel_size, x.shape[3] // groups))
+    return g.with_shape((g.shape[3], *kernel_size, x.shape[3] // groups))
 
 
-def _conv2d_weight_grad_ref(x, g, *, kernel_size, strides, padding, dilation, groups):  # type: ignore[no-untyped-def]
+def _conv2d_weight_grad_ref(x, g, *, kernel_size, strides, padding, dilation, groups, zero_point):  # type: ignore[no-untyped-def]
+    x = read_numbers(x, g.dtype, zero_point)
     n, h, v, o = g.shape
     c = x.shape[3] // groups
     padded = _pad(x, padding)

@@ -9,9 +9,9 @@ Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]
 
 
-def _pooled(x: TensorType, pool_size: Pair, strides: Pair, padding: Padding) -> TensorType:
+def pooled_type(x: TensorType, pool_size: Pair, strides: Pair, padding: Padding) -> TensorType:
+    """The result's type, whatever the elements are."""
     require_rank("x", x, 4)
-    require_float(x=x)
     require_pair("pool_size", pool_size, 1)
     require_pair("strides", strides, 1)
     require_padding(padding)
@@ -27,7 +27,7 @@ def _pooled(x: TensorType, pool_size: Pair, strides: Pair, padding: Padding) -> 
     return x.with_shape((x.shape[0], *shape, x.shape[3]))
 
 
-def _windows(x: np.ndarray, pool_size: Pair, strides: Pair, padding: Padding, fill: float) -> list[np.ndarray]:
+def windows(x: np.ndarray, pool_size: Pair, strides: Pair, padding: Padding, fill: float) -> list[np.ndarray]:
     """For every position in the window, in row-major order, the elements of x it meets: (N, OH, OW, C) each."""
     top, left, bottom, right = padding
     padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=fill)
@@ -68,11 +68,21 @@ def _max_pool2d(
     x: TensorType, *, pool_size: Pair, strides: Pair = (1, 1), padding: Padding = (0, 0, 0, 0)
 ) -> TensorType:
     """y[n,i,j,c] = max of x over the window at (i*sh - top, j*sw - left); padding never wins. -> (N,OH,OW,C)"""
-    return _pooled(x, pool_size, strides, padding)
+    _require_ordered(x)
+    return pooled_type(x, pool_size, strides, padding)
+
+
+def _require_ordered(x: TensorType) -> None:
+    require(x.dtype in ("float32", "int8"), f"x must be float32 or int8, not {x.dtype}")
+
+
+def _least(x: np.ndarray) -> float:
+    """What padding holds, so that it never wins."""
+    return -np.inf if x.dtype.kind == "f" else int(np.iinfo(x.dtype).min)
 
 
 def _max_pool2d_ref(x, *, pool_size, strides, padding):  # type: ignore[no-untyped-def]
-    return np.maximum.reduce(_windows(x, pool_size, strides, padding, -np.inf))
+    return np.maximum.reduce(windows(x, pool_size, strides, padding, _least(x)))
 
 
 def _max_pool2d_grad_rule(backward, dy, x, *, pool_size, strides, padding):  # type: ignore[no-untyped-def]
@@ -88,7 +98,8 @@ def _max_pool2d_argmax(
     x: TensorType, *, pool_size: Pair, strides: Pair = (1, 1), padding: Padding = (0, 0, 0, 0)
 ) -> TensorType:
     """kh * KW + kw of the first maximum in each window: all that the gradient has to remember, in one byte mostly."""
-    pooled = _pooled(x, pool_size, strides, padding)
+    _require_ordered(x)
+    pooled = pooled_type(x, pool_size, strides, padding)
     return TensorType(pooled.shape, _index_dtype(pool_size))
 
 
@@ -97,7 +108,8 @@ def _index_dtype(pool_size: Pair) -> str:
 
 
 def _max_pool2d_argmax_ref(x, *, pool_size, strides, padding):  # type: ignore[no-untyped-def]
-    index = np.argmax(np.stack(_windows(x, pool_size, strides, padding, -np.inf)), axis=0)
+    wide = x if x.dtype.kind == "f" else x.astype(np.float32)  # padding must be less than every element
+    index = np.argmax(np.stack(windows(wide, pool_size, strides, padding, -np.inf)), axis=0)
     return index.astype(_index_dtype(pool_size))
 
 
@@ -114,7 +126,8 @@ def _max_pool2d_grad(
     input_size: Pair,
 ) -> TensorType:
     """Sends each g to the element that was the maximum: (N,OH,OW,C), index of nn.max_pool2d_argmax -> (N,H,W,C)"""
-    pooled = _pooled(_picture(g, input_size), pool_size, strides, padding)
+    require_float(g=g)
+    pooled = pooled_type(_picture(g, input_size), pool_size, strides, padding)
     require(index.shape == g.shape and index.dtype == _index_dtype(pool_size), "index must come from max_pool2d_argmax")
     return _gradient_of(g, pooled, input_size)
 
@@ -136,19 +149,20 @@ def _avg_pool2d(
     count_include_pad: bool = False,
 ) -> TensorType:
     """Mean over each window, over all of it (count_include_pad) or over what lies inside. (N,H,W,C) -> (N,OH,OW,C)"""
-    return _pooled(x, pool_size, strides, padding)
+    require_float(x=x)
+    return pooled_type(x, pool_size, strides, padding)
 
 
 def _counts(size: Pair, pool_size: Pair, strides: Pair, padding: Padding, count_include_pad: bool) -> np.ndarray:
     """How many elements each window averages: (1, OH, OW, 1)"""
     ones = np.ones((1, *size, 1))
-    inside = np.add.reduce(_windows(ones, pool_size, strides, padding, 0.0))
+    inside = np.add.reduce(windows(ones, pool_size, strides, padding, 0.0))
     return np.full_like(inside, pool_size[0] * pool_size[1]) if count_include_pad else inside
 
 
 def _avg_pool2d_ref(x, *, pool_size, strides, padding, count_include_pad):  # type: ignore[no-untyped-def]
     counts = _counts(x.shape[1:3], pool_size, strides, padding, count_include_pad)
-    return np.add.reduce(_windows(x, pool_size, strides, padding, 0.0)) / counts.astype(x.dtype)
+    return np.add.reduce(windows(x, pool_size, strides, padding, 0.0)) / counts.astype(x.dtype)
 
 
 def _avg_pool2d_grad_rule(backward, dy, x, **attrs):  # type: ignore[no-untyped-def]
@@ -168,7 +182,8 @@ def _avg_pool2d_grad(
     input_size: Pair,
 ) -> TensorType:
     """Spreads each g over its window: (N,OH,OW,C) -> (N,H,W,C)"""
-    return _gradient_of(g, _pooled(_picture(g, input_size), pool_size, strides, padding), input_size)
+    require_float(g=g)
+    return _gradient_of(g, pooled_type(_picture(g, input_size), pool_size, strides, padding), input_size)
 
 
 def _avg_pool2d_grad_ref(g, *, pool_size, strides, padding, count_include_pad, input_size):  # type: ignore[no-untyped-def]

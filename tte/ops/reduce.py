@@ -8,11 +8,14 @@ from tte.ops.rules import require, require_axis, require_float
 
 def _reduced(x: TensorType, axis: tuple[int, ...], keepdims: bool) -> TensorType:
     require_float(x=x)
+    return x.with_shape(reduced_shape(x, axis, keepdims))
+
+
+def reduced_shape(x: TensorType, axis: tuple[int, ...], keepdims: bool) -> tuple[int, ...]:
     for a in axis:
         require_axis(a, x.rank)
     require(len(set(axis)) == len(axis) and len(axis) > 0, f"axis must name distinct axes, not {axis}")
-    kept = (1 if d in axis else n for d, n in enumerate(x.shape) if keepdims or d not in axis)
-    return x.with_shape(tuple(kept))
+    return tuple(1 if d in axis else n for d, n in enumerate(x.shape) if keepdims or d not in axis)
 
 
 def _sum(x: TensorType, *, axis: tuple[int, ...], keepdims: bool = False) -> TensorType:
@@ -25,19 +28,19 @@ def _mean(x: TensorType, *, axis: tuple[int, ...], keepdims: bool = False) -> Te
     return _reduced(x, axis, keepdims)
 
 
-def _spread(backward, dy, x, axis):  # type: ignore[no-untyped-def]
+def spread(backward, dy, x, axis):  # type: ignore[no-untyped-def]
     shape = tuple(1 if d in axis else n for d, n in enumerate(x.type.shape))
     kept = dy if dy.type.shape == shape else backward.call("reshape", dy, newshape=shape)
     return backward.call("broadcast_to", kept, shape=x.type.shape)
 
 
 def _sum_grad(backward, dy, x, *, axis, keepdims):  # type: ignore[no-untyped-def]
-    return _spread(backward, dy, x, axis)
+    return spread(backward, dy, x, axis)
 
 
 def _mean_grad(backward, dy, x, *, axis, keepdims):  # type: ignore[no-untyped-def]
     count = math.prod(x.type.shape[a] for a in axis)
-    return _spread(backward, backward.call("multiply", dy, backward.const(1.0 / count)), x, axis)
+    return spread(backward, backward.call("multiply", dy, backward.const(1.0 / count)), x, axis)
 
 
 def _sum_ref(x, *, axis, keepdims):  # type: ignore[no-untyped-def]

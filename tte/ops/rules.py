@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from tte.ir import InvalidType, TensorType
 
 
@@ -18,6 +20,20 @@ def require_rank(name: str, type: TensorType, *ranks: int) -> None:
 def require_float(**types: TensorType | None) -> None:
     for name, type in types.items():
         require(type is None or type.dtype == "float32", f"{name} must be float32, not {type.dtype if type else ''}")
+
+
+def require_numbers(**types: TensorType) -> None:
+    """float32, or the integers that ``read_numbers`` reads."""
+    for name, type in types.items():
+        require(type.dtype in ("float32", "int8", "int16"), f"{name} must be float32, int8 or int16, not {type.dtype}")
+
+
+def read_numbers(x: np.ndarray, dtype: np.dtype, zero_point: int = 0) -> np.ndarray:
+    """An operand as the numbers that a float operator reads: int8 counts from zero_point; int16 is a weight with eight
+    bits of fraction (see qnn.sgd), of which the integer part is read."""
+    if x.dtype == np.int16:
+        x = x >> 8
+    return x if x.dtype == dtype else (x.astype(np.int32) - zero_point).astype(dtype)
 
 
 def require_pair(name: str, value: Sequence[int], least: int) -> None:

@@ -1,0 +1,381 @@
+"""Integer operators: an int8 value q stands for the real number scale * (q - zero_point).
+
+Values carry their scales in their type (``TensorType.quant``). Gradients are taken with respect to the real numbers and
+are float32: rounding passes them on unchanged (straight-through, arXiv:1308.3432), a clamp passes them where the value
+before it was inside its limits, both included. Integer arithmetic of layers: Jacob et al. (arXiv:1712.05877).
+"""
+
+from typing import Any
+
+import numpy as np
+
+from tte.ir import Op, TensorType, register
+from tte.ir.types import Quant
+from tte.ops.conv import Padding, Pair, conv2d_gradients, conv2d_macs, conv2d_ref, conv2d_type
+from tte.ops.dense import dense_gradients, dense_macs, dense_ref, dense_type
+from tte.ops.pool import pooled_type, windows
+from tte.ops.reduce import reduced_shape, spread
+from tte.ops.rules import read_numbers, require
+
+LOW, HIGH = -128, 127
+INT32 = np.dtype(np.int32)
+
+
+def _limits(low: int, high: int, zero_point: int, scale: float) -> None:
+    require(LOW <= low < high <= HIGH, f"limits {low} and {high} are not inside of int8")
+    require(LOW <= zero_point <= HIGH, f"the zero point {zero_point} is outside of int8")
+    require(0 < scale < float("inf"), f"the scale must be positive and finite, not {scale}")
+
+
+def _int8(shape: tuple[int, ...], scale: float, zero_point: int) -> TensorType:
+    return TensorType(shape, "int8", Quant((scale,), zero_point))
+
+
+def _with_mask(type: TensorType, mask: bool) -> Any:
+    return (type, TensorType(type.shape, "bit")) if mask else type
+
+
+def _clamp(v: np.ndarray, low: int, high: int, mask: bool) -> Any:
+    """int8 from integers of any size; with ``mask`` also which of them were inside the limits."""
+    y = np.clip(v, low, high).astype(np.int8)
+    return (y, (v >= low) & (v <= high)) if mask else y
+
+
+def _through_mask(backward: Any, dy: Any, mask: bool) -> Any:
+    """The gradient where the clamp let its operand through."""
+    assert mask, "keep_saturation_masks comes before differentiation"
+    return backward.call("nn.apply_mask", dy, backward.outputs[1])
+
+
+# --- in and out ------------------------------------------------------------------------------------------------------
+
+
+def _quantize(
+    x: TensorType, *, scale: float, zero_point: int = 0, low: int = LOW, high: int = HIGH, mask: bool = False
+) -> Any:
+    """q = clamp(round(x / scale) + zero_point), halves to even; mask: also where nothing was clamped."""
+    require(x.dtype == "float32", f"x must be float32, not {x.dtype}")
+    _limits(low, high, zero_point, scale)
+    return _with_mask(_int8(x.shape, scale, zero_point), mask)
+
+
+def _quantize_ref(x, *, scale, zero_point, low, high, mask):  # type: ignore[no-untyped-def]
+    v = np.rint(np.clip(x / x.dtype.type(scale), -(2.0**20), 2.0**20))
+    return _clamp(v.astype(np.int64) + zero_point, low, high, mask)
+
+
+def _quantize_grad(backward, dy, x, *, mask, **attrs):  # type: ignore[no-untyped-def]
+    return _through_mask(backward, dy, mask)
+
+
+register(Op("qnn.quantize", _quantize, _quantize_ref, _quantize_grad, kind="elementwise"))
+
+
+def _dequantize(q: TensorType, *, scale: float, zero_point: int = 0) -> TensorType:
+    """x = scale * (q - zero_point)"""
+    require(q.dtype == "int8", f"q must be int8, not {q.dtype}")
+    _limits(LOW, HIGH, zero_point, scale)
+    return TensorType(q.shape)
+
+
+def _dequantize_ref(q, *, scale, zero_point):  # type: ignore[no-untyped-def]
+    return (q.astype(np.int32) - zero_point).astype(np.float32) * np.float32(scale)
+
+
+def _dequantize_grad(backward, dy, q, **attrs):  # type: ignore[no-untyped-def]
+    return dy
+
+
+register(Op("qnn.dequantize", _dequantize, _dequantize_ref, _dequantize_grad, kind="elementwise"))
+
+
+# --- layers: int8 in, 32-bit accumulators out ------------------------------------------------------------------------
+
+
+def _require_integers(x: TensorType, w: TensorType, b: TensorType | None) -> None:
+    require(x.dtype == "int8", f"x must be int8, not {x.dtype}")
+    require(w.dtype in ("int8", "int16"), f"w must be int8, or int16 with eight bits of fraction, not {w.dtype}")
+    require(b is None or b.dtype == "int32", f"b must be int32, not {b.dtype if b else ''}")
+
+
+def _conv2d(
+    x: TensorType,
+    w: TensorType,
+    b: TensorType | None = None,
+    *,
+    zero_point: int = 0,
+    strides: Pair = (1, 1),
+    padding: Padding = (0, 0, 0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> TensorType:
+    """nn.conv2d of x - zero_point, in integers; padding is the real number 0. x, w: int8, b: int32 -> int32
+
+    w may be int16 with eight bits of fraction, of which this operator reads the integer part.
+    """
+    _require_integers(x, w, b)
+    y = conv2d_type(x, w, b, strides=strides, padding=padding, dilation=dilation, groups=groups)
+    return TensorType(y.shape, "int32")
+
+
+def _conv2d_ref(x, w, b=None, *, zero_point, **geometry):  # type: ignore[no-untyped-def]
+    return conv2d_ref(read_numbers(x, INT32, zero_point), read_numbers(w, INT32), b, **geometry)
+
+
+def _scales(type: TensorType) -> np.ndarray:
+    """The scale of every output channel of a weight, or the one of an activation."""
+    assert type.quant is not None, type
+    return np.asarray(type.quant.scale, np.float64)
+
+
+def _weight_scales(w: TensorType, rank: int) -> np.ndarray:
+    """Along the output channels, which are a weight's first axis, for tensors of ``rank``."""
+    return np.broadcast_to(_scales(w), (w.shape[0],)).reshape(-1, *[1] * (rank - 1))
+
+
+def _layer_grad(backward, dy, x, w, b, gradients, **attrs):  # type: ignore[no-untyped-def]
+    """The rule of a float layer on the stored integers, and the scales that make its answers gradients of reals.
+
+    With acc = sum (q_x - z) q_w, standing for s_x s_w acc: dx = sum (dy s_w) q_w, and the same product dy s_w serves
+    the weights: dw = s_x / s_w sum (q_x - z) (dy s_w). So one gradient tensor is kept, not two.
+    """
+    scale = _weight_scales(w.type, 1).reshape(-1).astype(np.float32)
+    scaled = backward.wants(0)
+    if scaled:
+        dy = backward.call("multiply", dy, backward.const(scale))
+    dx, dw, db = gradients(backward, dy, x, w, b, **attrs)
+    if dw is not None:
+        part = backward.wanted(1)
+        factor = float(_scales(x.type)[0]) / (
+            _weight_scales(w.type, w.type.rank) if scaled else np.ones([1] * w.type.rank)
+        )
+        if getattr(part, "axis", None) == 0 and factor.shape[0] > 1:
+            factor = factor[part.start : part.stop]
+        dw = backward.call("multiply", dw, backward.const(factor.astype(np.float32)))
+    if db is not None and scaled:
+        db = backward.call("multiply", db, backward.const((1.0 / _weight_scales(w.type, 1)).astype(np.float32)))
+    return (dx, dw) if b is None else (dx, dw, db)
+
+
+def _conv2d_grad(backward, dy, x, w, b=None, **attrs):  # type: ignore[no-untyped-def]
+    return _layer_grad(backward, dy, x, w, b, conv2d_gradients, **attrs)
+
+
+def _conv2d_macs(x, w, b=None, *, zero_point, **geometry):  # type: ignore[no-untyped-def]
+    return conv2d_macs(x, w, b, **geometry)
+
+
+register(Op("qnn.conv2d", _conv2d, _conv2d_ref, _conv2d_grad, kind="anchor", macs=_conv2d_macs))
+
+
+def _dense(x: TensorType, w: TensorType, b: TensorType | None = None, *, zero_point: int = 0) -> TensorType:
+    """nn.dense of x - zero_point, in integers. x (..., I), w (O, I): int8, b (O,): int32 -> int32 (..., O)"""
+    _require_integers(x, w, b)
+    return TensorType(dense_type(x, w, b).shape, "int32")
+
+
+def _dense_ref(x, w, b=None, *, zero_point):  # type: ignore[no-untyped-def]
+    return dense_ref(read_numbers(x, INT32, zero_point), read_numbers(w, INT32), b)
+
+
+def _dense_grad(backward, dy, x, w, b=None, *, zero_point):  # type: ignore[no-untyped-def]
+    return _layer_grad(backward, dy, x, w, b, dense_gradients, zero_point=zero_point)
+
+
+def _dense_macs(x, w, b=None, *, zero_point):  # type: ignore[no-untyped-def]
+    return dense_macs(x, w, b)
+
+
+register(Op("qnn.dense", _dense, _dense_ref, _dense_grad, kind="anchor", macs=_dense_macs))
+
+
+# --- from accumulators back to int8 ----------------------------------------------------------------------------------
+
+
+def scale_to_int8(acc: np.ndarray, multiplier: np.ndarray, shift: int = 0) -> np.ndarray:
+    """round(acc * multiplier) as int64, by the arithmetic that the type of ``multiplier`` stands for.
+
+    float32: float(acc) * multiplier, halves to even: what onnxruntime computes.
+    int32:   (acc * 2^shift * multiplier + 2^31) >> 32, halves up, exact: multiplier = round(real * 2^(32 - shift)).
+    """
+    if multiplier.dtype == np.float32:
+        product = acc.astype(np.float32) * multiplier
+        return np.rint(np.clip(product, -(2.0**20), 2.0**20)).astype(np.int64)
+    limit = (2**31 - 1) >> shift  # what the shift would push out of range is far beyond the limits of int8
+    wide = np.clip(acc.astype(np.int64), -limit, limit) << shift
+    return (wide * multiplier.astype(np.int64) + (1 << 31)) >> 32
+
+
+def _requantize(
+    acc: TensorType,
+    multiplier: TensorType,
+    *,
+    scale: float,
+    zero_point: int = 0,
+    low: int = LOW,
+    high: int = HIGH,
+    shift: int = 0,
+    ratio: float = 1.0,
+    mask: bool = False,
+) -> Any:
+    """q = clamp(round(acc * multiplier) + zero_point): the accumulators of a layer as int8 of the given scale.
+
+    acc: int32 (..., O); multiplier (O,) or (1,): float32, or int32 with 32 - shift bits of fraction, see
+    ``scale_to_int8``. The real number that comes out is ``ratio`` times the one that went in (1, but for averages).
+    """
+    require(acc.dtype == "int32", f"acc must be int32, not {acc.dtype}")
+    require(multiplier.dtype in ("float32", "int32"), f"multiplier must be float32 or int32, not {multiplier.dtype}")
+    require(multiplier.shape in ((1,), acc.shape[-1:]), f"multiplier {multiplier.shape} does not fit acc {acc.shape}")
+    require(0 <= shift <= 8, f"shift must be 0 to 8, not {shift}")
+    _limits(low, high, zero_point, scale)
+    return _with_mask(_int8(acc.shape, scale, zero_point), mask)
+
+
+def _requantize_ref(acc, multiplier, *, scale, zero_point, low, high, shift, ratio, mask):  # type: ignore[no-untyped-def]
+    return _clamp(scale_to_int8(acc, multiplier, shift) + zero_point, low, high, mask)
+
+
+def _requantize_grad(backward, dy, acc, multiplier, *, ratio, mask, **attrs):  # type: ignore[no-untyped-def]
+    dacc = _through_mask(backward, dy, mask)
+    return (dacc if ratio == 1.0 else backward.call("multiply", dacc, backward.const(ratio))), None
+
+
+register(Op("qnn.requantize", _requantize, _requantize_ref, _requantize_grad, kind="elementwise"))
+
+
+# --- arithmetic of int8 values ---------------------------------------------------------------------------------------
+
+
+def _add(
+    a: TensorType,
+    b: TensorType,
+    *,
+    a_scale: float,
+    a_zero: int,
+    b_scale: float,
+    b_zero: int,
+    scale: float,
+    zero_point: int = 0,
+    low: int = LOW,
+    high: int = HIGH,
+    bits: int = 0,
+    mask: bool = False,
+) -> Any:
+    """q = clamp(round((a_scale (a - a_zero) + b_scale (b - b_zero)) / scale) + zero_point)
+
+    bits: 0 computes in float32, halves to even; else in integers with that many bits of fraction, halves up.
+    """
+    for name, type in (("a", a), ("b", b)):
+        require(type.dtype == "int8", f"{name} must be int8, not {type.dtype}")
+    require(a.shape == b.shape, f"shapes {a.shape} and {b.shape} differ")
+    require(0 <= bits <= 24, f"bits must be 0 to 24, not {bits}")
+    _limits(low, high, zero_point, scale)
+    for real in (a_scale / scale, b_scale / scale):
+        require(abs(real) * 2**bits < 2**21, f"the ratio {real} of scales is too large for {bits} bits of fraction")
+    return _with_mask(_int8(a.shape, scale, zero_point), mask)
+
+
+def _add_ref(a, b, *, a_scale, a_zero, b_scale, b_zero, scale, zero_point, low, high, bits, mask):  # type: ignore[no-untyped-def]
+    da, db = a.astype(np.int32) - a_zero, b.astype(np.int32) - b_zero
+    if bits == 0:
+        total = da.astype(np.float32) * np.float32(a_scale) + db.astype(np.float32) * np.float32(b_scale)
+        v = np.rint(total / np.float32(scale)).astype(np.int64)
+    else:
+        ma, mb = (round(real / scale * 2**bits) for real in (a_scale, b_scale))
+        v = (da.astype(np.int64) * ma + db.astype(np.int64) * mb + (1 << bits >> 1)) >> bits
+    return _clamp(v + zero_point, low, high, mask)
+
+
+def _add_grad(backward, dy, a, b, *, mask, **attrs):  # type: ignore[no-untyped-def]
+    g = _through_mask(backward, dy, mask)
+    return g, g
+
+
+register(Op("qnn.add", _add, _add_ref, _add_grad, kind="elementwise", inplace=(0, 1)))
+
+
+def _sum(x: TensorType, *, axis: tuple[int, ...], keepdims: bool = False, zero_point: int = 0) -> TensorType:
+    """Sum of x - zero_point over the given axes, in integers: int8 -> int32; the first half of an average."""
+    require(x.dtype == "int8", f"x must be int8, not {x.dtype}")
+    return TensorType(reduced_shape(x, axis, keepdims), "int32")
+
+
+def _sum_ref(x, *, axis, keepdims, zero_point):  # type: ignore[no-untyped-def]
+    return read_numbers(x, INT32, zero_point).sum(axis, keepdims=keepdims, dtype=np.int32)
+
+
+def _sum_grad(backward, dy, x, *, axis, keepdims, zero_point):  # type: ignore[no-untyped-def]
+    return spread(backward, dy, x, axis)
+
+
+register(Op("qnn.sum", _sum, _sum_ref, _sum_grad, kind="anchor"))
+
+
+def _sum_pool2d(
+    x: TensorType,
+    *,
+    pool_size: Pair,
+    strides: Pair = (1, 1),
+    padding: Padding = (0, 0, 0, 0),
+    zero_point: int = 0,
+) -> TensorType:
+    """Sum of x - zero_point over each window, in integers: int8 (N,H,W,C) -> int32 (N,OH,OW,C)"""
+    require(x.dtype == "int8", f"x must be int8, not {x.dtype}")
+    return TensorType(pooled_type(x, pool_size, strides, padding).shape, "int32")
+
+
+def _sum_pool2d_ref(x, *, pool_size, strides, padding, zero_point):  # type: ignore[no-untyped-def]
+    return np.add.reduce(windows(read_numbers(x, INT32, zero_point), pool_size, strides, padding, 0), dtype=np.int32)
+
+
+def _sum_pool2d_grad(backward, dy, x, *, pool_size, strides, padding, zero_point):  # type: ignore[no-untyped-def]
+    window = {"pool_size": pool_size, "strides": strides, "padding": padding, "count_include_pad": True}
+    mean = backward.call("nn.avg_pool2d_grad", dy, **window, input_size=x.type.shape[1:3])
+    return backward.call("multiply", mean, backward.const(float(pool_size[0] * pool_size[1])))
+
+
+register(Op("qnn.sum_pool2d", _sum_pool2d, _sum_pool2d_ref, _sum_pool2d_grad, kind="anchor"))
+
+
+# --- storage of what learns ------------------------------------------------------------------------------------------
+
+ROUNDINGS = ("stochastic", "nearest")
+
+
+def _hash_fraction(d: np.ndarray) -> np.ndarray:
+    """A number in [0, 1) from the bits of each float32: the generator of stochastic rounding has no state."""
+    h = d.view(np.uint32) * np.uint32(0x9E3779B9)
+    h = (h ^ (h.view(np.int32) >> 15).view(np.uint32)) * np.uint32(0x85EBCA6B)
+    return ((h >> np.uint32(8)).astype(np.float32)) * np.float32(2.0**-24)
+
+
+def _sgd(
+    w: TensorType, g: TensorType, rate: TensorType, factor: TensorType, *, rounding: str = "stochastic"
+) -> TensorType:
+    """w - rate * factor * g on stored integers, saturating; factor: 1 / scale of w per channel, broadcast to w.
+
+    w: int8, or int32 (biases), or int16 with eight bits of fraction that keep what rounding would lose; g: float32.
+    rounding: "stochastic" rounds up with the probability of the fraction, by a hash of the step's own bits: the same on
+    every machine, and without bias; "nearest" loses every step below a half. int16 rounds its last bit to nearest.
+    """
+    require(w.dtype in ("int8", "int16", "int32"), f"w must be an integer, not {w.dtype}")
+    require(g.dtype == "float32" and factor.dtype == "float32" and rate.dtype == "float32", "g, rate, factor: float32")
+    require(w.shape == g.shape and rate.shape == (), f"w {w.shape} and g {g.shape} must agree, rate be a scalar")
+    require(np.broadcast_shapes(w.shape, factor.shape) == w.shape, f"factor {factor.shape} does not fit w {w.shape}")
+    require(rounding in ROUNDINGS, f"rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}")
+    return w
+
+
+def _sgd_ref(w, g, rate, factor, *, rounding):  # type: ignore[no-untyped-def]
+    # Each product is rounded to float32, as in C: the hash sees its bits.
+    d = -((rate * factor) * g.astype(np.float32)).astype(np.float32)
+    if w.dtype == np.int16:
+        d = d * np.float32(256.0)
+    stochastic = rounding == "stochastic" and w.dtype != np.int16
+    limit = np.float32(2.0**30)
+    step = np.floor(np.clip(d + (_hash_fraction(d) if stochastic else np.float32(0.5)), -limit, limit))
+    info = np.iinfo(w.dtype)
+    return np.clip(w.astype(np.int64) + step.astype(np.int64), info.min, info.max).astype(w.dtype)
+
+
+register(Op("qnn.sgd", _sgd, _sgd_ref, kind="elementwise", inplace=(0,)))
