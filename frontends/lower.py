@@ -22,7 +22,7 @@ RESERVED = {"x", "target", "lr"}
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of the user's model that has a name there."""
+    """A tensor of the user's model that has a name there: float32, or the integers of a quantised one."""
 
     name: str
     data: np.ndarray
@@ -125,6 +125,25 @@ class Lowering:
             index = np.arange(data.size, dtype=np.int64).reshape(data.shape)
             self.builder.const(data, name, Origin(weight.name, data.shape, index))
         return self.builder.consts[name]
+
+    def quantized_weight(self, variable: str, call: Any) -> Const:
+        """The reals that the user's integers stand for; the origin keeps the integers for ``lower_qdq``."""
+        weight = self.imported.weights[variable]
+        name = constant_name(weight.name)
+        if name in self.builder.consts:
+            return self.builder.consts[name]
+        scale, zero = (_constant(self, a) for a in call.args[1:3])
+        integers = np.asarray(weight.data, order="C")
+        require(integers.dtype in (np.int8, np.int32), f"weights of {integers.dtype}; only int8, biases int32")
+        require(not zero.any(), "asymmetric weights; quantise weights with zero point 0")
+        require(bool((np.isfinite(scale) & (scale > 0)).all()), "a scale that is zero, negative or not finite")
+        shape = [1] * integers.ndim
+        if scale.size > 1:
+            shape[int(call.attrs.axis) % max(1, integers.ndim)] = scale.size
+        full = np.broadcast_to(scale.astype(np.float64).reshape(shape), integers.shape)
+        index = np.arange(integers.size, dtype=np.int64).reshape(integers.shape)
+        origin = Origin(weight.name, integers.shape, index, np.array(full), integers.reshape(-1))
+        return self.builder.const((integers * full).astype(np.float32), name, origin)
 
     def moved(self, op: str, x: Value, **attrs: Any) -> Value:
         """``call``, but a weight that is read twice is moved once."""
@@ -406,6 +425,46 @@ def _power(state: Lowering, call: Any) -> Value:
         return state.call("multiply", state.call("multiply", x, x), x)
     require(power in (0.5, -0.5), f"exponent {power}: only 3, 2, 0.5 and -0.5")
     return state.call("sqrt" if power > 0 else "rsqrt", x)
+
+
+# Quantisation
+
+
+@rule("quantize")
+def _quantize(state: Lowering, call: Any) -> Value:
+    scale, zero_point = _grid(state, call)
+    return state.call("qnn.quantize", state.value(call.args[0]), scale=scale, zero_point=zero_point)
+
+
+@rule("dequantize")
+def _dequantize(state: Lowering, call: Any) -> Value:
+    source = call.args[0]
+    if type(source).__name__ in ("Var", "DataflowVar") and source.name in state.imported.weights:
+        return state.quantized_weight(source.name, call)
+    scale, zero_point = _grid(state, call)
+    return state.call("qnn.dequantize", state.value(source), scale=scale, zero_point=zero_point)
+
+
+def _grid(state: Lowering, call: Any) -> tuple[float, int]:
+    """(scale, zero point) of activations; uint8 counts from 128 less, which is the same number as int8."""
+    scale, zero = (_constant(state, a) for a in call.args[1:3])
+    kind = _kind(call.args[0].ty if call.op.name.endswith("dequantize") else call.ty)
+    require(kind in ("int8", "uint8"), f"{kind} activations; only int8 and uint8")
+    require(scale.size == 1 and zero.size == 1, "activations with a scale per channel; quantise them per tensor")
+    value = float(np.float32(scale.item()))
+    require(0 < value < math.inf, f"the scale {value}")
+    return value, int(zero.item()) - (128 if kind == "uint8" else 0)
+
+
+def _kind(type: Any) -> str:
+    return str(type.dtype).replace('"', "")
+
+
+def _constant(state: Lowering, expression: Any) -> np.ndarray:
+    if type(expression).__name__ in ("Var", "DataflowVar") and expression.name in state.imported.weights:
+        return np.asarray(state.imported.weights[expression.name].data)
+    require(type(expression).__name__ == "GenericConst", "a scale or zero point that the model computes")
+    return np.asarray(expression.value.numpy())
 
 
 @rule("astype")

@@ -8,7 +8,7 @@ Other options fold batch norm into the convolutions before we see it: that is an
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ SUPPORTED = frozenset(
     Reshape Flatten Transpose Concat Split Slice Gather Pad Resize Upsample ReduceMean ReduceSum ReduceMax GatherND Mean
     Softmax LogSoftmax Greater Where CastLike Erf
     BatchNormalization LayerNormalization GroupNormalization InstanceNormalization Dropout Identity Squeeze Unsqueeze
-    Expand Cast Constant
+    Expand Cast Constant QuantizeLinear DequantizeLinear
     """.split()
 )
 # Arithmetic on shapes, done here; arrays beyond FOLD_LIMIT elements are not shapes.
@@ -38,10 +38,22 @@ FOLDED = frozenset(
     """.split()
 )
 FOLD_LIMIT = 4096
+NOTHING: Mapping[str, str] = {}
 AXES, MAX_RANK = {"axis", "axes", "batch_dims", "perm", "start"}, 16  # attributes that name dimensions
 CONTROL_FLOW = {"If", "Loop", "Scan"}
 # Operators whose small inputs are settings, not tensors that could learn: (operator, first such input)
-SETTINGS = {"Clip": 1, "Pad": 1, "Resize": 1, "Upsample": 1, "Dropout": 1, "Expand": 1, "Reshape": 1, "Pow": 1}
+SETTINGS = {
+    "QuantizeLinear": 1,
+    "DequantizeLinear": 1,
+    "Clip": 1,
+    "Pad": 1,
+    "Resize": 1,
+    "Upsample": 1,
+    "Dropout": 1,
+    "Expand": 1,
+    "Reshape": 1,
+    "Pow": 1,
+}
 
 
 def read_onnx(path: Path) -> Any:
@@ -71,19 +83,23 @@ def import_onnx_model(given: Any, name: str) -> Graph:
     for tensor, array in named.items():
         refuse_nonfinite(array, tensor)
     scopes = frozenset(_scope(node) for node in model.graph.node)
-    function, layers = import_onnx(model, named, lambda node: layer_of(node, named, scopes))
+    # A layer has its name from its weight, dequantised or not.
+    names = {t: t for t in named} | {
+        n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in named
+    }
+    function, layers = import_onnx(model, named, lambda node: layer_of(node, names, scopes))
     weights = {GIVEN + tensor: Weight(tensor, array) for tensor, array in named.items()}
     return lower(Imported(function, GIVEN + _inputs(model)[0].name, weights, layers), name)
 
 
-def layer_of(node: Any, named: Collection[str] = (), scopes: frozenset[str] = frozenset()) -> str:
+def layer_of(node: Any, named: Mapping[str, str] = NOTHING, scopes: frozenset[str] = frozenset()) -> str:
     """The user's layer of a node: from its weight's name, else what PyTorch's exporters wrote, else the node's name.
 
-    named: tensors with the user's names; scopes: all module paths in node names
+    named: tensors -> the weights with the user's names; scopes: all module paths in node names
     """
     for tensor in node.input:
         if tensor in named and "." in tensor and not tensor.startswith("onnx::"):
-            return str(tensor).rpartition(".")[0]
+            return named[tensor].rpartition(".")[0]
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
             modules = re.findall(r"'([^']*)'", entry.value)
@@ -394,7 +410,9 @@ def _unsupported(model: Any) -> list[Unsupported]:
             why = "its mask is used"
         if node.op_type not in SUPPORTED or why:
             operands = ", ".join(describe(i) for i in node.input if i)
-            found.append(Unsupported(layer_of(node, constants), node.op_type, f"({operands})", why))
+            found.append(
+                Unsupported(layer_of(node, {name: name for name in constants}), node.op_type, f"({operands})", why)
+            )
     return found
 
 
@@ -409,15 +427,18 @@ def _scales(node: Any, constants: Any) -> Any:
 
 
 def _named(model: Any) -> dict[str, np.ndarray]:
-    """The initializers that are tensors of the model: float32, not numbers, not settings of an operator."""
+    """The initializers that are tensors of the model: float32, not numbers, not settings of an operator; integers that
+    are dequantised."""
     import onnx
 
     settings = {i for n in model.graph.node for i in n.input[SETTINGS.get(n.op_type, len(n.input)) :]}
+    integers = {n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     # What was a Constant node has the exporter's name, not the user's.
     return {
         t.name: onnx.numpy_helper.to_array(t)
         for t in model.graph.initializer
-        if t.data_type == onnx.TensorProto.FLOAT and t.dims and t.name not in settings and not _is_generated(t.name)
+        if (t.data_type == onnx.TensorProto.FLOAT and t.dims and t.name not in settings and not _is_generated(t.name))
+        or t.name in integers
     }
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from tte.ir import OPS, Const, Graph, Node, Param, Value, rewrite
 
-UPDATE = "nn.sgd"
+UPDATES = ("nn.sgd", "qnn.sgd")
 
 
 def fuse_updates(graph: Graph) -> Graph:
@@ -64,7 +64,7 @@ def _names_leading_to_updates(graph: Graph) -> set[str]:
             readers.setdefault(value.name, []).append(node)
     for node in reversed(graph.nodes):
         after = readers.get(node.output.name, [])
-        if node.op == UPDATE or (after and all(n.output.name in names for n in after) and _is_elementwise(node)):
+        if node.op in UPDATES or (after and all(n.output.name in names for n in after) and _is_elementwise(node)):
             names.add(node.output.name)
     return names
 

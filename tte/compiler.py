@@ -26,6 +26,7 @@ from tte.passes.io import apply_input_format, own_layout
 from tte.passes.layout import to_nhwc
 from tte.passes.loss import append_loss
 from tte.passes.optimizer import attach_sgd
+from tte.passes.quantized import Settings, keep_saturation_masks, lower_qdq
 from tte.passes.reorder import reorder
 from tte.passes.select_updates import select_updates
 from tte.passes.simplify import eliminate_common_subexpressions, eliminate_dead_code, fold_constants
@@ -140,12 +141,14 @@ def compile_graphs(
     resolved = resolve(scheme, forward)
     forward, notes = select_channels(forward, resolved)
     forward = verify(select_updates(verify(forward), resolved))
+    quantized = Settings(scheme.quantized.requantize, scheme.quantized.weight_storage)
+    forward = verify(lower_qdq(forward, quantized))
     pipeline.write(forward, "2-forward")
     with_loss = verify(append_loss(forward, scheme.loss, scheme.io.target == "input"))
-    differentiated = verify(differentiate(with_loss, scheme.optimizer.clip_loss_grad))
+    differentiated = verify(differentiate(keep_saturation_masks(with_loss), scheme.optimizer.clip_loss_grad))
     gradients = verify(eliminate_dead_code(differentiated))
     pipeline.write(gradients, "3-gradients")
-    train = verify(attach_sgd(gradients, scheme.optimizer.lr))
+    train = verify(attach_sgd(gradients, scheme.optimizer.lr, scheme.quantized.qas, scheme.quantized.rounding))
     roles = {"train": train, "infer": forward, "evaluate": with_loss}
     programs = []
     for role, graph in roles.items():
@@ -172,7 +175,11 @@ def compile_graphs(
         input_in_arena=input_in_arena,
         notes=tuple(notes),
     )
-    originals = {c.origin.name: c.data.reshape(c.origin.shape) for c in imported.consts if c.origin}
+    originals = {
+        c.origin.name: (c.data if c.origin.quantized is None else c.origin.quantized).reshape(c.origin.shape)
+        for c in imported.consts
+        if c.origin
+    }
     for const in source.consts:
         if const.origin and originals.get(const.origin.name, const.data).shape != const.origin.shape:
             originals[const.origin.name] = _as_user(const, const.origin)  # a new layer begins as it was made

@@ -193,6 +193,12 @@ class Quantized(_Model):
     qas: bool = True
     weight_storage: Literal["int8_sr", "int8_nearest", "int16_ef", "fp32"] = "int8_sr"
     gradients: Literal["float32", "int8"] = "float32"
+    requantize: Literal["fixed", "float"] = "fixed"
+
+    @property
+    def rounding(self) -> str:
+        """How an integer weight takes a step, see qnn.sgd."""
+        return "nearest" if self.weight_storage == "int8_nearest" else "stochastic"
 
 
 class Budget(_Model):
@@ -216,7 +222,7 @@ class UpdateScheme(_Model):
     ]
     head: Head | None = None
     io: InputOutput = InputOutput()
-    quantized: Quantized | None = None
+    quantized: Quantized = Quantized()
     budget: Budget = Budget()
 
     _document: "Document | None" = PrivateAttr(None)
@@ -456,13 +462,6 @@ def resolve(scheme: UpdateScheme, graph: Graph) -> Resolved:
     available yet, E036 a new head that cannot learn.
     """
     layers = find_layers(graph)
-    if scheme.quantized is not None:
-        raise TTEError(
-            "TTE-E035",
-            "not available yet: training of quantised models; this model is float32",
-            where=scheme.where("quantized"),
-            fix="remove the section `quantized`",
-        )
     decisions = {layer.name: _Decision() for layer in layers}
     if scheme.head is not None and scheme.head.layer in decisions:
         decisions[scheme.head.layer] = _Decision("all", True)

@@ -29,12 +29,15 @@ class Origin:
     shape  its shape in the user's layout
     index  int64, our shape: flat positions in the user's tensor
     scale  float64, our shape, or None for 1
+    quantized  the user's tensor itself, flat, where it is stored as integers: ours is then scale * quantized[index],
+               until ``lower_qdq`` takes the integers themselves
     """
 
     name: str
     shape: tuple[int, ...]
     index: np.ndarray
     scale: np.ndarray | None = None
+    quantized: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -295,9 +295,9 @@ register(Op("qnn.add", _add, _add_ref, _add_grad, kind="elementwise", inplace=(0
 
 
 def _sum(x: TensorType, *, axis: tuple[int, ...], keepdims: bool = False, zero_point: int = 0) -> TensorType:
-    """Sum of x - zero_point over the given axes, in integers: int8 -> int32; the first half of an average."""
+    """Sum of x - zero_point over the given axes (none: of each element alone), in integers: int8 -> int32."""
     require(x.dtype == "int8", f"x must be int8, not {x.dtype}")
-    return TensorType(reduced_shape(x, axis, keepdims), "int32")
+    return TensorType(reduced_shape(x, axis, keepdims) if axis else x.shape, "int32")
 
 
 def _sum_ref(x, *, axis, keepdims, zero_point):  # type: ignore[no-untyped-def]
@@ -305,7 +305,7 @@ def _sum_ref(x, *, axis, keepdims, zero_point):  # type: ignore[no-untyped-def]
 
 
 def _sum_grad(backward, dy, x, *, axis, keepdims, zero_point):  # type: ignore[no-untyped-def]
-    return spread(backward, dy, x, axis)
+    return spread(backward, dy, x, axis) if axis else dy
 
 
 register(Op("qnn.sum", _sum, _sum_ref, _sum_grad, kind="anchor"))

@@ -1,6 +1,7 @@
 """Operators that move elements and compute nothing."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -49,7 +50,12 @@ def _concatenate(*xs: TensorType, axis: int) -> TensorType:
         require(same, f"{x} does not fit {xs[0]} along axis {axis}")
     shape = list(xs[0].shape)
     shape[axis] = sum(x.shape[axis] for x in xs)
-    return xs[0].with_shape(tuple(shape))
+    quant = xs[0].quant
+    if quant and quant.axis == axis:
+        quant = replace(quant, scale=tuple(s for x in xs if x.quant for s in x.quant.scale))
+    else:
+        require(all(x.quant == quant for x in xs), "integers of different scales")
+    return TensorType(tuple(shape), xs[0].dtype, quant)
 
 
 def _concatenate_grad(backward, dy, *xs, axis):  # type: ignore[no-untyped-def]

@@ -1,0 +1,351 @@
+"""Integers in place of floats that are rounded to integers anyway: a quantised model as the device computes it."""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from tte.errors import TTEError
+from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value, rewrite
+from tte.ir.types import Quant
+from tte.passes.autodiff import find_wanted
+from tte.passes.simplify import eliminate_dead_code
+
+LOW, HIGH = -128, 127
+ACTIVATIONS = ("nn.relu", "clip")
+MOVES = ("reshape", "transpose", "slice", "pad", "concatenate")
+FRACTION = 20  # bits of fraction in integer additions
+
+
+@dataclass(frozen=True)
+class Settings:
+    """requantize: "fixed" (integers only), or "float" (onnxruntime's bits); storage: of weights that learn."""
+
+    requantize: str = "fixed"
+    storage: str = "int8_sr"
+
+
+def lower_qdq(graph: Graph, settings: Settings) -> Graph:
+    """Every island between dequantize and quantize that integers can compute becomes integer operators.
+
+        quantize(relu(conv2d(dequantize(x), W, B)))  ->  requantize(qnn.conv2d(x, w, b))
+
+    W and B are float constants or params whose origin knows the user's integers; activations become limits of the
+    result. What is no such island stays float32 between explicit conversions.
+    """
+    state = _State(Builder(), graph, settings)
+    for node in graph.nodes:
+        result = state.lower(node) if node.op == "qnn.quantize" else None
+        if result is None:
+            state.keep(node)
+        else:
+            state.env[node.output.name] = result
+    stored = {v.name: v for v in (*graph.params, *graph.consts)} | state.builder.consts | state.stored
+    lowered = rewrite(
+        graph,
+        state.builder.nodes,
+        params=tuple(v for v in stored.values() if isinstance(v, Param)),
+        consts=tuple(v for v in stored.values() if isinstance(v, Const)),
+        outputs=tuple(state.env.get(v.name, v) for v in graph.outputs),
+    )
+    return eliminate_dead_code(lowered)  # the float form of an island reads weights that are integers now
+
+
+def keep_saturation_masks(graph: Graph) -> Graph:
+    """Where the backward program has to pass a clamp, the forward program notes what the clamp let through."""
+    wanted = find_wanted(graph)
+    builder = Builder()
+    nodes = []
+    for node in graph.nodes:
+        if "mask" in node.attrs and any(v.name in wanted for v in node.inputs):
+            bits = builder.fresh(TensorType(node.output.type.shape, "bit"))
+            node = replace(node, attrs=node.attrs | {"mask": True}, outputs=(node.output, bits))
+        nodes.append(node)
+    return rewrite(graph, nodes)
+
+
+@dataclass
+class _State:
+    """The graph that is being written; ``env`` maps old values to new ones."""
+
+    builder: Builder
+    graph: Graph
+    settings: Settings
+    env: dict[str, Value] = field(default_factory=dict)
+    stored: dict[str, Param | Const] = field(default_factory=dict)
+    layer: str = ""
+
+    def __post_init__(self) -> None:
+        self.producer = self.graph.producer()
+        self.uses = self.graph.uses()
+        self.outputs = {v.name for v in self.graph.outputs}
+
+    @property
+    def as_onnxruntime(self) -> bool:
+        """Its bits are wanted: it averages in float32, but for global average pooling."""
+        return self.settings.requantize == "float"
+
+    def call(self, op: str, *inputs: Value, **attrs: object) -> Value:
+        return self.builder.call(op, *inputs, layer=self.layer, **attrs)
+
+    def keep(self, node: Node) -> None:
+        outputs = tuple(self.builder.fresh(v.type) for v in node.outputs)
+        inputs = tuple(self.env.get(v.name, v) for v in node.inputs)
+        self.builder.append(replace(node, inputs=inputs, outputs=outputs))
+        self.env |= {old.name: new for old, new in zip(node.outputs, outputs, strict=True)}
+
+    def lower(self, node: Node) -> Value | None:
+        """The integer form of what ends in this quantize node, or None."""
+        target = _Target.of(node)
+        value = node.inputs[0]
+        while (source := self.producer.get(value.name)) and source.op in ACTIVATIONS and self.read_once(value):
+            target = target.limited(source)
+            value = source.inputs[0]
+        if source is None or not self.read_once(value):
+            return None
+        self.layer = source.layer
+        rules = {"nn.conv2d": self.linear, "nn.dense": self.linear, "add": self.add, "mean": self.mean}
+        rules |= {"nn.avg_pool2d": self.average, "nn.max_pool2d": self.maximum, "qnn.dequantize": self.rescale}
+        rules |= dict.fromkeys(MOVES, self.move)
+        return rules[source.op](source, target) if source.op in rules else None
+
+    def read_once(self, value: Value) -> bool:
+        return len(self.uses[value.name]) == 1 and value.name not in self.outputs
+
+    def integers(self, value: Value) -> Value | None:
+        """The int8 value that ``value`` is the real form of: dequantized, and moved since then perhaps."""
+        node = self.producer.get(value.name)
+        if node is None:
+            return None
+        if node.op == "qnn.dequantize":
+            return self.env.get(node.inputs[0].name, node.inputs[0])
+        if node.op not in ("reshape", "transpose") or (x := self.integers(node.inputs[0])) is None:
+            return None
+        return self.call(node.op, x, **node.attrs)
+
+    # --- one rule per operator: (node in front of the activations, what its result becomes) -> int8 value or None ---
+
+    def linear(self, node: Node, target: "_Target") -> Value | None:
+        x = self.integers(node.inputs[0])
+        weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+        if x is None or not self.has_grid(weight):
+            return None
+        x_scale, zero_point = _scale(x), _zero(x)
+        w = self.weight(weight)
+        scales = _channel_scales(w.type)
+        b = None if bias is None else self.bias(bias, scales * x_scale, _reach(w.type))
+        if bias is not None and b is None:
+            return None
+        attrs = dict(node.attrs) | {"zero_point": zero_point}
+        acc = self.call(f"q{node.op}", x, w, *([b] if b else []), **attrs)
+        return self.requantize(acc, scales * x_scale, target)
+
+    def add(self, node: Node, target: "_Target") -> Value | None:
+        a, b = (self.integers(v) for v in node.inputs)
+        if a is None or b is None or a.type.shape != b.type.shape:
+            return None
+        bits = 0
+        if not self.as_onnxruntime:
+            largest = max(_scale(a), _scale(b)) / target.scale
+            bits = min(FRACTION, 20 - max(0, int(np.ceil(np.log2(largest)))))
+            if bits < 8:
+                return None
+        scales = {"a_scale": _scale(a), "a_zero": _zero(a), "b_scale": _scale(b), "b_zero": _zero(b)}
+        return self.call("qnn.add", a, b, **scales, **target.attrs, bits=bits)
+
+    def mean(self, node: Node, target: "_Target") -> Value | None:
+        x = self.integers(node.inputs[0])
+        if x is None or (self.as_onnxruntime and not node.attrs["keepdims"]):
+            return None
+        axis, keepdims = node.attrs["axis"], node.attrs["keepdims"]
+        acc = self.call("qnn.sum", x, axis=axis, keepdims=keepdims, zero_point=_zero(x))
+        count = x.type.size // acc.type.size
+        return self.requantize(acc, np.asarray([_scale(x) / count]), target, ratio=1.0 / count)
+
+    def average(self, node: Node, target: "_Target") -> Value | None:
+        x = self.integers(node.inputs[0])
+        attrs = dict(node.attrs)
+        if x is None or self.as_onnxruntime or (any(attrs["padding"]) and not attrs["count_include_pad"]):  # type: ignore[arg-type]
+            return None
+        attrs.pop("count_include_pad")
+        count = int(np.prod(attrs["pool_size"]))  # type: ignore[arg-type]
+        acc = self.call("qnn.sum_pool2d", x, **attrs, zero_point=_zero(x))
+        return self.requantize(acc, np.asarray([_scale(x) / count]), target, ratio=1.0 / count)
+
+    def maximum(self, node: Node, target: "_Target") -> Value | None:
+        x = self.integers(node.inputs[0])
+        return None if x is None else self.rescaled(self.call(node.op, x, **node.attrs), target)
+
+    def move(self, node: Node, target: "_Target") -> Value | None:
+        """Operators that only move elements; what differs in scale is brought to the result's before."""
+        found = [self.integers(v) for v in node.inputs]
+        xs = [x for x in found if x is not None]
+        attrs = dict(node.attrs)
+        if len(xs) < len(found) or (node.op == "pad" and attrs["value"] != 0.0):
+            return None
+        if any(not target.holds(x) for x in xs):
+            xs = [self.rescaled(x, target) for x in xs]
+        if node.op == "pad":
+            attrs["value"] = float(_zero(xs[0]))
+        return self.call(node.op, *xs, **attrs)
+
+    def rescale(self, node: Node, target: "_Target") -> Value | None:
+        return self.rescaled(self.env.get(node.inputs[0].name, node.inputs[0]), target)
+
+    def rescaled(self, x: Value, target: "_Target") -> Value:
+        """x with another scale or other limits: itself where nothing changes."""
+        if target.holds(x):
+            return x
+        acc = self.call("qnn.sum", x, axis=(), zero_point=_zero(x))
+        return self.requantize(acc, np.asarray([_scale(x)]), target)
+
+    def requantize(self, acc: Value, scales: np.ndarray, target: "_Target", ratio: float = 1.0) -> Value:
+        """Accumulators, each standing for ``scales`` times itself, as int8."""
+        if self.as_onnxruntime:
+            multiplier = scales.astype(np.float32) / np.float32(target.scale)
+            return self.call("qnn.requantize", acc, self.builder.const(multiplier), **target.attrs, ratio=ratio)
+        real = scales / target.scale
+        shift = max(0, int(np.ceil(np.log2(real.max() * 2 + 2**-40))))
+        if shift > 8:
+            raise _refuse(
+                f"the scale of the result, {target.scale:g}, is {real.max():.3g} times finer than that of the sums",
+                self.layer,
+                "use `requantize: float`, or calibrate again",
+            )
+        multiplier = np.rint(real * 2.0 ** (32 - shift)).clip(0, 2**31 - 1).astype(np.int32)
+        attrs = target.attrs | {"shift": shift, "ratio": ratio}
+        return self.call("qnn.requantize", acc, self.builder.const(multiplier), **attrs)
+
+    # --- weights ------------------------------------------------------------------------------------------------
+
+    def has_grid(self, value: Value) -> bool:
+        """Weights whose integers are known, one scale per output channel, read here only."""
+        node = self.producer.get(value.name)
+        if node is not None and node.op == "concatenate":
+            return all(self.has_grid(v) for v in node.inputs)
+        stored = isinstance(value, Param | Const) and value.origin is not None and value.origin.quantized is not None
+        return stored and len(self.uses[value.name]) == 1 and _per_channel(value)  # type: ignore[arg-type]
+
+    def weight(self, value: Value) -> Value:
+        """The integers of a weight: int8, or what the scheme stores in place of a param's."""
+        node = self.producer.get(value.name)
+        if node is not None:
+            parts = [self.weight(v) for v in node.inputs]
+            return self.call("concatenate", *parts, **node.attrs)
+        assert isinstance(value, Param | Const)
+        if value.name not in self.stored:
+            integers = _integers(value)
+            if integers.min(initial=0) < LOW or integers.max(initial=0) > HIGH:
+                raise _refuse("weights beyond int8", value.name, "quantise weights to int8")
+            quant = Quant(tuple(_channel_grid(value)), 0, 0)
+            data = integers.astype(np.int8)
+            if isinstance(value, Param) and self.settings.storage == "int16_ef":
+                data = integers.astype(np.int16) * 256 + 128
+            self.stored[value.name] = _store(value, data, quant)
+        return self.stored[value.name]
+
+    def bias(self, value: Value, scales: np.ndarray, reach: np.ndarray) -> Value | None:
+        """The bias as int32 in units of the accumulators; ``reach``: how far the sum of products can go."""
+        if not isinstance(value, Param | Const):
+            return None
+        if value.name not in self.stored:
+            origin = value.origin
+            if origin is not None and origin.quantized is not None:
+                grid = np.broadcast_to(_channel_grid(value), scales.shape)
+                if not np.allclose(grid, scales, rtol=1e-5):
+                    return None
+                integers = _integers(value).astype(np.int64)
+            else:
+                integers = np.rint(value.data.astype(np.float64) / scales).astype(np.int64)
+            # Sums stay inside of 32 bits. Only channels that mean nothing have biases this large.
+            limit = 2**31 - 1 - reach
+            integers = np.clip(integers, -limit, limit)
+            quant = Quant(tuple(float(s) for s in scales), 0, 0)
+            self.stored[value.name] = _store(value, integers.astype(np.int32), quant)
+        return self.stored[value.name]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a quantize node makes of real numbers."""
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+
+    @staticmethod
+    def of(node: Node) -> "_Target":
+        a = node.attrs
+        return _Target(float(a["scale"]), int(a["zero_point"]), int(a["low"]), int(a["high"]))  # type: ignore[arg-type]
+
+    @property
+    def attrs(self) -> dict[str, object]:
+        return {"scale": self.scale, "zero_point": self.zero_point, "low": self.low, "high": self.high}
+
+    def limited(self, activation: Node) -> "_Target":
+        """With the limits of an activation in front of it."""
+        low = float(activation.attrs.get("min", 0.0))  # type: ignore[arg-type]
+        high = float(activation.attrs.get("max", np.inf))  # type: ignore[arg-type]
+        return replace(self, low=max(self.low, self.integer(low)), high=min(self.high, self.integer(high)))
+
+    def integer(self, real: float) -> int:
+        if np.isinf(real):
+            return LOW if real < 0 else HIGH
+        return int(np.clip(np.rint(np.float32(real) / np.float32(self.scale)) + self.zero_point, LOW, HIGH))
+
+    def holds(self, x: Value) -> bool:
+        """x has this scale, and limits change nothing."""
+        return (_scale(x), _zero(x), self.low, self.high) == (self.scale, self.zero_point, LOW, HIGH)
+
+
+def _scale(x: Value) -> float:
+    assert x.type.quant is not None
+    return x.type.quant.scale[0]
+
+
+def _zero(x: Value) -> int:
+    assert x.type.quant is not None
+    return x.type.quant.zero_point
+
+
+def _per_channel(value: Param | Const) -> bool:
+    """One scale per output channel, which is the first axis."""
+    assert value.origin is not None and value.origin.scale is not None
+    rows = value.origin.scale.reshape(value.type.shape[0], -1)
+    return bool((rows == rows[:, :1]).all())
+
+
+def _channel_grid(value: Param | Const) -> list[float]:
+    assert value.origin is not None and value.origin.scale is not None
+    return [float(row[0]) for row in value.origin.scale.reshape(value.type.shape[0], -1)]
+
+
+def _channel_scales(type: TensorType) -> np.ndarray:
+    assert type.quant is not None
+    return np.asarray(type.quant.scale, np.float64)
+
+
+def _integers(value: Param | Const) -> np.ndarray:
+    assert value.origin is not None and value.origin.quantized is not None
+    return value.origin.quantized.reshape(-1)[value.origin.index]
+
+
+def _store(value: Param | Const, data: np.ndarray, quant: Quant) -> Param | Const:
+    """The same weight as integers. What the user has are integers too, or else reals: then ours are reals / scale."""
+    origin = value.origin
+    if origin is not None:
+        scale = None
+        if origin.quantized is None:
+            scale = (1.0 if origin.scale is None else origin.scale) / np.asarray(quant.scale)
+        origin = replace(origin, scale=scale)
+    type = TensorType(value.type.shape, str(data.dtype), quant)
+    return (Param if isinstance(value, Param) else Const)(value.name, type, np.ascontiguousarray(data), origin)
+
+
+def _reach(w: TensorType) -> np.ndarray:
+    """Per output channel, the largest sum of |w| |x - z| that int8 operands can give."""
+    return np.full(w.shape[0], 255 * 128 * (w.size // w.shape[0]), np.int64)
+
+
+def _refuse(what: str, where: str, fix: str) -> TTEError:
+    return TTEError("TTE-E080", f"quantisation that tte does not compute: {what}", where=where, fix=fix)
