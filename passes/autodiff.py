@@ -127,19 +127,24 @@ def differentiate(graph: Graph, clip_loss_grad: float | None = None) -> Graph:
 def find_wanted(graph: Graph) -> dict[str, Wanted]:
     """For every value that some param influences: how much of its gradient is needed."""
     wanted: dict[str, Wanted] = {p.name: Whole() for p in graph.params}
+    rounded: set[str] = set()  # params that are rounded before they are read
     for node in graph.nodes:
         if not any(v.name in wanted for v in node.inputs):
             continue
+        if node.op == "qnn.round":
+            rounded.add(node.output.name)
         for value in node.outputs:
-            wanted[value.name] = _trained_part(node) or Whole()
+            wanted[value.name] = _trained_part(node, rounded) or Whole()
     return wanted
 
 
-def _trained_part(node: Node) -> Part | None:
+def _trained_part(node: Node, rounded: set[str]) -> Part | None:
     """A weight put together from one trained param and frozen rest is wanted in part."""
-    if node.op != "concatenate" or not all(isinstance(v, Param | Const) for v in node.inputs):
+    if node.op != "concatenate":
         return None
-    trained = [v for v in node.inputs if isinstance(v, Param)]
+    trained = [v for v in node.inputs if isinstance(v, Param) or v.name in rounded]
+    if not all(isinstance(v, Const) or v in trained for v in node.inputs):
+        return None
     if len(trained) != 1:
         return None
     axis = node.attrs["axis"]

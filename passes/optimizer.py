@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 
 from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value, rewrite
+from tte.ops.quantized import reach
 
 LEARNING_RATE = "learning_rate"
-DEAD = 1e-6  # a weight's scale below this: the channel is zero whatever its integers are, and 1 / scale overflows
+DEAD = 1e-6  # a weight's scale below this: the channel is zero whatever its integers are, and 1 / scale^2 is huge
 
 
 def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: str = "stochastic") -> Graph:
@@ -18,26 +19,32 @@ def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: s
     u - lr * dL/du moves w by lr * s^2 * dL/dw; so folding changes nothing of the training.
 
     A weight of integers q stands for s * q, and its gradient is that of the reals. With quantization-aware scaling
-    (qas, arXiv:2206.15472) the reals take the step, q - lr * g / s; without, the integers do, q - lr * g * s.
+    (qas, arXiv:2206.15472) the reals take the step, q - lr * g / s; without, the integers do, q - lr * g * s. So it is
+    for floats that count in units of s, and for reals that the user stores as integers.
     """
     builder = Builder()
     builder.nodes.extend(graph.nodes)
-    layers = {v.name: node.layer for node in graph.nodes for v in node.inputs}
+    readers = {v.name: node for node in reversed(graph.nodes) for v in node.inputs}
     producer = graph.producer()
     rate = Param(LEARNING_RATE, TensorType(()), np.asarray(learning_rate, np.float32))
     updates = []
     for param, gradient in zip(graph.params, graph.outputs[1:], strict=True):
-        layer = layers.get(param.name, "")
-        if param.type.dtype != "float32":
-            factor, gradient = _fold_factor(_integer_factor(param, qas), gradient, producer)
-            step = (param, gradient, rate, builder.const(factor.astype(np.float32)))
-            updates.append((param, builder.call("qnn.sgd", *step, layer=layer, rounding=rounding)))
-            continue
-        if param.origin is not None and param.origin.scale is not None:
-            square = _squeeze_uniform(param.origin.scale) ** 2
-            factor = builder.const(square.astype(np.float32))
-            gradient = builder.call("multiply", gradient, factor, layer=layer)
-        updates.append((param, builder.call("nn.sgd", param, gradient, rate, layer=layer)))
+        reader = readers[param.name]
+        attrs: dict[str, object] = {"layer": reader.layer}
+        if param.type.quant is not None:
+            factor, gradient = _fold_factor(_integer_factor(param, reader, qas), gradient, producer)
+            const = builder.const(factor.astype(np.float32))
+            if param.type.dtype != "float32":
+                attrs["rounding"] = rounding
+                if param.type.dtype == "int32":
+                    attrs["limit"] = 2**31 - 1 - reach(reader.inputs[1].type)
+                updates.append((param, builder.call("qnn.sgd", param, gradient, rate, const, **attrs)))
+                continue
+            gradient = builder.call("multiply", gradient, const, **attrs)
+        elif (scale := _user_scale(param, qas)) is not None:
+            square = _squeeze_uniform(scale) ** 2
+            gradient = builder.call("multiply", gradient, builder.const(square.astype(np.float32)), **attrs)
+        updates.append((param, builder.call("nn.sgd", param, gradient, rate, **attrs)))
     return rewrite(
         replace(
             graph,
@@ -50,13 +57,26 @@ def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: s
     )
 
 
-def _integer_factor(param: Param, qas: bool) -> np.ndarray:
-    """What turns a gradient of reals into a step of integers, per output channel; 0 for dead channels."""
+def _user_scale(param: Param, qas: bool) -> np.ndarray | None:
+    """s of a float weight that is s times the user's, if it is the user's that take the step."""
+    origin = param.origin
+    if origin is None or (qas and origin.quantized is not None):
+        return None
+    return origin.scale
+
+
+def _integer_factor(param: Param, reader: Node, qas: bool) -> np.ndarray:
+    """What turns a gradient of reals into a step of integers, per output channel; 0 for dead channels.
+
+    A bias is dead with its channel's weights: its own scale, s_x * s_w, may be that small in a channel that lives.
+    """
     assert param.type.quant is not None
-    scale = np.asarray(param.type.quant.scale).reshape(-1, *[1] * (param.type.rank - 1))
-    if not qas:
-        return scale
-    return np.where(scale < DEAD, 0.0, 1.0 / np.maximum(scale, DEAD))
+    weight = reader.inputs[1] if param in reader.inputs[2:] else param
+    assert weight.type.quant is not None
+    scale = np.asarray(param.type.quant.scale)
+    alive = np.asarray(weight.type.quant.scale) >= DEAD
+    factor = np.where(alive, 1.0 / scale if qas else scale, 0.0)
+    return factor.reshape(-1, *[1] * (param.type.rank - 1))
 
 
 def _fold_factor(factor: np.ndarray, gradient: Value, producer: Mapping[str, Node]) -> tuple[np.ndarray, Value]:

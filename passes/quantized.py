@@ -7,6 +7,7 @@ import numpy as np
 from tte.errors import TTEError
 from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value, rewrite
 from tte.ir.types import Quant
+from tte.ops.quantized import reach
 from tte.passes.autodiff import find_wanted
 from tte.passes.simplify import eliminate_dead_code
 
@@ -130,11 +131,11 @@ class _State:
         if x is None or not self.has_grid(weight):
             return None
         x_scale, zero_point = _scale(x), _zero(x)
-        w = self.weight(weight)
-        scales = _channel_scales(w.type)
-        b = None if bias is None else self.bias(bias, scales * x_scale, _reach(w.type))
+        scales = np.asarray(self.grid(weight))
+        b = None if bias is None else self.bias(bias, scales * x_scale, reach(weight.type))
         if bias is not None and b is None:
             return None
+        w = self.weight(weight)
         attrs = dict(node.attrs) | {"zero_point": zero_point}
         acc = self.call(f"q{node.op}", x, w, *([b] if b else []), **attrs)
         return self.requantize(acc, scales * x_scale, target)
@@ -223,44 +224,58 @@ class _State:
         if node is not None and node.op == "concatenate":
             return all(self.has_grid(v) for v in node.inputs)
         stored = isinstance(value, Param | Const) and value.origin is not None and value.origin.quantized is not None
-        return stored and len(self.uses[value.name]) == 1 and _per_channel(value)  # type: ignore[arg-type]
+        return stored and value.name not in self.outputs and len(self.uses[value.name]) == 1 and _per_channel(value)  # type: ignore[arg-type]
 
-    def weight(self, value: Value) -> Value:
-        """The integers of a weight: int8, or what the scheme stores in place of a param's."""
+    def grid(self, value: Value) -> list[float]:
+        """One scale per output channel."""
+        node = self.producer.get(value.name)
+        if node is None:
+            return _channel_grid(value)  # type: ignore[arg-type]
+        parts = [self.grid(v) for v in node.inputs]
+        return [s for part in parts for s in part] if node.attrs["axis"] == 0 else parts[0]
+
+    def weight(self, value: Value, fraction: bool = False) -> Value:
+        """The integers of a weight: int8, or what the scheme stores in place of a param's.
+
+        fraction: int16 with eight bits of fraction, as another part of the same weight has them.
+        """
+        storage = self.settings.storage
         node = self.producer.get(value.name)
         if node is not None:
-            parts = [self.weight(v) for v in node.inputs]
+            parts = [self.weight(v, storage == "int16_ef") for v in node.inputs]
             return self.call("concatenate", *parts, **node.attrs)
         assert isinstance(value, Param | Const)
-        if value.name not in self.stored:
-            integers = _integers(value)
-            if integers.min(initial=0) < LOW or integers.max(initial=0) > HIGH:
-                raise _refuse("weights beyond int8", value.name, "quantise weights to int8")
-            quant = Quant(tuple(_channel_grid(value)), 0, 0)
-            data = integers.astype(np.int8)
-            if isinstance(value, Param) and self.settings.storage == "int16_ef":
-                data = integers.astype(np.int16) * 256 + 128
-            self.stored[value.name] = _store(value, data, quant)
-        return self.stored[value.name]
+        integers = _integers(value)
+        if integers.min(initial=0) < LOW or integers.max(initial=0) > HIGH:
+            raise _refuse("weights beyond int8", value.name, "quantise weights to int8")
+        learns = isinstance(value, Param)
+        data = integers.astype(np.int8)
+        if fraction or (learns and storage == "int16_ef"):
+            data = integers.astype(np.int16) * 256 + 128
+        elif learns and storage == "fp32":
+            data = integers.astype(np.float32)
+        stored = self.stored[value.name] = _store(value, data, Quant(tuple(_channel_grid(value)), 0, 0))
+        return self.call("qnn.round", stored) if stored.type.dtype == "float32" else stored
 
-    def bias(self, value: Value, scales: np.ndarray, reach: np.ndarray) -> Value | None:
+    def bias(self, value: Value, scales: np.ndarray, reach: int) -> Value | None:
         """The bias as int32 in units of the accumulators; ``reach``: how far the sum of products can go."""
-        if not isinstance(value, Param | Const):
+        shared = len(self.uses[value.name]) > 1  # several layers, each with its own units
+        if not isinstance(value, Const if shared else Param | Const):
             return None
-        if value.name not in self.stored:
-            origin = value.origin
-            if origin is not None and origin.quantized is not None:
-                grid = np.broadcast_to(_channel_grid(value), scales.shape)
-                if not np.allclose(grid, scales, rtol=1e-5):
-                    return None
-                integers = _integers(value).astype(np.int64)
-            else:
-                integers = np.rint(value.data.astype(np.float64) / scales).astype(np.int64)
-            # Sums stay inside of 32 bits. Only channels that mean nothing have biases this large.
-            limit = 2**31 - 1 - reach
-            integers = np.clip(integers, -limit, limit)
-            quant = Quant(tuple(float(s) for s in scales), 0, 0)
-            self.stored[value.name] = _store(value, integers.astype(np.int32), quant)
+        origin = value.origin
+        if origin is not None and origin.quantized is not None:
+            grid = np.broadcast_to(_channel_grid(value), scales.shape)
+            if not np.allclose(grid, scales, rtol=1e-5):
+                return None
+            integers = _integers(value).astype(np.int64)
+        else:
+            integers = np.rint(value.data.astype(np.float64) / scales).astype(np.int64)
+        # Sums stay inside of 32 bits. Only channels that mean nothing have biases this large.
+        limit = 2**31 - 1 - reach
+        data = np.clip(integers, -limit, limit).astype(np.int32)
+        if shared:
+            value = replace(value, name=f"{value.name}.{self.layer}.{len(self.stored)}")
+        self.stored[value.name] = _store(value, data, Quant(tuple(float(s) for s in scales), 0, 0))
         return self.stored[value.name]
 
 
@@ -320,11 +335,6 @@ def _channel_grid(value: Param | Const) -> list[float]:
     return [float(row[0]) for row in value.origin.scale.reshape(value.type.shape[0], -1)]
 
 
-def _channel_scales(type: TensorType) -> np.ndarray:
-    assert type.quant is not None
-    return np.asarray(type.quant.scale, np.float64)
-
-
 def _integers(value: Param | Const) -> np.ndarray:
     assert value.origin is not None and value.origin.quantized is not None
     return value.origin.quantized.reshape(-1)[value.origin.index]
@@ -340,11 +350,6 @@ def _store(value: Param | Const, data: np.ndarray, quant: Quant) -> Param | Cons
         origin = replace(origin, scale=scale)
     type = TensorType(value.type.shape, str(data.dtype), quant)
     return (Param if isinstance(value, Param) else Const)(value.name, type, np.ascontiguousarray(data), origin)
-
-
-def _reach(w: TensorType) -> np.ndarray:
-    """Per output channel, the largest sum of |w| |x - z| that int8 operands can give."""
-    return np.full(w.shape[0], 255 * 128 * (w.size // w.shape[0]), np.int64)
 
 
 def _refuse(what: str, where: str, fix: str) -> TTEError:

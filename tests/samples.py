@@ -534,6 +534,7 @@ add("qnn.sum", Operand((1, 4, 5, 3), INT8), torch=lambda x: (x.int() - 9).sum((1
 add("qnn.quantize", Operand((3, 50), "wide"), torch=lambda x: rounded(x.float() / 0.05, 3), scale=0.05, zero_point=3)
 add("qnn.quantize", Operand((3, 50), "wide"), torch=lambda x: rounded(x.float() / 0.02, -128, -128, 60), scale=0.02,
     zero_point=-128, high=60)  # fmt: skip
+add("qnn.round", Operand((3, 50), "wide"), torch=lambda w: rounded(w, 0))
 add("qnn.dequantize", Operand((3, 50), INT8), torch=lambda q: (q.double() + 7) * 0.05, scale=0.05, zero_point=-7)
 for channels in (1, 6):
     add("qnn.requantize", Operand((1, 9, 6), INT32), Operand((channels,), "scale"), torch=lambda acc, m: rounded(
@@ -572,3 +573,5 @@ for kind in (INT8, INT16, INT32):
     for rounding in ("stochastic", "nearest"):
         add("qnn.sgd", Operand((4, 3, 3, 5), kind), Operand((4, 3, 3, 5)), Operand((), "scale"),
             Operand((4, 1, 1, 1), "wide"), torch=stored_step(rounding), rounding=rounding)  # fmt: skip
+add("qnn.sgd", Operand((4,), INT32), Operand((4,)), Operand((), "scale"), Operand((4,), "wide"),
+    torch=lambda *a: stored_step("stochastic")(*a).clamp(-9, 9), limit=9)  # fmt: skip

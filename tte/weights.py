@@ -28,7 +28,7 @@ def export_weights(
     so elements that did not learn keep their bits. After batch-norm folding (w' = s * w, b' = beta + (b - mean) * s)
     this gives the user's own w + dw' / s, and the batch norm's own bias takes the change of b'; loaded into the model
     that was compiled, with its batch norm as it is, they compute what the device computes. A weight with s = 0 cannot
-    be told from any other and stays as it was.
+    be told from any other and stays as it was. Integers get the integers that the device computes with.
     """
     result: dict[str, np.ndarray] = {}
     for name, new in trained.items():
@@ -38,15 +38,31 @@ def export_weights(
         tensor = result.setdefault(origin.name, original.copy()).reshape(-1)
         index = origin.index.reshape(-1)
         scale = np.ones(new.size) if origin.scale is None else origin.scale.reshape(-1).astype(np.float64)
+        integers = np.issubdtype(tensor.dtype, np.integer)
+        if integers:
+            old, new = _as_read(old, scale), _as_read(new, scale)
         before, after = old.reshape(-1).astype(np.float64), new.reshape(-1).astype(np.float64)
         # 0 / 1 in place of change / 0: those stay.
         change = np.where(scale == 0, 0.0, after - before) / np.where(scale == 0, 1.0, scale)
-        moved = (tensor[index] + change).astype(tensor.dtype)
+        moved = tensor[index] + change
+        if integers:
+            limits = np.iinfo(tensor.dtype)
+            moved = np.clip(np.rint(moved), limits.min, limits.max)
+        moved = moved.astype(tensor.dtype)
         # Where our element is the user's own, so is the new one, to the bit.
         same = (scale == 1) & (tensor[index] == old.reshape(-1))
         moved = np.where(same, new.reshape(-1), moved)
         tensor[index] = np.where(change == 0, tensor[index], moved)
     return result
+
+
+def _as_read(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Integers as layers read them: of int16 the upper byte, of floats in units of the user's integers the nearest."""
+    if stored.dtype == np.int16:
+        return stored >> 8
+    if stored.dtype == np.float32 and (scale == 1).all():
+        return np.clip(np.rint(stored), -128, 127)
+    return stored
 
 
 def save_weights(path: Path | str, weights: Mapping[str, np.ndarray]) -> None:

@@ -339,6 +339,30 @@ register(Op("qnn.sum_pool2d", _sum_pool2d, _sum_pool2d_ref, _sum_pool2d_grad, ki
 
 # --- storage of what learns ------------------------------------------------------------------------------------------
 
+
+def reach(w: TensorType) -> int:
+    """The largest sum of |w| |x - z| that int8 operands can give an accumulator: 32 bits must hold it and the bias."""
+    return 255 * 128 * (w.size // w.shape[0])
+
+
+def _round(w: TensorType, *, low: int = LOW, high: int = HIGH, zero_point: int = 0, mask: bool = False) -> Any:
+    """clamp(round(w)), halves to even: the integers of a weight that is stored as a float in units of its scale."""
+    require(w.dtype == "float32", f"w must be float32, not {w.dtype}")
+    _limits(low, high, zero_point, 1.0)
+    return _with_mask(TensorType(w.shape, "int8", w.quant), mask)
+
+
+def _round_ref(w, *, low, high, zero_point, mask):  # type: ignore[no-untyped-def]
+    v = np.rint(np.clip(w, -(2.0**20), 2.0**20))
+    return _clamp(v.astype(np.int64) + zero_point, low, high, mask)
+
+
+def _round_grad(backward, dy, w, *, mask, **attrs):  # type: ignore[no-untyped-def]
+    return _through_mask(backward, dy, mask)
+
+
+register(Op("qnn.round", _round, _round_ref, _round_grad, kind="elementwise"))
+
 ROUNDINGS = ("stochastic", "nearest")
 
 
@@ -350,32 +374,41 @@ def _hash_fraction(d: np.ndarray) -> np.ndarray:
 
 
 def _sgd(
-    w: TensorType, g: TensorType, rate: TensorType, factor: TensorType, *, rounding: str = "stochastic"
+    w: TensorType,
+    g: TensorType,
+    rate: TensorType,
+    factor: TensorType,
+    *,
+    rounding: str = "stochastic",
+    limit: int = 2**31 - 1,
 ) -> TensorType:
     """w - rate * factor * g on stored integers, saturating; factor: 1 / scale of w per channel, broadcast to w.
 
     w: int8, or int32 (biases), or int16 with eight bits of fraction that keep what rounding would lose; g: float32.
     rounding: "stochastic" rounds up with the probability of the fraction, by a hash of the step's own bits: the same on
     every machine, and without bias; "nearest" loses every step below a half. int16 rounds its last bit to nearest.
+    limit: where int32 saturates, so that sums of products still have room in 32 bits.
     """
     require(w.dtype in ("int8", "int16", "int32"), f"w must be an integer, not {w.dtype}")
     require(g.dtype == "float32" and factor.dtype == "float32" and rate.dtype == "float32", "g, rate, factor: float32")
     require(w.shape == g.shape and rate.shape == (), f"w {w.shape} and g {g.shape} must agree, rate be a scalar")
     require(np.broadcast_shapes(w.shape, factor.shape) == w.shape, f"factor {factor.shape} does not fit w {w.shape}")
     require(rounding in ROUNDINGS, f"rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}")
+    require(0 < limit < 2**31, f"limit must be 1 to 2^31 - 1, not {limit}")
     return w
 
 
-def _sgd_ref(w, g, rate, factor, *, rounding):  # type: ignore[no-untyped-def]
+def _sgd_ref(w, g, rate, factor, *, rounding, limit):  # type: ignore[no-untyped-def]
     # Each product is rounded to float32, as in C: the hash sees its bits.
     d = -((rate * factor) * g.astype(np.float32)).astype(np.float32)
     if w.dtype == np.int16:
         d = d * np.float32(256.0)
     stochastic = rounding == "stochastic" and w.dtype != np.int16
-    limit = np.float32(2.0**30)
-    step = np.floor(np.clip(d + (_hash_fraction(d) if stochastic else np.float32(0.5)), -limit, limit))
+    most = np.float32(2.0**30)
+    step = np.floor(np.clip(d + (_hash_fraction(d) if stochastic else np.float32(0.5)), -most, most))
     info = np.iinfo(w.dtype)
-    return np.clip(w.astype(np.int64) + step.astype(np.int64), info.min, info.max).astype(w.dtype)
+    low, high = (-limit, limit) if w.dtype == np.int32 else (info.min, info.max)
+    return np.clip(w.astype(np.int64) + step.astype(np.int64), low, high).astype(w.dtype)
 
 
 register(Op("qnn.sgd", _sgd, _sgd_ref, kind="elementwise", inplace=(0,)))
