@@ -1,0 +1,377 @@
+"""Training in integers: gradients, storage and sparse updates of quantised networks.
+
+The yardstick is torch.autograd, in double precision, of the same integer network written by hand: rounding passes
+gradients on unchanged, a clamp passes them where the value before it was inside its limits.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tte.ops  # noqa: F401  fills the table of operators
+from tte.ir import Builder, Const, Graph, Param, TensorType, Value, evaluate, verify
+from tte.ir.types import Quant
+from tte.passes.autodiff import differentiate
+from tte.passes.optimizer import attach_sgd
+from tte.passes.quantized import keep_saturation_masks
+
+Tensor = torch.Tensor
+torch.set_num_threads(1)
+
+
+class Clamp(torch.autograd.Function):
+    """Integers inside of their limits; the gradient passes where they were, both limits included."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, low: int, high: int) -> Tensor:
+        ctx.save_for_backward((v >= low) & (v <= high))
+        return v.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g * ctx.saved_tensors[0], None, None
+
+
+def straight(rounded: Tensor, exact: Tensor) -> Tensor:
+    """The value of ``rounded`` with the derivative of ``exact``."""
+    return rounded.detach() + (exact - exact.detach())
+
+
+class Twin:
+    """Writes a network twice: as a graph of tte, and as torch tensors, computed at once.
+
+    A value is (graph value, integers as a float64 tensor, scale, zero point). Scales are such that nothing ties: how
+    halves are rounded is for the tests of the forward side.
+    """
+
+    def __init__(self, seed: int = 0, mode: str = "fixed", storage: str = "int8_sr") -> None:
+        self.rng = np.random.default_rng(seed)
+        self.builder, self.mode, self.storage = Builder(), mode, storage
+        self.params: list[Param] = []
+        self.consts: list[Const] = []
+        self.leaves: dict[str, Tensor] = {}
+        self.wanted: dict[str, tuple[slice, ...]] = {}
+
+    def call(self, op: str, *inputs: Value, **attrs: Any) -> Value:
+        return self.builder.call(op, *inputs, layer=op, **attrs)
+
+    def leaf(self, param: Param, real: np.ndarray, part: tuple[slice, ...] = ()) -> Tensor:
+        """Real numbers to differentiate by; the graph's param is the given part of them."""
+        self.params.append(param)
+        self.leaves[param.name] = torch.from_numpy(np.array(real, np.float64)).requires_grad_()
+        self.wanted[param.name] = part
+        return self.leaves[param.name]
+
+    # --- the same network twice -------------------------------------------------------------------------------------
+
+    def source(self, *shape: int, scale: float = 0.0213717, zero: int = 3, **limits: int) -> Any:
+        """A float that learns, quantised: what stands in front of the operators under test."""
+        data = (self.rng.standard_normal(shape) * 1.5).astype(np.float32)
+        name = f"x{len(self.params)}"
+        param = Param(name, TensorType(shape), data)
+        real = self.leaf(param, data)
+        y = self.call("qnn.quantize", param, scale=scale, zero_point=zero, **limits)
+        v = straight(torch.round(real.float() / np.float32(scale)).double(), real / scale) + zero
+        return y, self.clamp(v, **limits), scale, zero
+
+    def given(self, *shape: int, scale: float = 0.02, zero: int = 3) -> Any:
+        """Integers that do not depend on anything that learns."""
+        q = self.rng.integers(-128, 128, shape)
+        self.consts.append(Const("x", TensorType(shape, "int8", Quant((scale,), zero)), q.astype(np.int8)))
+        return self.consts[-1], torch.from_numpy(q.astype(np.float64)), scale, zero
+
+    def clamp(self, v: Tensor, low: int = -128, high: int = 127) -> Tensor:
+        return Clamp.apply(v, low, high)
+
+    def weight(self, name: str, shape: tuple[int, ...], scale: np.ndarray, part: tuple[int, int] | None) -> Any:
+        """Integers around zero; part: (axis, count) that learns, the rest is frozen."""
+        q = self.rng.integers(-127, 128, shape)
+        rows = scale.reshape(-1, *[1] * (len(shape) - 1))
+        where = tuple(slice(0, part[1] if part and d == part[0] else None) for d in range(len(shape)))
+
+        def piece(where: tuple[slice, ...]) -> tuple[TensorType, np.ndarray]:
+            wide = self.storage == "int16_ef"
+            data = (q[where] * 256 + 128).astype(np.int16) if wide else q[where].astype(np.int8)
+            quant = Quant(tuple(float(s) for s in scale[where[0]]), 0, 0)
+            return TensorType(data.shape, str(data.dtype), quant), data
+
+        type, data = piece(where)
+        if self.storage == "fp32":
+            type, data = replace(type, dtype="float32"), data + self.rng.uniform(-0.4, 0.4, data.shape)
+            data = data.astype(np.float32)
+        param = Param(name, type, data)
+        real = self.leaf(param, q * rows, where)
+        integers = straight(torch.from_numpy(q.astype(np.float64)), real / torch.from_numpy(rows.copy()))
+        w: Value = self.call("qnn.round", param) if self.storage == "fp32" else param
+        if part:
+            rest = tuple(slice(part[1] if d == part[0] else 0, None) for d in range(len(shape)))
+            self.consts.append(Const(f"{name}.frozen", *piece(rest)))
+            w = self.call("concatenate", w, self.consts[-1], axis=part[0])
+        return w, integers
+
+    def bias(self, name: str, scale: np.ndarray) -> Any:
+        q = self.rng.integers(-3000, 3000, scale.shape)
+        real = self.leaf(
+            Param(name, TensorType(scale.shape, "int32", Quant(tuple(scale.tolist()), 0, 0)), q.astype(np.int32)),
+            q * scale,
+        )
+        return self.params[-1], straight(torch.from_numpy(q.astype(np.float64)), real / torch.from_numpy(scale))
+
+    def scales(self, channels: int) -> np.ndarray:
+        return self.rng.uniform(0.001, 0.006, channels)
+
+    def conv(self, x: Any, out: int, k: int = 3, *, part=None, bias=True, scale=0.05, zero=-2, low=-128, high=127,
+             padding=(1, 1, 1, 1), **geometry: Any) -> Any:  # fmt: skip
+        xv, xq, xs, xz = x
+        groups = geometry.get("groups", 1)
+        ws = self.scales(out)
+        name = f"conv{len(self.params)}"
+        w, wq = self.weight(f"{name}.weight", (out, k, k, xv.type.shape[3] // groups), ws, part)
+        b, bq = self.bias(f"{name}.bias", ws * xs) if bias else (None, None)
+        acc = self.call("qnn.conv2d", xv, w, *([b] if bias else []), zero_point=xz, padding=padding, **geometry)
+        top, left, bottom, right = padding
+        picture = F.pad((xq - xz).permute(0, 3, 1, 2), (left, right, top, bottom))
+        strides, dilation = geometry.get("strides", (1, 1)), geometry.get("dilation", (1, 1))
+        total = F.conv2d(picture, wq.permute(0, 3, 1, 2), bq, strides, 0, dilation, groups).permute(0, 2, 3, 1)
+        return self.requantize(acc, total, ws * xs, scale, zero, low, high)
+
+    def dense(self, x: Any, out: int, *, part=None, bias=True, scale=0.05, zero=-2) -> Any:  # type: ignore[no-untyped-def]
+        xv, xq, xs, xz = x
+        ws = self.scales(out)
+        name = f"dense{len(self.params)}"
+        w, wq = self.weight(f"{name}.weight", (out, xv.type.shape[-1]), ws, part)
+        b, bq = self.bias(f"{name}.bias", ws * xs) if bias else (None, None)
+        acc = self.call("qnn.dense", xv, w, *([b] if bias else []), zero_point=xz)
+        return self.requantize(acc, F.linear(xq - xz, wq, bq), ws * xs, scale, zero, -128, 127)
+
+    def requantize(self, acc: Value, total: Tensor, real: np.ndarray, scale: float, zero: int, low: int, high: int,
+                   ratio: float = 1.0) -> Any:  # fmt: skip
+        """real: what one unit of an accumulator is worth, times ratio."""
+        attrs: dict[str, Any] = {"scale": scale, "zero_point": zero, "low": low, "high": high, "ratio": ratio}
+        factor = real / scale
+        exact = total * torch.from_numpy(factor)
+        if self.mode == "float":
+            multiplier = factor.astype(np.float32)
+            v = torch.round(total.float() * torch.from_numpy(multiplier)).double()
+        else:
+            attrs["shift"] = 3
+            multiplier = np.rint(factor * 2.0**29).astype(np.int32)
+            v = ((total.detach().long() * 8 * torch.from_numpy(multiplier).long() + 2**31) >> 32).double()
+        y = self.call("qnn.requantize", acc, self.builder.const(multiplier), **attrs)
+        return y, self.clamp(straight(v, exact) + zero, low, high), scale, zero
+
+    def add(self, a: Any, b: Any, scale: float = 0.0617251, zero: int = 5, low: int = -128, high: int = 127) -> Any:
+        (av, aq, sa, za), (bv, bq, sb, zb) = a, b
+        attrs = {"a_scale": sa, "a_zero": za, "b_scale": sb, "b_zero": zb, "scale": scale, "zero_point": zero}
+        bits = 0 if self.mode == "float" else 18
+        y = self.call("qnn.add", av, bv, **attrs, low=low, high=high, bits=bits)
+        exact = ((aq - za) * sa + (bq - zb) * sb) / scale
+        if bits:
+            ma, mb = round(sa / scale * 2**18), round(sb / scale * 2**18)
+            v = ((aq - za).detach().long() * ma + (bq - zb).detach().long() * mb + 2**17 >> 18).double()
+        else:
+            v = torch.round(exact)
+        return y, self.clamp(straight(v, exact) + zero, low, high), scale, zero
+
+    def mean(self, x: Any, axis: tuple[int, ...], keepdims: bool = False, scale: float = 0.03) -> Any:
+        xv, xq, xs, xz = x
+        acc = self.call("qnn.sum", xv, axis=axis, keepdims=keepdims, zero_point=xz)
+        count = xv.type.size // acc.type.size
+        total = (xq - xz).sum(axis, keepdim=keepdims)
+        return self.requantize(acc, total, np.asarray([xs / count]), scale, 1, -128, 127, 1 / count)
+
+    def average(self, x: Any, size: tuple[int, int], scale: float = 0.04, **window: Any) -> Any:
+        xv, xq, xs, xz = x
+        acc = self.call("qnn.sum_pool2d", xv, pool_size=size, zero_point=xz, **window)
+        top, left, bottom, right = window.get("padding", (0, 0, 0, 0))
+        picture = F.pad((xq - xz).permute(0, 3, 1, 2), (left, right, top, bottom))
+        count = size[0] * size[1]
+        total = F.avg_pool2d(picture, size, window.get("strides", (1, 1))).permute(0, 2, 3, 1) * count
+        total = straight(torch.round(total), total)
+        return self.requantize(acc, total, np.asarray([xs / count]), scale, 1, -128, 127, 1 / count)
+
+    def maximum(self, x: Any, size: tuple[int, int], strides: tuple[int, int], padding=(0, 0, 0, 0)) -> Any:  # type: ignore[no-untyped-def]
+        xv, xq, xs, xz = x
+        top, left, bottom, right = padding
+        y = self.call("nn.max_pool2d", xv, pool_size=size, strides=strides, padding=padding)
+        picture = F.pad(xq.permute(0, 3, 1, 2), (left, right, top, bottom), value=-1000.0)
+        return y, F.max_pool2d(picture, size, strides).permute(0, 2, 3, 1), xs, xz
+
+    def rescale(self, x: Any, scale: float, zero: int) -> Any:
+        xv, xq, xs, xz = x
+        acc = self.call("qnn.sum", xv, axis=(), zero_point=xz)
+        return self.requantize(acc, xq - xz, np.asarray([xs]), scale, zero, -128, 127)
+
+    def concatenate(self, xs: list[Any], axis: int) -> Any:
+        y = self.call("concatenate", *(x[0] for x in xs), axis=axis)
+        return y, torch.cat([x[1] for x in xs], axis), xs[0][2], xs[0][3]
+
+    def reshape(self, x: Any, *shape: int) -> Any:
+        return self.call("reshape", x[0], newshape=shape), x[1].reshape(shape), x[2], x[3]
+
+    # --- the comparison ---------------------------------------------------------------------------------------------
+
+    def finish(self, y: Any) -> tuple[Graph, Tensor]:
+        """Both losses: the sum of the squares of the result's real numbers."""
+        value, q, scale, zero = y
+        real = self.call("qnn.dequantize", value, scale=scale, zero_point=zero)
+        loss = self.call("nn.mse", real, self.builder.const(np.zeros(real.type.shape, np.float32)), reduction="sum")
+        consts = (*self.builder.consts.values(), *self.consts)
+        graph = Graph("main", (), tuple(self.params), consts, tuple(self.builder.nodes), (loss,)).renumbered()
+        return verify(graph), ((scale * (q - zero)) ** 2).sum()
+
+    def compare(self, y: Any, bound: float = 1e-5) -> None:
+        graph, loss = self.finish(y)
+        theirs = torch.autograd.grad(loss, [self.leaves[p.name] for p in graph.params])
+        backward = verify(differentiate(verify(keep_saturation_masks(graph))))
+        ours = evaluate(backward, []).outputs
+        assert abs(float(ours[0]) - loss.item()) <= 1e-5 * loss.item()
+        for param, mine, reference in zip(graph.params, ours[1:], theirs, strict=True):
+            expected = reference.numpy()[self.wanted[param.name]]
+            assert mine.shape == param.type.shape
+            size = np.linalg.norm(expected)
+            assert size > 0, f"{param.name}: nothing to compare"
+            assert np.linalg.norm(mine - expected) <= bound * size, param.name
+
+
+MODES = pytest.mark.parametrize("mode", ["fixed", "float"])
+STORAGES = pytest.mark.parametrize("storage", ["int8_sr", "int16_ef", "fp32"])
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"out": 6},
+    "pointwise": {"out": 5, "k": 1, "padding": (0, 0, 0, 0)},
+    "asymmetric": {"out": 5, "padding": (0, 2, 1, 0), "strides": (2, 1)},
+    "strided": {"out": 5, "k": 3, "strides": (2, 3), "padding": (0, 1, 1, 0)},
+    "dilated": {"out": 3, "dilation": (2, 1)},
+    "grouped": {"out": 6, "groups": 2},
+    "depthwise": {"out": 4, "groups": 4, "strides": (2, 2), "padding": (0, 0, 1, 1)},
+    "multiplier": {"out": 8, "groups": 4},
+    "no bias": {"out": 4, "bias": False},
+    "part": {"out": 5, "part": (3, 3)},
+    "part of depthwise": {"out": 4, "groups": 4, "part": (0, 3)},
+    "part of multiplier": {"out": 8, "groups": 4, "part": (0, 6)},
+    "relu6": {"out": 6, "low": -128, "high": 60, "zero": -128},
+}
+
+
+@MODES
+@STORAGES
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+@pytest.mark.parametrize("alone", [False, True], ids=["and input", "weights only"])
+def test_gradient_of_convolution(case: str, mode: str, storage: str, alone: bool) -> None:
+    net = Twin(len(case), mode, storage)
+    x = net.given(2, 6, 7, 4) if alone else net.source(2, 6, 7, 4)  # a layer whose input learns needs one product more
+    net.compare(net.conv(x, **CONVOLUTIONS[case]))
+
+
+@MODES
+@STORAGES
+@pytest.mark.parametrize("part", [None, (1, 4)], ids=["all", "part"])
+def test_gradient_of_dense(mode: str, storage: str, part: Any) -> None:
+    net = Twin(1, mode, storage)
+    net.compare(net.dense(net.source(3, 9), 5, part=part))
+
+
+@MODES
+@pytest.mark.parametrize("limits", [{}, {"low": 0}, {"low": -40, "high": 50}])
+def test_gradient_of_addition(mode: str, limits: dict[str, int]) -> None:
+    net = Twin(2, mode)
+    net.compare(net.add(net.source(1, 5, 6, 3), net.source(1, 5, 6, 3, scale=0.0319347, zero=-9), **limits))
+
+
+@MODES
+def test_gradient_where_an_operand_is_added_to_itself(mode: str) -> None:
+    net = Twin(2, mode)
+    x = net.source(1, 4, 4, 3)
+    net.compare(net.add(x, x))
+
+
+@MODES
+@pytest.mark.parametrize("axis", [(1, 2), (0, 1, 2), (2,)])
+@pytest.mark.parametrize("keepdims", [False, True])
+def test_gradient_of_mean(mode: str, axis: tuple[int, ...], keepdims: bool) -> None:
+    net = Twin(3, mode)
+    net.compare(net.mean(net.source(2, 4, 5, 3), axis, keepdims))
+
+
+@MODES
+@pytest.mark.parametrize("window", [{"strides": (2, 2)}, {"strides": (1, 2), "padding": (1, 0, 0, 1)}])
+def test_gradient_of_average_pooling(mode: str, window: dict[str, Any]) -> None:
+    net = Twin(4, mode)
+    net.compare(net.average(net.source(1, 6, 7, 3), (2, 3), **window))
+
+
+@MODES
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (1, 0, 1, 1)])
+def test_gradient_of_max_pooling(mode: str, padding: tuple[int, int, int, int]) -> None:
+    """Integers tie often: the first of equals takes the gradient."""
+    net = Twin(5, mode)
+    x = net.source(1, 8, 7, 3, scale=0.5)
+    net.compare(net.maximum(x, (3, 2), (2, 2), padding))
+
+
+@MODES
+def test_gradient_of_concatenation_and_rescaling(mode: str) -> None:
+    net = Twin(6, mode)
+    a, b = net.source(1, 3, 4, 2), net.source(1, 3, 4, 5, scale=0.07, zero=-20)
+    net.compare(net.conv(net.concatenate([net.rescale(a, 0.05, 4), net.rescale(b, 0.05, 4)], 3), 4))
+
+
+@pytest.mark.parametrize("limits", [{}, {"low": -10, "high": 60}])
+def test_gradient_of_quantisation(limits: dict[str, int]) -> None:
+    net = Twin(7)
+    net.compare(net.source(40, 3, **limits))
+
+
+@pytest.mark.parametrize("op", ["requantize", "quantize", "add", "round"])
+def test_limits_themselves_pass_the_gradient(op: str) -> None:
+    """Masks are inclusive: a value that is 127 before the clamp learns, one that is 128 does not."""
+    builder = Builder()
+    data = np.asarray([-129, -128, -127, 0, 126, 127, 128], np.float32)
+    param = Param("x", TensorType((7,)), data)
+    if op == "round":
+        y = builder.call("qnn.round", param)
+    elif op == "quantize":
+        y = builder.call("qnn.quantize", param, scale=1.0)
+    else:
+        half = builder.call("qnn.quantize", param, scale=1.0, zero_point=0, low=-128, high=127)
+        # 127 + 1 and -128 - 1 come from one addition, or from a sum that is shifted by the zero point.
+        zero = builder.const(np.zeros(7, np.float32))
+        nothing = builder.call("qnn.quantize", zero, scale=1.0)
+        ones = {"a_scale": 1.0, "a_zero": 0, "b_scale": 1.0, "b_zero": 0, "scale": 1.0}
+        if op == "add":
+            y = builder.call("qnn.add", half, nothing, **ones, low=-127, high=126)
+        else:
+            acc = builder.call("qnn.sum", half, axis=())
+            y = builder.call(
+                "qnn.requantize", acc, builder.const(np.ones(1, np.float32)), scale=1.0, low=-127, high=126
+            )
+    below = builder.const(np.full(7, -1000.0, np.float32))  # so that the gradient of the distance is one
+    loss = builder.call("nn.l1", builder.call("qnn.dequantize", y, scale=1.0), below, reduction="sum")
+    graph = Graph("main", (), (param,), tuple(builder.consts.values()), tuple(builder.nodes), (loss,)).renumbered()
+    gradient = evaluate(differentiate(keep_saturation_masks(graph)), []).outputs[1]
+    expected = [0, 1, 1, 1, 1, 1, 0] if op in ("round", "quantize") else [0, 0, 1, 1, 1, 0, 0]
+    assert gradient.tolist() == expected
+
+
+def residual(net: Twin, part: Any = None) -> Any:
+    """A strided stem, an inverted residual block whose input is read twice, pooling, a classifier."""
+    x = net.conv(net.source(1, 12, 12, 3), 8, strides=(2, 2), zero=-128, scale=0.03)
+    wide = net.conv(x, 16, 1, padding=(0, 0, 0, 0), zero=-128, scale=0.04, part=part)
+    deep = net.conv(wide, 16, groups=16, zero=-128, scale=0.03, part=(0, 8) if part else None)
+    narrow = net.conv(deep, 8, 1, padding=(0, 0, 0, 0), part=part and (3, 8))
+    block = net.add(x, narrow)
+    again = net.add(block, net.conv(block, 8, part=part), scale=0.1017)
+    pooled = net.mean(net.average(again, (2, 2), strides=(2, 2)), (1, 2))
+    return net.dense(pooled, 5, scale=0.02, part=part and (1, 4))
+
+
+@MODES
+@STORAGES
+@pytest.mark.parametrize("part", [None, (3, 3)], ids=["all", "part"])
+def test_gradients_of_a_network(mode: str, storage: str, part: Any) -> None:
+    net = Twin(11, mode, storage)
+    net.compare(residual(net, part))
