@@ -51,17 +51,29 @@ def _through_mask(backward: Any, dy: Any, mask: bool) -> Any:
 
 
 def _quantize(
-    x: TensorType, *, scale: float, zero_point: int = 0, low: int = LOW, high: int = HIGH, mask: bool = False
+    x: TensorType,
+    *,
+    scale: float,
+    zero_point: int = 0,
+    low: int = LOW,
+    high: int = HIGH,
+    mask: bool = False,
+    unsigned: bool = False,
+    zero_first: bool = False,
 ) -> Any:
-    """q = clamp(round(x / scale) + zero_point), halves to even; mask: also where nothing was clamped."""
+    """q = clamp(round(x / scale) + zero_point), halves to even; mask: also where nothing was clamped.
+
+    unsigned: the model's own integers are uint8, 128 more than ours; zero_first: round(x / scale + its zero point).
+    """
     require(x.dtype == "float32", f"x must be float32, not {x.dtype}")
     _limits(low, high, zero_point, scale)
     return _with_mask(_int8(x.shape, scale, zero_point), mask)
 
 
-def _quantize_ref(x, *, scale, zero_point, low, high, mask):  # type: ignore[no-untyped-def]
-    v = np.rint(np.clip(x / x.dtype.type(scale), -(2.0**20), 2.0**20))
-    return _clamp(v.astype(np.int64) + zero_point, low, high, mask)
+def _quantize_ref(x, *, scale, zero_point, low, high, mask, unsigned, zero_first):  # type: ignore[no-untyped-def]
+    first = zero_point + 128 * unsigned if zero_first else 0
+    v = np.rint(np.clip(x / x.dtype.type(scale) + x.dtype.type(first), -(2.0**20), 2.0**20))
+    return _clamp(v.astype(np.int64) - first + zero_point, low, high, mask)
 
 
 def _quantize_grad(backward, dy, x, *, mask, **attrs):  # type: ignore[no-untyped-def]
@@ -129,8 +141,9 @@ def _scales(type: TensorType) -> np.ndarray:
 
 
 def _weight_scales(w: TensorType, rank: int) -> np.ndarray:
-    """Along the output channels, which are a weight's first axis, for tensors of ``rank``."""
-    return np.broadcast_to(_scales(w), (w.shape[0],)).reshape(-1, *[1] * (rank - 1))
+    """Along the output channels, which are a weight's first axis, for tensors of ``rank``; not so small that a
+    quotient is infinite: the step of such a channel is 0 times this gradient."""
+    return np.broadcast_to(_scales(w), (w.shape[0],)).reshape(-1, *[1] * (rank - 1)).clip(1e-30)
 
 
 def _layer_grad(backward, dy, x, w, b, gradients, **attrs):  # type: ignore[no-untyped-def]
@@ -149,7 +162,7 @@ def _layer_grad(backward, dy, x, w, b, gradients, **attrs):  # type: ignore[no-u
         factor = float(_scales(x.type)[0]) / (
             _weight_scales(w.type, w.type.rank) if scaled else np.ones([1] * w.type.rank)
         )
-        if getattr(part, "axis", None) == 0 and factor.shape[0] > 1:
+        if dw.type.shape[0] < factor.shape[0]:  # only the trained filters' gradients were computed
             factor = factor[part.start : part.stop]
         dw = backward.call("multiply", dw, backward.const(factor.astype(np.float32)))
     if db is not None and scaled:
@@ -192,23 +205,45 @@ register(Op("qnn.dense", _dense, _dense_ref, _dense_grad, kind="anchor", macs=_d
 # --- from accumulators back to int8 ----------------------------------------------------------------------------------
 
 
-def scale_to_int8(acc: np.ndarray, multiplier: np.ndarray, shift: int = 0) -> np.ndarray:
-    """round(acc * multiplier) as int64, by the arithmetic that the type of ``multiplier`` stands for.
+def scale_to_int8(
+    acc: np.ndarray, multiplier: np.ndarray, exponent: np.ndarray | None = None, shift: int = 0, average: bool = False
+) -> np.ndarray:
+    """round(acc * multiplier) as int64, by the arithmetic that the operands stand for.
 
     float32: float(acc) * multiplier, halves to even: what onnxruntime computes.
     int32:   (acc * 2^shift * multiplier + 2^31) >> 32, halves up, exact: multiplier = round(real * 2^(32 - shift)).
+             average: halves away from zero, multiplier rounded up.
+    with an exponent: the real is multiplier / 2^31 * 2^exponent, rounded twice, as CMSIS-NN does; see ``tflite_scale``.
     """
     if multiplier.dtype == np.float32:
         product = acc.astype(np.float32) * multiplier
         return np.rint(np.clip(product, -(2.0**20), 2.0**20)).astype(np.int64)
-    limit = (2**31 - 1) >> shift  # what the shift would push out of range is far beyond the limits of int8
-    wide = np.clip(acc.astype(np.int64), -limit, limit) << shift
-    return (wide * multiplier.astype(np.int64) + (1 << 31)) >> 32
+    left = np.int64(shift) if exponent is None else np.maximum(exponent.astype(np.int64), 0)
+    limit = (2**31 - 1) >> left  # what the shift would push out of range is far beyond the limits of int8
+    wide = np.clip(acc.astype(np.int64), -limit, limit) << left
+    product = wide * multiplier.astype(np.int64)
+    if exponent is None:
+        return (product + (1 << 31) - (average & (wide < 0))) >> 32
+    high = (product + (1 << 30)) >> 31
+    right = np.maximum(-exponent.astype(np.int64), 0)
+    mask = (np.int64(1) << right) - 1
+    return (high >> right) + ((high & mask) > (mask >> 1) + (high < 0))
+
+
+def tflite_scale(real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(multiplier, exponent), both int32: real = multiplier / 2^31 * 2^exponent, multiplier in [2^30, 2^31)."""
+    fraction, exponent = np.frexp(np.asarray(real, np.float64))
+    multiplier = np.floor(fraction * 2.0**31 + 0.5).astype(np.int64)
+    exponent = exponent + (multiplier == 2**31)
+    multiplier = np.where(multiplier == 2**31, 2**30, multiplier)
+    tiny = exponent < -31
+    return np.where(tiny, 0, multiplier).astype(np.int32), np.where(tiny, 0, exponent).astype(np.int32)
 
 
 def _requantize(
     acc: TensorType,
     multiplier: TensorType,
+    exponent: TensorType | None = None,
     *,
     scale: float,
     zero_point: int = 0,
@@ -216,28 +251,36 @@ def _requantize(
     high: int = HIGH,
     shift: int = 0,
     ratio: float = 1.0,
+    average: bool = False,
     mask: bool = False,
 ) -> Any:
     """q = clamp(round(acc * multiplier) + zero_point): the accumulators of a layer as int8 of the given scale.
 
-    acc: int32 (..., O); multiplier (O,) or (1,): float32, or int32 with 32 - shift bits of fraction, see
-    ``scale_to_int8``. The real number that comes out is ``ratio`` times the one that went in (1, but for averages).
+    acc: int32 (..., O); multiplier (O,) or (1,): float32, or int32 with 32 - shift bits of fraction, or int32 with an
+    exponent, see ``scale_to_int8``. The real number that comes out is ``ratio`` times the one that went in (1, but for
+    averages). average: acc is a sum of integers as they are, so that the zero point is in it already.
     """
     require(acc.dtype == "int32", f"acc must be int32, not {acc.dtype}")
     require(multiplier.dtype in ("float32", "int32"), f"multiplier must be float32 or int32, not {multiplier.dtype}")
     require(multiplier.shape in ((1,), acc.shape[-1:]), f"multiplier {multiplier.shape} does not fit acc {acc.shape}")
+    exact = exponent is None or (exponent.dtype == multiplier.dtype == "int32" and exponent.shape == multiplier.shape)
+    require(exact, f"exponent {exponent} does not fit multiplier {multiplier}")
     require(0 <= shift <= 8, f"shift must be 0 to 8, not {shift}")
     _limits(low, high, zero_point, scale)
     return _with_mask(_int8(acc.shape, scale, zero_point), mask)
 
 
-def _requantize_ref(acc, multiplier, *, scale, zero_point, low, high, shift, ratio, mask):  # type: ignore[no-untyped-def]
-    return _clamp(scale_to_int8(acc, multiplier, shift) + zero_point, low, high, mask)
+def _requantize_ref(  # type: ignore[no-untyped-def]
+    acc, multiplier, exponent=None, *, scale, zero_point, low, high, shift, ratio, average, mask
+):
+    v = scale_to_int8(acc, multiplier, exponent, shift, average)
+    return _clamp(v if average else v + zero_point, low, high, mask)
 
 
-def _requantize_grad(backward, dy, acc, multiplier, *, ratio, mask, **attrs):  # type: ignore[no-untyped-def]
+def _requantize_grad(backward, dy, acc, multiplier, exponent=None, *, ratio, mask, **attrs):  # type: ignore[no-untyped-def]
     dacc = _through_mask(backward, dy, mask)
-    return (dacc if ratio == 1.0 else backward.call("multiply", dacc, backward.const(ratio))), None
+    dacc = dacc if ratio == 1.0 else backward.call("multiply", dacc, backward.const(ratio))
+    return (dacc, None) if exponent is None else (dacc, None, None)
 
 
 register(Op("qnn.requantize", _requantize, _requantize_ref, _requantize_grad, kind="elementwise"))
@@ -259,11 +302,15 @@ def _add(
     low: int = LOW,
     high: int = HIGH,
     bits: int = 0,
+    unsigned: bool = False,
+    tflite: bool = False,
     mask: bool = False,
 ) -> Any:
     """q = clamp(round((a_scale (a - a_zero) + b_scale (b - b_zero)) / scale) + zero_point)
 
-    bits: 0 computes in float32, halves to even; else in integers with that many bits of fraction, halves up.
+    bits: 0 computes in float32 as onnxruntime does on x86 (see ``add_terms``), halves to even, where unsigned says that
+    the model's own integers are uint8, 128 more than ours; else in integers with that many bits of fraction, halves up.
+    tflite: as CMSIS-NN does, see ``tflite_terms``.
     """
     for name, type in (("a", a), ("b", b)):
         require(type.dtype == "int8", f"{name} must be int8, not {type.dtype}")
@@ -275,15 +322,46 @@ def _add(
     return _with_mask(_int8(a.shape, scale, zero_point), mask)
 
 
-def _add_ref(a, b, *, a_scale, a_zero, b_scale, b_zero, scale, zero_point, low, high, bits, mask):  # type: ignore[no-untyped-def]
-    da, db = a.astype(np.int32) - a_zero, b.astype(np.int32) - b_zero
-    if bits == 0:
-        total = da.astype(np.float32) * np.float32(a_scale) + db.astype(np.float32) * np.float32(b_scale)
-        v = np.rint(total / np.float32(scale)).astype(np.int64)
+def add_terms(
+    a_scale: float, a_zero: int, b_scale: float, b_zero: int, scale: float, zero_point: int, unsigned: bool
+) -> tuple[float, float, float, int]:
+    """(ra, rb, c, offset): round(fma(a + offset, ra, fma(b + offset, rb, c))) - offset is the sum before its limits.
+
+    These are the roundings of onnxruntime's QLinearAdd on x86: the zero points are one constant, c.
+    """
+    offset = 128 * unsigned
+    za, zb, zc = (np.float32(zero + offset) for zero in (a_zero, b_zero, zero_point))
+    ra, rb = (np.float32(real) / np.float32(scale) for real in (a_scale, b_scale))
+    return float(ra), float(rb), float(zc - fused_multiply_add(za, ra, zb * rb)), offset
+
+
+def tflite_terms(a_scale: float, b_scale: float, scale: float) -> tuple[tuple[int, int], ...]:
+    """(multiplier, exponent) of a, of b and of their sum, which is counted in 2^20ths of twice the larger scale."""
+    twice = 2.0 * max(a_scale, b_scale)
+    reals = (a_scale / twice, b_scale / twice, twice / (2**20 * scale))
+    return tuple((int(m), int(e)) for m, e in map(tflite_scale, map(np.asarray, reals)))
+
+
+def fused_multiply_add(x: Any, y: Any, z: Any) -> Any:
+    """x * y + z rounded once, of float32 (where x has few bits: the product of doubles is exact)."""
+    return (np.float64(x) * np.float64(y) + np.float64(z)).astype(np.float32)
+
+
+def _add_ref(a, b, *, a_scale, a_zero, b_scale, b_zero, scale, zero_point, low, high, bits, unsigned, tflite, mask):  # type: ignore[no-untyped-def]
+    if tflite:
+        *terms, last = (tuple(map(np.asarray, t)) for t in tflite_terms(a_scale, b_scale, scale))
+        parts = ((x.astype(np.int64) - z) << 20 for x, z in ((a, a_zero), (b, b_zero)))
+        total = sum(scale_to_int8(x, m, e) for x, (m, e) in zip(parts, terms, strict=True))
+        v = scale_to_int8(np.asarray(total), *last) + zero_point
+    elif bits == 0:
+        ra, rb, c, offset = add_terms(a_scale, a_zero, b_scale, b_zero, scale, zero_point, unsigned)
+        wa, wb = (v.astype(np.float64) + offset for v in (a, b))
+        v = np.rint(fused_multiply_add(wa, ra, fused_multiply_add(wb, rb, c))).astype(np.int64) - offset
     else:
+        da, db = a.astype(np.int64) - a_zero, b.astype(np.int64) - b_zero
         ma, mb = (round(real / scale * 2**bits) for real in (a_scale, b_scale))
-        v = (da.astype(np.int64) * ma + db.astype(np.int64) * mb + (1 << bits >> 1)) >> bits
-    return _clamp(v + zero_point, low, high, mask)
+        v = ((da * ma + db * mb + (1 << bits >> 1)) >> bits) + zero_point
+    return _clamp(v, low, high, mask)
 
 
 def _add_grad(backward, dy, a, b, *, mask, **attrs):  # type: ignore[no-untyped-def]
