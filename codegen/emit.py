@@ -1,8 +1,9 @@
 """Writes the C project: programs, their kernels and their memory plan in, file contents out."""
 
+import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from tte.codegen.plan import Plan
 from tte.codegen.schedule import CTYPES, Call, Kernel, schedule
 from tte.ir import OPS, Const, Graph, Node, Param, TensorType, Value
+from tte.ops.quantized import add_terms, tflite_terms
 
 HERE = Path(__file__).parent
 RUNTIME = HERE.parent / "runtime_c"
@@ -344,10 +346,17 @@ def _environment(prefix: str) -> jinja2.Environment:
         "f32": _float,
         "literal": _literal,
         "round_int": round,
+        "add_terms": _of_attributes(add_terms),
+        "tflite_terms": _of_attributes(tflite_terms),
         "json": lambda v: json.dumps(v, indent=2),
     }
     environment.globals |= {"p": prefix, "P": prefix.upper(), "ctypes": CTYPES}
     return environment
+
+
+def _of_attributes(function: Callable[..., Any]) -> Callable[[Mapping[str, Any]], Any]:
+    """A filter that picks the function's arguments out of an operator's attributes."""
+    return lambda attrs: function(**{k: attrs[k] for k in inspect.signature(function).parameters})
 
 
 def _kernel_body(environment: jinja2.Environment, function: Mapping[str, Any]) -> str:

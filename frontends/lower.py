@@ -433,7 +433,8 @@ def _power(state: Lowering, call: Any) -> Value:
 @rule("quantize")
 def _quantize(state: Lowering, call: Any) -> Value:
     scale, zero_point = _grid(state, call)
-    return state.call("qnn.quantize", state.value(call.args[0]), scale=scale, zero_point=zero_point)
+    unsigned = _kind(call.ty) == "uint8"
+    return state.call("qnn.quantize", state.value(call.args[0]), scale=scale, zero_point=zero_point, unsigned=unsigned)
 
 
 @rule("dequantize")

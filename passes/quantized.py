@@ -7,7 +7,7 @@ import numpy as np
 from tte.errors import TTEError
 from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value, rewrite
 from tte.ir.types import Quant
-from tte.ops.quantized import reach
+from tte.ops.quantized import reach, tflite_scale
 from tte.passes.autodiff import find_wanted
 from tte.passes.simplify import eliminate_dead_code
 
@@ -19,7 +19,10 @@ FRACTION = 20  # bits of fraction in integer additions
 
 @dataclass(frozen=True)
 class Settings:
-    """requantize: "fixed" (integers only), or "float" (onnxruntime's bits); storage: of weights that learn."""
+    """requantize: "fixed" (integers only), "float" (onnxruntime's bits) or "tflite" (CMSIS-NN's).
+
+    storage: of weights that learn.
+    """
 
     requantize: str = "fixed"
     storage: str = "int8_sr"
@@ -145,32 +148,32 @@ class _State:
         if a is None or b is None or a.type.shape != b.type.shape:
             return None
         bits = 0
-        if not self.as_onnxruntime:
+        if self.settings.requantize == "fixed":
             largest = max(_scale(a), _scale(b)) / target.scale
             bits = min(FRACTION, 20 - max(0, int(np.ceil(np.log2(largest)))))
             if bits < 8:
                 return None
         scales = {"a_scale": _scale(a), "a_zero": _zero(a), "b_scale": _scale(b), "b_zero": _zero(b)}
-        return self.call("qnn.add", a, b, **scales, **target.attrs, bits=bits)
+        return self.call("qnn.add", a, b, **scales, **target.attrs, bits=bits,
+                         unsigned=target.unsigned, tflite=self.settings.requantize == "tflite")  # fmt: skip
 
     def mean(self, node: Node, target: "_Target") -> Value | None:
         x = self.integers(node.inputs[0])
         if x is None or (self.as_onnxruntime and not node.attrs["keepdims"]):
             return None
-        axis, keepdims = node.attrs["axis"], node.attrs["keepdims"]
-        acc = self.call("qnn.sum", x, axis=axis, keepdims=keepdims, zero_point=_zero(x))
-        count = x.type.size // acc.type.size
-        return self.requantize(acc, np.asarray([_scale(x) / count]), target, ratio=1.0 / count)
+        attrs = {"axis": node.attrs["axis"], "keepdims": node.attrs["keepdims"]}
+        return self.averaged("qnn.sum", x, attrs, x.type.size // node.output.type.size, target)
 
     def average(self, node: Node, target: "_Target") -> Value | None:
         x = self.integers(node.inputs[0])
         attrs = dict(node.attrs)
-        if x is None or self.as_onnxruntime or (any(attrs["padding"]) and not attrs["count_include_pad"]):  # type: ignore[arg-type]
+        if x is not None and self.as_onnxruntime:
+            return self.quantized(self.env[node.output.name], target, zero_first=True)
+        if x is None or (any(attrs["padding"]) and not attrs["count_include_pad"]):  # type: ignore[arg-type]
             return None
         attrs.pop("count_include_pad")
         count = int(np.prod(attrs["pool_size"]))  # type: ignore[arg-type]
-        acc = self.call("qnn.sum_pool2d", x, **attrs, zero_point=_zero(x))
-        return self.requantize(acc, np.asarray([_scale(x) / count]), target, ratio=1.0 / count)
+        return self.averaged("qnn.sum_pool2d", x, attrs, count, target)
 
     def maximum(self, node: Node, target: "_Target") -> Value | None:
         x = self.integers(node.inputs[0])
@@ -196,8 +199,28 @@ class _State:
         """x with another scale or other limits: itself where nothing changes."""
         if target.holds(x):
             return x
+        if self.as_onnxruntime:
+            real = self.call("qnn.dequantize", x, scale=_scale(x), zero_point=_zero(x))
+            return self.quantized(real, target)
         acc = self.call("qnn.sum", x, axis=(), zero_point=_zero(x))
         return self.requantize(acc, np.asarray([_scale(x)]), target)
+
+    def quantized(self, x: Value, target: "_Target", zero_first: bool = False) -> Value:
+        return self.call("qnn.quantize", x, **target.attrs, unsigned=target.unsigned, zero_first=zero_first)
+
+    def averaged(self, sums: str, x: Value, attrs: dict[str, object], count: int, target: "_Target") -> Value:
+        """Means of ``count`` elements each; ``sums``: the operator that adds them up."""
+        if self.settings.requantize == "tflite" and (_scale(x), _zero(x)) == (target.scale, target.zero_point):
+            acc = self.call(sums, x, **attrs)
+            shift = 2 if count < 3 else 0
+            multiplier = np.asarray([-(-(2 ** (32 - shift)) // count)], np.int32)
+            constants = self.builder.const(multiplier)
+            ratio = {"shift": shift, "ratio": 1.0 / count}
+            return self.call("qnn.requantize", acc, constants, **target.attrs, **ratio, average=True)
+        acc = self.call(sums, x, **attrs, zero_point=_zero(x))
+        # In float32 the order of the divisions is onnxruntime's.
+        mean = np.float32(_scale(x)) / np.float32(count) if self.as_onnxruntime else _scale(x) / count
+        return self.requantize(acc, np.asarray([mean]), target, ratio=1.0 / count)
 
     def requantize(self, acc: Value, scales: np.ndarray, target: "_Target", ratio: float = 1.0) -> Value:
         """Accumulators, each standing for ``scales`` times itself, as int8."""
@@ -205,16 +228,19 @@ class _State:
             multiplier = scales.astype(np.float32) / np.float32(target.scale)
             return self.call("qnn.requantize", acc, self.builder.const(multiplier), **target.attrs, ratio=ratio)
         real = scales / target.scale
-        shift = max(0, int(np.ceil(np.log2(real.max() * 2 + 2**-40))))
-        if shift > 8:
+        attrs = target.attrs | {"ratio": ratio}
+        largest = float(real.max())
+        if largest >= 128:
             raise _refuse(
-                f"the scale of the result, {target.scale:g}, is {real.max():.3g} times finer than that of the sums",
+                f"the scale of the result, {target.scale:g}, is {largest:.3g} times finer than that of the sums",
                 self.layer,
                 "use `requantize: float`, or calibrate again",
             )
-        multiplier = np.rint(real * 2.0 ** (32 - shift)).clip(0, 2**31 - 1).astype(np.int32)
-        attrs = target.attrs | {"shift": shift, "ratio": ratio}
-        return self.call("qnn.requantize", acc, self.builder.const(multiplier), **attrs)
+        if self.settings.requantize == "tflite":
+            parts = [self.builder.const(v) for v in tflite_scale(real)]
+            return self.call("qnn.requantize", acc, *parts, **attrs)
+        multiplier, shift = fixed_scale(real)
+        return self.call("qnn.requantize", acc, self.builder.const(multiplier), **attrs, shift=shift)
 
     # --- weights ------------------------------------------------------------------------------------------------
 
@@ -279,6 +305,18 @@ class _State:
         return self.stored[value.name]
 
 
+def fixed_scale(real: np.ndarray) -> tuple[np.ndarray, int]:
+    """(multiplier, shift): real = multiplier / 2^(32 - shift), for reals below 128.
+
+    With 22 bits fewer than 1e-5 of int8 results are off by one. A negative shift costs an instruction: where channels of
+    living scales have those bits without it, there is none.
+    """
+    shift = int(np.clip(np.ceil(np.log2(real.max() * 2 + 2**-40)), -16, 8))
+    if real[real > real.max() * 2**-12].min() >= 2**-10:
+        shift = max(shift, 0)
+    return np.rint(real * 2.0 ** (32 - shift)).clip(0, 2**31 - 1).astype(np.int32), shift
+
+
 @dataclass(frozen=True)
 class _Target:
     """What a quantize node makes of real numbers."""
@@ -287,11 +325,13 @@ class _Target:
     zero_point: int
     low: int
     high: int
+    unsigned: bool
 
     @staticmethod
     def of(node: Node) -> "_Target":
         a = node.attrs
-        return _Target(float(a["scale"]), int(a["zero_point"]), int(a["low"]), int(a["high"]))  # type: ignore[arg-type]
+        low, high, unsigned = int(a["low"]), int(a["high"]), bool(a["unsigned"])  # type: ignore[call-overload]
+        return _Target(float(a["scale"]), int(a["zero_point"]), low, high, unsigned)  # type: ignore[arg-type]
 
     @property
     def attrs(self) -> dict[str, object]:

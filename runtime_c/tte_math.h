@@ -188,12 +188,23 @@ static inline int32_t tte_scale_float(int32_t acc, float multiplier) {
     return tte_round((float)acc * multiplier);
 }
 
-/* ... or in integers, multiplier = round(real * 2^(32 - shift)); halves up. Accumulators that the shift would push out of
- * range are far beyond the limits of int8. */
-static inline int32_t tte_scale_fixed(int32_t acc, int32_t multiplier, int shift) {
-    const int32_t limit = INT32_MAX >> shift;
+/* ... or in integers, multiplier = round(real * 2^(32 - shift)); halves up, or where ``down`` is 1 down. Accumulators that
+ * the shift would push out of range are far beyond the limits of int8. */
+static inline int32_t tte_scale_fixed(int32_t acc, int32_t multiplier, int shift, int down) {
+    const int left = shift > 0 ? shift : 0, bits = 32 + left - shift;
+    const int32_t limit = INT32_MAX >> left;
     acc = acc > limit ? limit : acc < -limit ? -limit : acc;
-    return (int32_t)(((int64_t)acc * (1 << shift) * multiplier + ((int64_t)1 << 31)) >> 32);
+    return (int32_t)(((int64_t)acc * (1 << left) * multiplier + ((int64_t)1 << (bits - 1)) - down) >> bits);
+}
+
+/* ... or as CMSIS-NN does: real = multiplier / 2^31 * 2^exponent, rounded halves up, then halves away from zero. */
+static inline int32_t tte_scale_tflite(int32_t acc, int32_t multiplier, int32_t exponent) {
+    const int left = exponent > 0 ? (int)exponent : 0, right = exponent > 0 ? 0 : (int)-exponent;
+    const int32_t limit = INT32_MAX >> left;
+    acc = acc > limit ? limit : acc < -limit ? -limit : acc;
+    const int32_t high = (int32_t)(((int64_t)acc * (1 << left) * multiplier + ((int64_t)1 << 30)) >> 31);
+    const int32_t mask = (int32_t)(((uint32_t)1 << right) - 1);
+    return (high >> right) + ((high & mask) > (mask >> 1) + (high < 0));
 }
 
 /* floor(d + u) */

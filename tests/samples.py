@@ -44,6 +44,8 @@ class Operand:
             return (rng.integers(-(2**15), 2**15, self.shape) << rng.choice([0, 0, 0, 15], self.shape)).astype(np.int32)
         if self.kind == "fraction":  # multipliers as integers with 32 bits of fraction
             return rng.integers(2**20, 2**30, self.shape).astype(np.int32)
+        if self.kind == "exponent":
+            return rng.integers(-10, 3, self.shape).astype(np.int32)
         if self.kind == "scale":
             return np.asarray(rng.random(self.shape) * 0.01 + 1e-4, np.float32)
         normal = rng.standard_normal(self.shape)
@@ -542,12 +544,37 @@ for channels in (1, 6):
     add("qnn.requantize", Operand((1, 9, 6), INT32), Operand((channels,), "fraction"), torch=lambda acc, m: (
         ((acc.long() * 2 * m.long() + 2**31) >> 32) + 5).clamp(-128, 127).to(torch.int8), scale=0.1, zero_point=5,
         shift=1)  # fmt: skip
+
+
+def tflite_round(acc: Tensor, multiplier: Tensor, exponent: Tensor) -> Tensor:
+    """Round at bit 31, halves up; then at the exponent's bit, halves away from zero: with floor of doubles."""
+    left, right = 2.0 ** exponent.clamp(min=0), 2.0 ** (-exponent).clamp(min=0)
+    high = torch.floor(acc.double() * left * multiplier.double() / 2**31 + 0.5)
+    return high.sign() * torch.floor(high.abs() / right + 0.5)
+
+
+add("qnn.requantize", Operand((1, 9, 6), INT32), Operand((6,), "fraction"), torch=lambda acc, m: (
+    ((acc.long() * m.long() + 2**34) >> 35) + 5).clamp(-128, 127).to(torch.int8), scale=0.1, zero_point=5,
+    shift=-3)  # fmt: skip
+add("qnn.requantize", Operand((1, 9, 6), INT32), Operand((1,), "fraction"), torch=lambda acc, m: rounded(
+    acc.sign() * torch.floor(acc.abs().double() * m.double() / 2**32 + 0.5), 0), scale=0.1, zero_point=5,
+    average=True)  # fmt: skip
+add("qnn.requantize", Operand((1, 9, 6), INT32), Operand((6,), "fraction"), Operand((6,), "exponent"),
+    torch=lambda acc, m, e: rounded(tflite_round(acc, m, e), 9), scale=0.1, zero_point=9)  # fmt: skip
+for unsigned in (False, True):
+    add("qnn.quantize", Operand((3, 50), "wide"), torch=lambda x, z=131 if unsigned else 3: (
+        torch.round(x.float() / 0.05 + z) - z + 3).clamp(-128, 127).to(torch.int8), scale=0.05, zero_point=3,
+        unsigned=unsigned, zero_first=True)  # fmt: skip
 halves = {"a_scale": 0.03, "a_zero": -3, "b_scale": 0.017, "b_zero": 20, "scale": 0.04, "zero_point": 1}
 add("qnn.add", Operand((1, 5, 9), INT8), Operand((1, 5, 9), INT8), torch=lambda a, b: rounded(
     ((a.float() + 3) * 0.03 + (b.float() - 20) * 0.017) / 0.04, 1), **halves)  # fmt: skip
 add("qnn.add", Operand((1, 5, 9), INT8), Operand((1, 5, 9), INT8), torch=lambda a, b: ((
     (a.long() + 3) * round(0.75 * 2**20) + (b.long() - 20) * round(0.425 * 2**20) + 2**19 >> 20) + 1).clamp(
     -128, 127).to(torch.int8), bits=20, **halves)  # fmt: skip
+add("qnn.add", Operand((1, 5, 9), INT8), Operand((1, 5, 9), INT8), torch=lambda a, b: rounded(torch.round(
+    (a.double() + 3) * 0.75 + (b.double() - 20) * 0.425 + 1e-9), 1), unsigned=True, **halves)  # fmt: skip
+add("qnn.add", Operand((1, 5, 9), INT8), Operand((1, 5, 9), INT8), torch=lambda a, b: rounded(torch.round(
+    (a.double() + 3) * 0.75 + (b.double() - 20) * 0.425), 1), tflite=True, **halves)  # fmt: skip
 
 
 def stored_step(rounding: str) -> Callable[..., Tensor]:

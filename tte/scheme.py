@@ -193,7 +193,7 @@ class Quantized(_Model):
     qas: bool = True
     weight_storage: Literal["int8_sr", "int8_nearest", "int16_ef", "fp32"] = "int8_sr"
     gradients: Literal["float32", "int8"] = "float32"
-    requantize: Literal["fixed", "float"] = "fixed"
+    requantize: Literal["fixed", "float", "tflite"] = "fixed"
 
     @property
     def rounding(self) -> str:

@@ -211,19 +211,20 @@ def scale_to_int8(
     """round(acc * multiplier) as int64, by the arithmetic that the operands stand for.
 
     float32: float(acc) * multiplier, halves to even: what onnxruntime computes.
-    int32:   (acc * 2^shift * multiplier + 2^31) >> 32, halves up, exact: multiplier = round(real * 2^(32 - shift)).
+    int32:   acc * multiplier / 2^(32 - shift), halves up, exact: multiplier = round(real * 2^(32 - shift)).
              average: halves away from zero, multiplier rounded up.
     with an exponent: the real is multiplier / 2^31 * 2^exponent, rounded twice, as CMSIS-NN does; see ``tflite_scale``.
     """
     if multiplier.dtype == np.float32:
         product = acc.astype(np.float32) * multiplier
         return np.rint(np.clip(product, -(2.0**20), 2.0**20)).astype(np.int64)
-    left = np.int64(shift) if exponent is None else np.maximum(exponent.astype(np.int64), 0)
+    left = np.maximum(np.int64(shift) if exponent is None else exponent.astype(np.int64), 0)
     limit = (2**31 - 1) >> left  # what the shift would push out of range is far beyond the limits of int8
     wide = np.clip(acc.astype(np.int64), -limit, limit) << left
     product = wide * multiplier.astype(np.int64)
     if exponent is None:
-        return (product + (1 << 31) - (average & (wide < 0))) >> 32
+        bits = 32 - min(shift, 0)
+        return (product + (1 << (bits - 1)) - (average & (wide < 0))) >> bits
     high = (product + (1 << 30)) >> 31
     right = np.maximum(-exponent.astype(np.int64), 0)
     mask = (np.int64(1) << right) - 1
@@ -265,7 +266,7 @@ def _requantize(
     require(multiplier.shape in ((1,), acc.shape[-1:]), f"multiplier {multiplier.shape} does not fit acc {acc.shape}")
     exact = exponent is None or (exponent.dtype == multiplier.dtype == "int32" and exponent.shape == multiplier.shape)
     require(exact, f"exponent {exponent} does not fit multiplier {multiplier}")
-    require(0 <= shift <= 8, f"shift must be 0 to 8, not {shift}")
+    require(-16 <= shift <= 8, f"shift must be -16 to 8, not {shift}")
     _limits(low, high, zero_point, scale)
     return _with_mask(_int8(acc.shape, scale, zero_point), mask)
 
