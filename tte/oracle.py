@@ -2,15 +2,18 @@
 
 It shares nothing with tte's gradients, passes, kernels and memory plan. A torch model is run as it is. An ONNX model
 or a text is run by interpreting the graph as it was imported, before any pass, with PyTorch's own operators.
+
+A quantised model is run as the integers that the device computes, with the derivatives of the real numbers that they
+stand for: rounding passes a gradient on unchanged, a clamp where it let its operand through.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from tte.ir import Const, Graph, Node
+from tte.ir import Const, Graph, Node, TensorType, Value, evaluate
 from tte.scheme import InputFormat, Loss
 
 Forward = Callable[[Mapping[str, Any], Any], Any]
@@ -47,28 +50,41 @@ def follow(
     import torch
 
     values = {name: torch.from_numpy(array.astype(np.float64)) for name, array in tensors.items()}
-    learning = [values[name].requires_grad_() for name in masks]
-    bits = {name: torch.from_numpy(mask) for name, mask in masks.items()}
-    optimizer = torch.optim.SGD(learning, lr=rate)
+    optimizer = torch.optim.SGD([values[name].requires_grad_() for name in masks], lr=rate)
     losses: list[float] = []
     gradients: dict[str, np.ndarray] = {}
     for x, y in samples:
         optimizer.zero_grad()
-        output = forward(values, torch.from_numpy(x.astype(np.float64)))
-        if ends_in_softmax and loss.name == "cross_entropy":
-            output = torch.log(output)
-        if clip is not None:
-            output.register_hook(lambda g: g.clamp(-clip, clip))
-        target = torch.from_numpy(x if y is None else y)
-        value = measure_loss(output, target, loss)
-        value.backward()
-        for name, mask in bits.items():
-            values[name].grad *= mask
+        losses.append(backpropagate(forward, values, masks, loss, x, y, clip, ends_in_softmax))
         if not gradients:
             gradients = {name: values[name].grad.numpy().copy() for name in masks}
-        losses.append(float(value.detach()))
         optimizer.step()
     return Trajectory(losses, gradients, {name: values[name].detach().numpy() for name in masks})
+
+
+def backpropagate(
+    forward: Forward,
+    values: Mapping[str, Any],
+    masks: Mapping[str, np.ndarray],
+    loss: Loss,
+    x: np.ndarray,
+    y: np.ndarray | None,
+    clip: float | None,
+    ends_in_softmax: bool,
+) -> float:
+    """The loss of one sample; leaves the gradients, of the elements that learn, in ``values``."""
+    import torch
+
+    output = forward(values, torch.from_numpy(x.astype(np.float64)))
+    if ends_in_softmax and loss.name == "cross_entropy":
+        output = torch.log(output)
+    if clip is not None:
+        output.register_hook(lambda g: g.clamp(-clip, clip))
+    value = measure_loss(output, torch.from_numpy(x if y is None else y), loss)
+    value.backward()
+    for name, mask in masks.items():
+        values[name].grad *= torch.from_numpy(mask)
+    return float(value.detach())
 
 
 def measure_loss(output: Any, target: Any, loss: Loss) -> Any:
@@ -121,6 +137,72 @@ def run_graph(graph: Graph, originals: Mapping[str, np.ndarray]) -> tuple[Forwar
     return forward, tensors
 
 
+def run_integers(graph: Graph, originals: Mapping[str, np.ndarray], fraction: bool) -> Forward:
+    """A forward graph with integer operators; tensors count as the user's do: integers in units of their scales.
+
+    fraction: integers that learn keep a fraction, and are rounded down when they are read; else to nearest.
+    What forward makes of its integers, and where a clamp let them through, is taken from the interpreter, whose
+    arithmetic is the device's; every derivative is torch's.
+    """
+    import torch
+
+    producer = graph.producer()
+
+    def read(const: Const, value: Any) -> Any:
+        """The stored integer; the gradient passes where it fits."""
+        rounded = torch.floor(value.detach()) if fraction and const.type.dtype == "int8" else value.detach().round()
+        limits = np.iinfo(const.data.dtype)
+        inside = (rounded >= limits.min) & (rounded <= limits.max)
+        return rounded.clamp(limits.min, limits.max) + (value - value.detach()) * inside
+
+    def forward(values: Mapping[str, Any], x: Any) -> Any:
+        env = {c.name: _gather(c, values, originals).double() for c in graph.consts}
+        env |= {c.name: read(c, env[c.name]) for c in graph.consts if c.data.dtype.kind == "i"}
+        now = [replace(c, data=env[c.name].detach().numpy().astype(c.data.dtype)) for c in graph.consts]
+        decided = _decide(replace(graph, consts=tuple(now)), x.numpy())
+        env[graph.inputs[0].name] = x
+        for node in graph.nodes:
+            operands = [env[v.name] for v in node.inputs]
+            if node.op == "qnn.requantize":
+                y = operands[0] * torch.from_numpy(_worth(producer[node.inputs[0].name]) / node.attrs["scale"])
+            else:
+                y = _OPERATORS[node.op](node, *operands)
+            if node.output.name in decided:
+                integers, inside = (torch.tensor(a) for a in decided[node.output.name])
+                y = integers + (y - y.detach()) * inside
+            env[node.output.name] = y
+        return env[graph.outputs[0].name]
+
+    return forward
+
+
+def _decide(graph: Graph, x: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of every value that is rounded and clamped: its integers, and where nothing was clamped."""
+    nodes, outputs = [], []
+    for node in graph.nodes:
+        if "mask" in node.attrs:
+            inside = Value(f"{node.output.name}.inside", TensorType(node.output.type.shape, "bit"))
+            node = replace(node, attrs=node.attrs | {"mask": True}, outputs=(node.output, inside))
+            outputs += node.outputs
+        nodes.append(node)
+    results = evaluate(replace(graph, nodes=tuple(nodes), outputs=tuple(outputs)), [x]).outputs
+    return {v.name: (results[i].astype(np.float64), results[i + 1]) for i, v in enumerate(outputs) if not i % 2}
+
+
+def _worth(node: Node) -> np.ndarray:
+    """The real number that one unit of an integer sum stands for, for averages divided by how many they are."""
+    quant = node.inputs[0].type.quant
+    assert quant is not None
+    scale = np.asarray(quant.scale)
+    if node.op == "qnn.sum_pool2d":
+        return scale / np.prod(_ints(node, "pool_size"))
+    if node.op == "qnn.sum":
+        return scale * (node.output.type.size / node.inputs[0].type.size)
+    weight = node.inputs[1].type.quant
+    assert weight is not None
+    return scale * np.asarray(weight.scale)
+
+
 def prepare_input(x: np.ndarray, format: InputFormat) -> np.ndarray:
     """From the caller's format to the model's own: layout, then normalisation per channel (axis 1)."""
     axes = {"nhwc": (0, 3, 1, 2), "nlc": (0, 2, 1)}.get(format.layout)
@@ -143,7 +225,7 @@ def _gather(const: Const, values: Mapping[str, Any], initial: Mapping[str, np.nd
     if origin is None or not values[origin.name].requires_grad:
         return start
     index = torch.from_numpy(np.array(origin.index))
-    learned = (values[origin.name] - torch.from_numpy(initial[origin.name])).reshape(-1)[index]
+    learned = (values[origin.name] - torch.tensor(initial[origin.name])).reshape(-1)[index]
     return start + (learned if origin.scale is None else learned * torch.from_numpy(np.array(origin.scale)))
 
 
@@ -178,7 +260,9 @@ def _pool(node: Node, x: Any) -> Any:
     pads = (left, right, top, bottom)
     window = (_ints(node, "pool_size"), _ints(node, "strides"))
     x = x.permute(0, 3, 1, 2)
-    if node.op == "nn.max_pool2d":
+    if node.op == "qnn.sum_pool2d":
+        y = F.avg_pool2d(F.pad(x, pads), *window)
+    elif node.op == "nn.max_pool2d":
         y = F.max_pool2d(F.pad(x, pads, value=-float("inf")), *window)
     else:
         y = F.avg_pool2d(F.pad(x, pads), *window)
@@ -283,6 +367,17 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "take": lambda node, x: x.index_select(node.attrs["axis"], _call("tensor", "indices")(node)),
     "sum": _call("sum", "axis", "keepdims"),
     "mean": _call("mean", "axis", "keepdims"),
+    "qnn.quantize": lambda node, x: x / node.attrs["scale"],
+    "qnn.dequantize": lambda node, q: (q - node.attrs["zero_point"]) * node.attrs["scale"],
+    "qnn.conv2d": lambda node, x, w, b=None: _conv2d(node, x - node.attrs["zero_point"], w, b),
+    "qnn.dense": lambda node, x, w, b=None: (x - node.attrs["zero_point"]) @ w.mT + (0.0 if b is None else b),
+    "qnn.add": lambda node, a, b: (a * node.attrs["a_scale"] + b * node.attrs["b_scale"]) / node.attrs["scale"],
+    "qnn.sum": lambda node, x: (
+        _call("sum", "axis", "keepdims")(node, x - node.attrs["zero_point"])
+        if node.attrs["axis"]
+        else x - node.attrs["zero_point"]
+    ),
+    "qnn.sum_pool2d": lambda node, x: _pool(node, x - node.attrs["zero_point"]) * np.prod(_ints(node, "pool_size")),
     "nn.softmax": lambda node, x: x.softmax(-1),
     "nn.log_softmax": lambda node, x: x.log_softmax(-1),
     "nn.batch_norm": _batch_norm,

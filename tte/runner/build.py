@@ -9,7 +9,7 @@ import numpy as np
 
 from tte.errors import TTEError
 
-DTYPES = {"float32": np.float32, "int32": np.int32, "int8": np.int8, "uint8": np.uint8}
+DTYPES = {t.__name__: t for t in (np.float32, np.int32, np.int16, np.int8, np.uint8)}
 
 
 @dataclass(frozen=True)
