@@ -122,7 +122,7 @@ class _State:
             return None
         if node.op == "qnn.dequantize":
             return self.env.get(node.inputs[0].name, node.inputs[0])
-        if node.op not in ("reshape", "transpose") or (x := self.integers(node.inputs[0])) is None:
+        if node.op not in ("reshape", "transpose", "slice", "take") or (x := self.integers(node.inputs[0])) is None:
             return None
         return self.call(node.op, x, **node.attrs)
 
