@@ -4,20 +4,33 @@ The yardstick is torch.autograd, in double precision, of the same integer networ
 gradients on unchanged, a clamp passes them where the value before it was inside its limits.
 """
 
+import zlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import qdq
 import torch
 import torch.nn.functional as F
 
-import tte.ops  # noqa: F401  fills the table of operators
-from tte.ir import Builder, Const, Graph, Param, TensorType, Value, evaluate, verify
+import tte
+import tte.ops  # fills the table of operators
+from tte.compiler import lower
+from tte.ir import OPS, Builder, Const, Graph, Param, TensorType, Value, evaluate, verify
 from tte.ir.types import Quant
 from tte.passes.autodiff import differentiate
-from tte.passes.optimizer import attach_sgd
-from tte.passes.quantized import keep_saturation_masks
+from tte.passes.channels import select_channels
+from tte.passes.loss import append_loss
+from tte.passes.optimizer import _integer_factor as factor
+from tte.passes.quantized import Settings, keep_saturation_masks, lower_qdq
+from tte.passes.select_updates import select_updates
+from tte.passes.simplify import eliminate_dead_code
+from tte.proof import _steps_before_rounding
+from tte.runner.board import STATE_HEADER, unpack_state
+from tte.runner.qemu import find_qemu
+from tte.scheme import UpdateScheme, find_layers, resolve
 
 Tensor = torch.Tensor
 torch.set_num_threads(1)
@@ -375,3 +388,244 @@ def residual(net: Twin, part: Any = None) -> Any:
 def test_gradients_of_a_network(mode: str, storage: str, part: Any) -> None:
     net = Twin(11, mode, storage)
     net.compare(residual(net, part))
+
+
+# --- storage ---------------------------------------------------------------------------------------------------------
+
+
+def sgd(w: np.ndarray, d: np.ndarray, **attrs: Any) -> np.ndarray:
+    """qnn.sgd of a step that is d before rounding."""
+    one = np.float32(1.0)
+    return OPS["qnn.sgd"].ref(w, -d.astype(np.float32), one, one, **OPS["qnn.sgd"].complete(attrs))
+
+
+@pytest.mark.parametrize("size", [0.003, 0.07, 0.5, 3.0])
+def test_stochastic_rounding_has_no_bias(size: float) -> None:
+    """A million steps: their mean is that of the reals, within three standard errors; so is the spread."""
+    d = (np.random.default_rng(1).standard_normal(1_000_000) * size).astype(np.float32)
+    moved = sgd(np.zeros(d.shape, np.int32), d).astype(np.float64)
+    fraction = d - np.floor(d.astype(np.float64))
+    variance = (fraction * (1 - fraction)).sum()
+    assert abs((moved - d).sum()) <= 3 * np.sqrt(variance)
+    assert abs(((moved - d) ** 2).sum() - variance) <= 0.01 * variance
+
+
+def test_stochastic_rounding_is_as_likely_as_the_fraction() -> None:
+    """Also for steps of nearly one size, which differ in their last bits only."""
+    for size in (0.01, 0.25, 0.9):
+        d = np.float32(size) + np.arange(100_000) * np.float32(size * 2.0**-20)
+        up = (sgd(np.zeros(d.shape, np.int32), d) == 1).mean()
+        p = float(d.astype(np.float64).mean())
+        assert abs(up - p) <= 3 * np.sqrt(p * (1 - p) / d.size), size
+
+
+def test_nearest_loses_small_steps_and_fractions_keep_them() -> None:
+    d = np.full(10, 0.3, np.float32)
+    int8, fraction = np.zeros(10, np.int8), np.full(10, 128, np.int16)
+    for _ in range(10):
+        int8, fraction = sgd(int8, d, rounding="nearest"), sgd(fraction, d)
+    assert (int8 == 0).all() and ((fraction >> 8) == 3).all()
+
+
+@pytest.mark.parametrize(("dtype", "low", "high"), [("int8", -128, 127), ("int16", -32768, 32767), ("int32", -9, 9)])
+@pytest.mark.parametrize("size", [1e9, 3e38, np.inf])
+def test_steps_saturate(dtype: str, low: int, high: int, size: float) -> None:
+    with np.errstate(over="ignore"):
+        assert sgd(np.zeros(2, dtype), np.asarray([-size, size]), limit=9).tolist() == [low, high]
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mcunet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inverted residual blocks, two of them with a skip; the classifier in integers too."""
+    return qdq.quantize(qdq.RECIPES["mcunet"], tmp_path_factory.mktemp("mcunet"))
+
+
+def gradients(graph: Graph, scheme: UpdateScheme, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """In the user's tensors, from the source graph on; the steps of ``compile_graphs``."""
+    resolved = resolve(scheme, graph)
+    moved, _ = select_channels(graph, resolved)
+    forward = lower_qdq(verify(select_updates(moved, resolved)), Settings())
+    backward = differentiate(keep_saturation_masks(append_loss(forward, scheme.loss)))
+    backward = verify(eliminate_dead_code(backward))
+    result: dict[str, np.ndarray] = {}
+    for param, g in zip(backward.params, evaluate(backward, arrays).outputs[1:], strict=True):
+        assert param.origin is not None
+        tensor = result.setdefault(param.origin.name, np.full(param.origin.shape, np.nan))
+        tensor.reshape(-1)[param.origin.index] = g
+    return result
+
+
+def random_scheme(graph: Graph, rng: np.random.Generator) -> UpdateScheme:
+    """Some layers whole, some in part by norm or by index, some biases."""
+    rules: list[dict[str, Any]] = []
+    for layer in find_layers(graph):
+        kind = rng.choice(["none", "bias", "all", "l2", "listed"], p=[0.45, 0.15, 0.15, 0.15, 0.1])
+        channels = layer.channels or 1
+        if kind in ("l2", "listed") and channels < 2:
+            kind = "all"
+        rule: dict[str, Any] = {"layer": layer.name, "bias": bool(rng.random() < 0.5)}
+        if kind == "bias":
+            rule["bias"] = True
+        elif kind == "all":
+            rule["weight"] = "all"
+        elif kind == "l2":
+            rule["weight"] = {"in_channels": int(rng.integers(1, channels)), "select": "l2"}
+        elif kind == "listed":
+            rule["weight"] = {"select": sorted(rng.choice(channels, rng.integers(1, channels), replace=False).tolist())}
+        if kind != "none":
+            rules.append(rule)
+    rules.append({"layer": find_layers(graph)[-1].name, "weight": "all", "bias": True})
+    return UpdateScheme.load({"train": rules})
+
+
+def test_pruned_graph_is_the_masked_full_graph(mcunet: Path) -> None:
+    """Twenty random schemes: what they compute of the gradients is what training everything computes there."""
+    graph, rng = lower(mcunet), np.random.default_rng(8)
+    arrays = [qdq.inputs(qdq.RECIPES["mcunet"], 1)[0], np.asarray([3], np.int32)]
+    full = gradients(graph, UpdateScheme.load("full"), arrays)
+    parts = 0
+    for number in range(20):
+        pruned = gradients(graph, random_scheme(graph, rng), arrays)
+        for name, ours in pruned.items():
+            learns = ~np.isnan(ours)
+            parts += not learns.all()
+            assert np.linalg.norm(full[name][learns]) > 0, name
+            difference = np.linalg.norm(ours[learns] - full[name][learns])
+            assert difference <= 1e-5 * np.linalg.norm(full[name][learns]), (number, name)
+    assert parts > 20
+
+
+@pytest.mark.parametrize("storage", ["int8_sr", "int8_nearest", "int16_ef", "fp32"])
+def test_permuted_prefix_is_the_mask_by_magnitude(mcunet: Path, storage: str) -> None:
+    """Bit for bit over several steps of the generated C: against training the whole weight and putting back what is
+    not among the channels of the largest norm. Nothing learns in front of the first layer that is split, so that no
+    sum runs in another order."""
+    split = "blocks.5.body.2.0"
+    rest = [{"layer": n, "weight": "all", "bias": True} for n in ("last.0", "classifier")]
+    settings = {"optimizer": {"lr": 0.02}, "quantized": {"weight_storage": storage}}
+    rules = {"in part": {"in_channels": 0.5, "select": "l2"}, "whole": "all"}
+    made = {
+        kind: tte.compile(mcunet, update_scheme={"train": [{"layer": split, "weight": w, "bias": True}, *rest], **settings})
+        for kind, w in rules.items()
+    }
+    boards = {kind: artifact.host() for kind, artifact in made.items()}
+    params = {kind: {p.name: p for p, _ in a.compiled.train.graph.updates} for kind, a in made.items()}
+    weight = next(n for n, p in params["in part"].items() if p.type.shape != params["whole"][n].type.shape)
+    part, whole = (params[kind][weight] for kind in ("in part", "whole"))
+    assert part.origin and whole.origin
+    learns = np.isin(whole.origin.index, part.origin.index)
+    norms = (lower_weight(mcunet, weight) ** 2).sum((0, 1, 2))
+    assert set(np.flatnonzero(learns[0, 0, 0])) == set(np.argsort(-norms)[: len(norms) // 2].tolist())
+
+    def weights(kind: str) -> dict[str, np.ndarray]:
+        return unpack_state(boards[kind].save_state(), boards[kind].build)
+
+    order = np.argsort(whole.origin.index[learns])[np.argsort(np.argsort(part.origin.index.reshape(-1)))]
+    for step in range(6):
+        x, y = qdq.inputs(qdq.RECIPES["mcunet"], 1, seed=step)[0], np.asarray([step % 10], np.int32)
+        losses = {kind: boards[kind].train_step(x, y).loss for kind in boards}
+        assert losses["in part"] == losses["whole"]
+        ours, theirs = weights("in part"), weights("whole")
+        for name in ours:
+            expected = theirs[name][learns][order].reshape(part.type.shape) if name == weight else theirs[name]
+            assert np.array_equal(ours[name], expected), (step, name)
+        restore(boards["whole"], weight, np.where(learns, theirs[weight], whole.data))
+    assert (ours[weight] != part.data).any()
+
+
+def lower_weight(model: Path, name: str) -> np.ndarray:
+    return next(c.data for c in lower(model).consts if c.name == name)
+
+
+def restore(board: Any, name: str, data: np.ndarray) -> None:
+    """Another value for one tensor in the board's memory."""
+    slot = next(s for s in board.build.state if s.name == name)
+    blob = bytearray(board.save_state())
+    start = STATE_HEADER + slot.offset
+    blob[start : start + data.nbytes] = np.ascontiguousarray(data, slot.dtype).tobytes()
+    blob[-4:] = zlib.crc32(bytes(blob[:-4])).to_bytes(4, "little")
+    assert board.load_state(bytes(blob)) == 0
+
+
+SPARSE = [
+    {"layer": "blocks.3.*", "bias": True},
+    {"layer": "blocks.4.*", "weight": {"in_channels": 0.5, "select": "l2"}, "bias": True},
+    {"layer": "blocks.5.*", "weight": "all", "bias": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("train", "storage", "requantize"),
+    [
+        ("full", "int8_sr", "float"),
+        ("full", "int8_nearest", "fixed"),
+        ("full", "int16_ef", "fixed"),
+        ("full", "fp32", "fixed"),
+        ("bias-only", "int8_sr", "fixed"),
+        ("sparse", "int8_sr", "tflite"),
+        ("sparse", "int8_nearest", "fixed"),
+        ("sparse", "int16_ef", "float"),
+        ("sparse", "fp32", "fixed"),
+    ],
+)
+def test_verify(mcunet: Path, train: str, storage: str, requantize: str) -> None:
+    """The whole way: gradients, the step before rounding, and where the integers of the generated C ended."""
+    rules = SPARSE if train == "sparse" else train
+    scheme = {"train": rules, "optimizer": {"lr": 0.01}, "quantized": {"weight_storage": storage, "requantize": requantize}}
+    proof = tte.compile(mcunet, update_scheme=scheme).verify(steps=3)
+    assert proof["ok"] and proof["loss_error"] < 1e-5
+    for row in proof["tensors"]:
+        assert max(row["gradient_error"], row["weight_error"]) < 1e-5, row
+        assert row["apart"] <= (0.5001 if storage == "int8_nearest" else 1.0001), row
+
+
+def test_verify_without_scaling(mcunet: Path) -> None:
+    scheme = {"train": "full", "optimizer": {"lr": 1000.0}, "quantized": {"qas": False}}
+    proof = tte.compile(mcunet, update_scheme=scheme).verify(steps=3)
+    assert proof["ok"] and any(row["apart"] > 0.1 for row in proof["tensors"])
+
+
+def test_verify_finds_a_wrong_step(mcunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A zero point that is left out of one gradient; a step that is a thousandth too long."""
+    rule = OPS["qnn.dense"].grad
+    forgetful = replace(OPS["qnn.dense"], grad=lambda b, dy, *v, zero_point: rule(b, dy, *v, zero_point=zero_point + 1))
+    with monkeypatch.context() as patch:
+        patch.setitem(OPS, "qnn.dense", forgetful)
+        assert not tte.compile(mcunet, update_scheme="last-layer").verify(steps=1)["ok"]
+    with monkeypatch.context() as patch:
+        patch.setattr("tte.passes.optimizer._integer_factor", lambda *a: 1.001 * factor(*a))
+        assert not tte.compile(mcunet, update_scheme="last-layer").verify(steps=1)["ok"]
+
+
+@pytest.mark.parametrize("storage", ["int8_sr", "int8_nearest", "int16_ef", "fp32"])
+@pytest.mark.parametrize("emulator", ["unicorn", "qemu"])
+def test_every_machine_learns_the_same(mcunet: Path, storage: str, emulator: str) -> None:
+    if emulator == "qemu" and find_qemu() is None:
+        pytest.skip("needs qemu-system-arm")
+    artifact = tte.compile(mcunet, update_scheme={"train": SPARSE, "quantized": {"weight_storage": storage}})
+    x = qdq.inputs(qdq.RECIPES["mcunet"], 4)[:, 0]
+    data = {"x": x, "y": np.arange(4)}
+    here, there = (artifact.run(data, runner=runner) for runner in ("host", emulator))
+    assert here.weights_sha256 == there.weights_sha256
+    assert here.loss == there.loss
+
+
+# --- quantization-aware scaling --------------------------------------------------------------------------------------
+
+
+def test_scaled_steps_are_those_of_the_dequantised_weights(mcunet: Path) -> None:
+    """q - lr g / s before rounding is r - lr g of r = s q, for weights and biases, to one part in a million."""
+    rate = 0.01
+    artifact = tte.compile(mcunet, update_scheme={"train": "full", "optimizer": {"lr": rate}})
+    arrays = [qdq.inputs(qdq.RECIPES["mcunet"], 1)[0], np.asarray([3], np.int32)]
+    graph = artifact.compiled.gradients
+    real = dict(zip((p.name for p in graph.params), evaluate(graph, arrays).outputs[1:], strict=True))
+    for name, step in _steps_before_rounding(artifact, arrays).items():
+        param = next(p for p in graph.params if p.name == name)
+        assert param.type.quant is not None
+        scale = np.asarray(param.type.quant.scale).reshape(-1, *[1] * (param.type.rank - 1))
+        expected = -rate * real[name]
+        assert np.linalg.norm(step * scale - expected) <= 1e-6 * np.linalg.norm(expected) > 0, name
