@@ -253,7 +253,7 @@ def _array(name: str, stored: Const | Param) -> dict[str, Any]:
         assert np.isfinite(flat).all(), f"{stored.name} has values that are not finite"
         items = [_float(float(v)) for v in flat]
     else:
-        items = [str(int(v)) for v in flat]
+        items = [_integer(v, stored.type.dtype, stored.name) for v in flat.tolist()]
     rows = [", ".join(items[i : i + 8]) for i in range(0, len(items), 8)]
     return {
         "name": name,
@@ -271,8 +271,14 @@ def _float(value: float | str) -> str:
     return text + ("" if "." in text or "e" in text else ".0") + "f"
 
 
+def _integer(value: float, dtype: str, name: str) -> str:
+    limits = np.iinfo("uint8" if dtype == "bit" else dtype)
+    assert limits.min <= value <= limits.max and value == int(value), f"{name}: {value} does not fit {CTYPES[dtype]}"
+    return str(int(value))
+
+
 def _literal(value: float, dtype: str) -> str:
-    return _float(value) if dtype == "float32" else str(int(value))
+    return _float(value) if dtype == "float32" else _integer(value, dtype, "a constant in a kernel")
 
 
 def _description(interface: Interface, layout: StateLayout, programs: Sequence[Program]) -> dict[str, Any]:

@@ -182,9 +182,11 @@ def _tensor(type: TensorType) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """An attribute as JSON holds it."""
+    """An attribute as JSON holds it; C prints numbers as Python's, so none may be numpy's, or too large for an int."""
     if isinstance(value, tuple):
         return [_plain(v) for v in value]
+    assert type(value) in (str, int, float, bool), f"an attribute is {value!r}, a {type(value).__name__}"
+    assert not isinstance(value, int) or -(2**31) <= value < 2**31, f"the attribute {value} does not fit int32_t"
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     return value
