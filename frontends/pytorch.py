@@ -45,7 +45,7 @@ def import_module(module: Any, example_inputs: Sequence[Any] | None, name: str) 
     """
     import torch
 
-    _refuse_training_mode(module)
+    refuse_training_mode(module)
     if not example_inputs:
         raise TTEError(
             "TTE-E021",
@@ -140,7 +140,7 @@ def _batch_error(shape: tuple[int, ...]) -> TTEError:
     )
 
 
-def _refuse_training_mode(module: Any) -> None:
+def refuse_training_mode(module: Any) -> None:
     """Dropout and batch norm behave differently in training mode; a module without them may stay in it."""
     import torch
 

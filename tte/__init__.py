@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from tte.analysis import analyze
     from tte.artifact import Artifact, compile
     from tte.errors import TTEError
+    from tte.ptq import quantize
     from tte.scheme import UpdateScheme
     from tte.target import targets
     from tte.weights import load_weights
@@ -20,10 +21,11 @@ _HOMES = {
     "analyze": "tte.analysis",
     "compile": "tte.artifact",
     "load_weights": "tte.weights",
+    "quantize": "tte.ptq",
     "targets": "tte.target",
 }
 
-__all__ = ["Artifact", "TTEError", "UpdateScheme", "analyze", "compile", "load_weights", "ops", "targets"]
+__all__ = ["Artifact", "TTEError", "UpdateScheme", "analyze", "compile", "load_weights", "ops", "quantize", "targets"]
 
 
 def __getattr__(name: str) -> Any:

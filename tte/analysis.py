@@ -88,7 +88,7 @@ def _row(graph: Graph, layer: Layer, passable: set[str]) -> LayerRow:
         trainable=" and ".join(kinds),
         forward=True,
         backward=all(n.output.name in passable for n in nodes),
-        int8=all(w.type.dtype == "int8" for w in weights),
+        int8=all(w.origin is not None and w.origin.quantized is not None for w in weights),
     )
 
 

@@ -108,6 +108,29 @@ def compile_model(
 
 
 @app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="a float .onnx file")],
+    calibration: Annotated[Path, typer.Option(help=".npz with x: (N, ...), typical inputs in the model's own layout")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the int8 .onnx file")],
+    eval_: Annotated[
+        Path | None, typer.Option("--eval", help=".npz with x and y to measure before and after on")
+    ] = None,
+    int8_head: Annotated[bool, typer.Option("--int8-head", help="quantise the last layer too")] = False,
+    json_: Json = False,
+) -> None:
+    """Quantise a float model to int8, after training, from typical inputs (needs onnxruntime)."""
+    import tte
+
+    made = tte.quantize(model, calibration, output, evaluation=eval_, int8_head=int8_head)
+    if json_:
+        return _print_json({k: str(v) if isinstance(v, Path) else v for k, v in vars(made).items()})
+    rows = [("calibrated on", f"{made.samples} samples"), ("stays float", made.head or "nothing")]
+    if made.metric:
+        rows.append((f"{made.metric}, before and after", f"{made.before:.4f} {made.after:.4f}"))
+    _print_table(str(output), ("", ""), rows)
+
+
+@app.command()
 def run(
     build: Annotated[Path, typer.Argument(help="folder written by `tte compile`")],
     data: Annotated[Path, typer.Option(help=".npz with x: (N, ...) in the model's own layout, y: labels or targets")],
