@@ -276,6 +276,14 @@ class UpdateScheme(_Model):
                     fix=f"remove it; plain sgd is {key}: {plain}",
                 )
 
+        if self.quantized.gradients != "float32":
+            raise TTEError(
+                "TTE-E035",
+                f"not available yet: quantized.gradients: {self.quantized.gradients}",
+                where=self.where("quantized", "gradients"),
+                fix="remove it: weights and activations are int8, gradients float32",
+            )
+
     def where(self, *path: str | int) -> str:
         """File, line and place of a value, for error messages."""
         return (self._document or Document("update scheme", None)).where(path)
@@ -458,9 +466,16 @@ def resolve(scheme: UpdateScheme, graph: Graph) -> Resolved:
 
     ``select: l2`` takes the channels whose slice of the weight has the largest L2 norm; the weight as it is compiled,
     so with a folded batch norm in it. A new head learns, unless a rule says otherwise.
-    Raises TTEError: E032 unknown layer, E033 a rule that the layer cannot follow, E034 nothing learns, E035 not
-    available yet, E036 a new head that cannot learn.
+    Raises TTEError: E032 unknown layer, E033 a rule that the layer cannot follow, E034 nothing learns, E035 settings
+    for quantised models only, E036 a new head that cannot learn.
     """
+    if "quantized" in scheme.model_fields_set and not any(n.op.startswith("qnn.") for n in graph.nodes):
+        raise TTEError(
+            "TTE-E035",
+            "the section `quantized` is for quantised models; this one is float32",
+            where=scheme.where("quantized"),
+            fix="remove the section, or give the model as quantised ONNX",
+        )
     layers = find_layers(graph)
     decisions = {layer.name: _Decision() for layer in layers}
     if scheme.head is not None and scheme.head.layer in decisions:
