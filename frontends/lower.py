@@ -452,9 +452,10 @@ def _grid(state: Lowering, call: Any) -> tuple[float, int]:
     kind = _kind(call.args[0].ty if call.op.name.endswith("dequantize") else call.ty)
     require(kind in ("int8", "uint8"), f"{kind} activations; only int8 and uint8")
     require(scale.size == 1 and zero.size == 1, "activations with a scale per channel; quantise them per tensor")
-    value = float(np.float32(scale.item()))
+    value, start = float(np.float32(scale.item())), 128 if kind == "uint8" else 0
     require(0 < value < math.inf, f"the scale {value}")
-    return value, int(zero.item()) - (128 if kind == "uint8" else 0)
+    require(-128 <= zero.item() - start <= 127, f"the zero point {zero.item()} is no {kind}")
+    return value, int(zero.item()) - start
 
 
 def _kind(type: Any) -> str:

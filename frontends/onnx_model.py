@@ -79,6 +79,7 @@ def import_onnx_model(given: Any, name: str) -> Graph:
         _fold(model)
         _resolve_padding(model)
         refuse_unsupported(_unsupported(model))
+        _check_quantization(model)
         named = _named(model)
     for tensor, array in named.items():
         refuse_nonfinite(array, tensor)
@@ -98,8 +99,9 @@ def layer_of(node: Any, named: Mapping[str, str] = NOTHING, scopes: frozenset[st
     named: tensors -> the weights with the user's names; scopes: all module paths in node names
     """
     for tensor in node.input:
-        if tensor in named and "." in tensor and not tensor.startswith("onnx::"):
-            return named[tensor].rpartition(".")[0]
+        weight = named.get(tensor, "")
+        if "." in weight and not weight.startswith("onnx::"):
+            return weight.rpartition(".")[0]
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
             modules = re.findall(r"'([^']*)'", entry.value)
@@ -414,6 +416,54 @@ def _unsupported(model: Any) -> list[Unsupported]:
                 Unsupported(layer_of(node, {name: name for name in constants}), node.op_type, f"({operands})", why)
             )
     return found
+
+
+def _check_quantization(model: Any) -> None:
+    """What tte asks of the scales and zero points of a quantised model. Raises TTEError TTE-E080, naming the tensor."""
+    import onnx
+
+    constants = {t.name: t for t in model.graph.initializer}
+    grids: dict[str, tuple[float, int]] = {}
+
+    def refuse(what: str, tensor: str, fix: str) -> TTEError:
+        return TTEError("TTE-E080", f"quantisation that tte does not compute: {what}", where=tensor, fix=fix)
+
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        tensor = node.input[0]
+        stored = node.op_type == "DequantizeLinear" and tensor in constants
+        given = [name for name in node.input[1:] if name]
+        if any(name not in constants for name in given):
+            raise refuse("a scale or zero point that the model computes", tensor, "quantise statically")
+        scale, *zeros = (onnx.numpy_helper.to_array(constants[name]) for name in given)
+        types = [zeros[0].dtype] if zeros else []
+        kind = constants[tensor].data_type if stored else _attribute(node, "output_dtype", 0)
+        types += [onnx.helper.tensor_dtype_to_np_dtype(kind)] if kind else []
+        dtype = str(types[0]) if types else "uint8"
+        zero = zeros[0] if zeros else np.zeros(1, np.int8)
+        if _attribute(node, "block_size", 0):
+            raise refuse("scales per block", tensor, "quantise per channel or per tensor")
+        if not (np.isfinite(scale) & (scale > 0)).all():
+            wrong = scale[~(np.isfinite(scale) & (scale > 0))].reshape(-1)[0]
+            raise refuse(f"the scale {wrong:g}; scales are above 0 and finite", tensor, "calibrate again")
+        if stored:
+            if dtype not in ("int8", "int32"):
+                raise refuse(f"weights of {dtype}", tensor, "quantise weights to int8, biases to int32")
+            if zero.any():
+                what = f"asymmetric weights, with zero point {zero.reshape(-1)[np.flatnonzero(zero)[0]]}"
+                raise refuse(what, tensor, "quantise weights symmetrically, with zero point 0")
+            continue
+        if dtype not in ("int8", "uint8"):
+            raise refuse(f"activations of {dtype}", tensor, "quantise activations to int8 or uint8")
+        if scale.size > 1 or zero.size > 1:
+            raise refuse("activations with a scale per channel", tensor, "quantise activations per tensor")
+        grid = (float(scale.item()), int(zero.item()))
+        if node.op_type == "QuantizeLinear":
+            grids[node.output[0]] = grid
+        elif grids.get(tensor, grid) != grid:
+            what = f"quantised with scale and zero point {grids[tensor]}, but dequantised with {grid}"
+            raise refuse(what, tensor, "export the model again")
 
 
 def _scales(node: Any, constants: Any) -> Any:

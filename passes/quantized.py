@@ -1,5 +1,6 @@
 """Integers in place of floats that are rounded to integers anyway: a quantised model as the device computes it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -52,6 +53,24 @@ def lower_qdq(graph: Graph, settings: Settings) -> Graph:
         outputs=tuple(state.env.get(v.name, v) for v in graph.outputs),
     )
     return eliminate_dead_code(lowered)  # the float form of an island reads weights that are integers now
+
+
+def find_float_layers(graph: Graph) -> list[str]:
+    """Notes on layers whose weights are int8 in the model, but which no island holds: they compute in float32."""
+    stored = {
+        v.name: v for v in (*graph.params, *graph.consts) if v.origin is not None and v.origin.quantized is not None
+    }
+    pieces = {n.output.name: n.inputs for n in graph.nodes if n.op == "concatenate"}
+    layers = [
+        node.layer
+        for node in graph.nodes
+        if node.op in ("nn.conv2d", "nn.dense", "nn.conv2d_transpose", "matmul")
+        and any(v.name in stored for w in node.inputs[1:] for v in pieces.get(w.name, (w,)))
+    ]
+    return [
+        f"{layer}: computes in float32, though its weights are int8: its input or its result is not quantised"
+        for layer in dict.fromkeys(layers)
+    ]
 
 
 def keep_saturation_masks(graph: Graph) -> Graph:
@@ -208,7 +227,7 @@ class _State:
     def quantized(self, x: Value, target: "_Target", zero_first: bool = False) -> Value:
         return self.call("qnn.quantize", x, **target.attrs, unsigned=target.unsigned, zero_first=zero_first)
 
-    def averaged(self, sums: str, x: Value, attrs: dict[str, object], count: int, target: "_Target") -> Value:
+    def averaged(self, sums: str, x: Value, attrs: Mapping[str, object], count: int, target: "_Target") -> Value:
         """Means of ``count`` elements each; ``sums``: the operator that adds them up."""
         if self.settings.requantize == "tflite" and (_scale(x), _zero(x)) == (target.scale, target.zero_point):
             acc = self.call(sums, x, **attrs)
@@ -275,7 +294,7 @@ class _State:
         if integers.min(initial=0) < LOW or integers.max(initial=0) > HIGH:
             raise _refuse("weights beyond int8", value.name, "quantise weights to int8")
         learns = isinstance(value, Param)
-        data = integers.astype(np.int8)
+        data: np.ndarray = integers.astype(np.int8)
         if fraction or (learns and storage == "int16_ef"):
             data = integers.astype(np.int16) * 256 + 128
         elif learns and storage == "fp32":
@@ -330,7 +349,7 @@ class _Target:
     @staticmethod
     def of(node: Node) -> "_Target":
         a = node.attrs
-        low, high, unsigned = int(a["low"]), int(a["high"]), bool(a["unsigned"])  # type: ignore[call-overload]
+        low, high, unsigned = int(a["low"]), int(a["high"]), bool(a["unsigned"])  # type: ignore[arg-type]
         return _Target(float(a["scale"]), int(a["zero_point"]), low, high, unsigned)  # type: ignore[arg-type]
 
     @property

@@ -176,3 +176,96 @@ def test_fixed_point_differs_from_exact_rounding_in_fewer_than_one_of_1e5() -> N
         outputs += acc.size
         wrong += int((ours != exact).sum())
     assert outputs == 10**6 and wrong < outputs * 1e-5, wrong
+
+
+# --- models whose quantisation is refused -----------------------------------------------------------------------------
+
+
+def conv_model(**changes: Any) -> onnx.ModelProto:
+    """x -> Q -> DQ -> conv (weights and bias dequantised) -> Q -> DQ; ``changes`` replace tensors or drop nodes."""
+    rng = np.random.default_rng(0)
+    tensors: dict[str, np.ndarray] = {
+        "x_scale": np.float32(0.02), "x_zero": np.int8(3), "y_scale": np.float32(0.05), "y_zero": np.int8(-4),
+        "conv.weight": rng.integers(-127, 128, (4, 2, 3, 3)).astype(np.int8), "w_scale": np.full(4, 0.01, np.float32),
+        "w_zero": np.zeros(4, np.int8), "conv.bias": rng.integers(-99, 99, 4).astype(np.int32),
+        "b_scale": np.full(4, 0.0002, np.float32), "b_zero": np.zeros(4, np.int32),
+    }  # fmt: skip
+    dropped = changes.pop("without", ())
+    tensors |= {"z_scale": tensors["y_scale"], "z_zero": tensors["y_zero"]} | changes
+    nodes = [
+        ("QuantizeLinear", ["x", "x_scale", "x_zero"], "x_q", {}),
+        ("DequantizeLinear", ["x_q", "x_scale", "x_zero"], "x_d", {}),
+        ("DequantizeLinear", ["conv.weight", "w_scale", "w_zero"], "w_d", {"axis": 0}),
+        ("DequantizeLinear", ["conv.bias", "b_scale", "b_zero"], "b_d", {"axis": 0}),
+        ("Conv", ["x_d", "w_d", "b_d"], "y", {"pads": [1, 1, 1, 1]}),
+        ("QuantizeLinear", ["y", "y_scale", "y_zero"], "y_q", {}),
+        ("DequantizeLinear", ["y_q", "z_scale", "z_zero"], "out", {}),
+    ]
+    made, renamed = [], {}
+    for op, inputs, output, attrs in nodes:
+        if output in dropped:
+            renamed[output] = renamed.get(inputs[0], inputs[0])
+            continue
+        made.append(helper.make_node(op, [renamed.get(i, i) for i in inputs], [output], **attrs))
+    result = renamed.get("out", "out")
+    graph = helper.make_graph(
+        made,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 2, 5, 5))],
+        [helper.make_tensor_value_info(result, TensorProto.FLOAT, (1, 4, 5, 5))],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in tensors.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def test_the_model_itself_is_computed_in_integers() -> None:
+    assert float_operators(integers(conv_model())) == set()
+
+
+W, F = np.zeros((4, 2, 3, 3)), np.float32
+REFUSED = {
+    "asymmetric weights": ({"w_zero": np.asarray([0, 5, 0, 0], np.int8)}, "conv.weight", "asymmetric weights, with zero point 5"),
+    "uint8 weights": ({"conv.weight": W.astype(np.uint8), "w_zero": np.zeros(4, np.uint8)}, "conv.weight", "weights of uint8"),
+    "int16 weights": ({"conv.weight": W.astype(np.int16), "w_zero": np.zeros(4, np.int16)}, "conv.weight", "weights of int16"),
+    "int16 activations": ({"x_zero": np.int16(3)}, "x", "activations of int16"),
+    "int8 in, uint16 out": ({"y_zero": np.uint16(3), "z_zero": np.uint16(3)}, "y", "activations of uint16"),
+    "scale per channel": ({"x_scale": np.full(2, 0.1, F), "x_zero": np.zeros(2, np.int8)}, "x", "activations with a scale per channel"),
+    "scale of zero": ({"x_scale": F(0)}, "x", "the scale 0; scales are above 0"),
+    "negative scale": ({"y_scale": F(-0.1)}, "y", "the scale -0.1"),
+    "scale that is NaN": ({"w_scale": np.asarray([1, np.nan, 1, 1], F)}, "conv.weight", "the scale nan"),
+    "infinite scale": ({"b_scale": np.asarray([1, 1, np.inf, 1], F)}, "conv.bias", "the scale inf"),
+    "pairs that disagree": ({"z_scale": F(0.1)}, "y_q", "dequantised with"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_quantisation_that_is_not_computed_is_refused(name: str) -> None:
+    changes, tensor, message = REFUSED[name]
+    with pytest.raises(tte.TTEError) as problem:
+        tte.compile(conv_model(**changes), update_scheme="bias-only")
+    assert (problem.value.code, problem.value.where) == ("TTE-E080", tensor)
+    assert message in problem.value.what
+
+
+@pytest.mark.parametrize("dropped", [("x_q", "x_d"), ("y_q", "out")])
+def test_without_a_pair_the_layer_stays_float_and_a_note_says_so(dropped: tuple[str, str]) -> None:
+    model = conv_model(without=dropped)
+    artifact = tte.compile(model, update_scheme={"loss": "mse", "train": [{"layer": "conv", "bias": True}]})
+    assert [n for n in artifact.compiled.notes if n.startswith("conv: computes in float32")]
+    x = np.random.default_rng(1).standard_normal((1, 2, 5, 5)).astype(np.float32)
+    ours, theirs = artifact.host().infer(x[0]), session(model.SerializeToString())(x)[0]
+    np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, rtol=0, atol=1e-5 if "out" in dropped else 0.0501)
+
+
+def test_no_note_where_everything_is_in_integers() -> None:
+    scheme = {"loss": "mse", "train": [{"layer": "conv", "bias": True}]}
+    assert not tte.compile(conv_model(), update_scheme=scheme).compiled.notes
+
+
+def test_a_scale_that_integers_cannot_hold_is_refused() -> None:
+    scheme = {"loss": "mse", "train": [{"layer": "conv", "bias": True}]}
+    model = conv_model(y_scale=np.float32(1e-7), z_scale=np.float32(1e-7))
+    with pytest.raises(tte.TTEError, match="times finer than that of the sums") as problem:
+        tte.compile(model, update_scheme=scheme)
+    assert (problem.value.code, problem.value.where) == ("TTE-E080", "conv")
+    tte.compile(model, update_scheme=scheme | {"quantized": {"requantize": "float"}})

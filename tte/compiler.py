@@ -26,7 +26,7 @@ from tte.passes.io import apply_input_format, own_layout
 from tte.passes.layout import to_nhwc
 from tte.passes.loss import append_loss
 from tte.passes.optimizer import attach_sgd
-from tte.passes.quantized import Settings, keep_saturation_masks, lower_qdq
+from tte.passes.quantized import Settings, find_float_layers, keep_saturation_masks, lower_qdq
 from tte.passes.reorder import reorder
 from tte.passes.select_updates import select_updates
 from tte.passes.simplify import eliminate_common_subexpressions, eliminate_dead_code, fold_constants
@@ -143,6 +143,7 @@ def compile_graphs(
     forward = verify(select_updates(verify(forward), resolved))
     quantized = Settings(scheme.quantized.requantize, scheme.quantized.weight_storage)
     forward = verify(lower_qdq(forward, quantized))
+    notes = [*notes, *find_float_layers(forward)]
     pipeline.write(forward, "2-forward")
     with_loss = verify(append_loss(forward, scheme.loss, scheme.io.target == "input"))
     differentiated = verify(differentiate(keep_saturation_masks(with_loss), scheme.optimizer.clip_loss_grad))
