@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: s
     updates = []
     for param, gradient in zip(graph.params, graph.outputs[1:], strict=True):
         reader = readers[param.name]
-        attrs: dict[str, object] = {"layer": reader.layer}
+        attrs: dict[str, Any] = {"layer": reader.layer}
         if param.type.quant is not None:
             factor, gradient = _fold_factor(_integer_factor(param, reader, qas), gradient, producer)
             const = builder.const(factor.astype(np.float32))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import qas
 import qdq
 import torch
 import torch.nn.functional as F
@@ -508,7 +509,9 @@ def test_permuted_prefix_is_the_mask_by_magnitude(mcunet: Path, storage: str) ->
     settings = {"optimizer": {"lr": 0.02}, "quantized": {"weight_storage": storage}}
     rules = {"in part": {"in_channels": 0.5, "select": "l2"}, "whole": "all"}
     made = {
-        kind: tte.compile(mcunet, update_scheme={"train": [{"layer": split, "weight": w, "bias": True}, *rest], **settings})
+        kind: tte.compile(
+            mcunet, update_scheme={"train": [{"layer": split, "weight": w, "bias": True}, *rest], **settings}
+        )
         for kind, w in rules.items()
     }
     boards = {kind: artifact.host() for kind, artifact in made.items()}
@@ -574,12 +577,25 @@ SPARSE = [
 def test_verify(mcunet: Path, train: str, storage: str, requantize: str) -> None:
     """The whole way: gradients, the step before rounding, and where the integers of the generated C ended."""
     rules = SPARSE if train == "sparse" else train
-    scheme = {"train": rules, "optimizer": {"lr": 0.01}, "quantized": {"weight_storage": storage, "requantize": requantize}}
+    scheme = {
+        "train": rules,
+        "optimizer": {"lr": 0.01},
+        "quantized": {"weight_storage": storage, "requantize": requantize},
+    }
     proof = tte.compile(mcunet, update_scheme=scheme).verify(steps=3)
     assert proof["ok"] and proof["loss_error"] < 1e-5
     for row in proof["tensors"]:
         assert max(row["gradient_error"], row["weight_error"]) < 1e-5, row
         assert row["apart"] <= (0.5001 if storage == "int8_nearest" else 1.0001), row
+
+
+@pytest.mark.parametrize("file", ["int8.onnx", "float.onnx"])
+def test_verify_with_a_new_head_and_an_input_format(mcunet: Path, file: str) -> None:
+    """The oracle reads the new head behind the passes that know the input's format: it is applied once."""
+    given = {"dtype": "uint8", "layout": "nhwc", "mean": [127.5], "std": [60.0]}
+    head = {"layer": "classifier", "classes": 5, "init": "zero"}
+    scheme = {"train": "last-k:3", "io": {"input": given}, "head": head}
+    assert tte.compile(mcunet.with_name(file), update_scheme=scheme).verify(steps=3)["ok"]
 
 
 def test_verify_without_scaling(mcunet: Path) -> None:
@@ -629,3 +645,13 @@ def test_scaled_steps_are_those_of_the_dequantised_weights(mcunet: Path) -> None
         scale = np.asarray(param.type.quant.scale).reshape(-1, *[1] * (param.type.rank - 1))
         expected = -rate * real[name]
         assert np.linalg.norm(step * scale - expected) <= 1e-6 * np.linalg.norm(expected) > 0, name
+
+
+def test_scaled_gradients_have_the_ratio_of_the_float_network(mcunet: Path) -> None:
+    """log10 of weights over steps, per tensor: the two curves coincide with scaling, and are far apart without."""
+    xs = qdq.inputs(qdq.RECIPES["mcunet"], 24)
+    curves = qas.measure(lower(mcunet), [[x, np.asarray([i % 10], np.int32)] for i, x in enumerate(xs)])
+    reference = curves.pop("float")
+    largest = {k: max(abs(v - reference[n]) for n, v in curve.items()) for k, curve in curves.items()}
+    assert len(reference) == 40
+    assert largest["int8, scaled gradients"] < 0.1 and largest["int8"] > 5

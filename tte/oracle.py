@@ -178,7 +178,8 @@ def run_integers(graph: Graph, originals: Mapping[str, np.ndarray], fraction: bo
 
 def _decide(graph: Graph, x: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Of every value that is rounded and clamped: its integers, and where nothing was clamped."""
-    nodes, outputs = [], []
+    nodes: list[Node] = []
+    outputs: list[Value] = []
     for node in graph.nodes:
         if "mask" in node.attrs:
             inside = Value(f"{node.output.name}.inside", TensorType(node.output.type.shape, "bit"))
@@ -200,7 +201,8 @@ def _worth(node: Node) -> np.ndarray:
         return scale * (node.output.type.size / node.inputs[0].type.size)
     weight = node.inputs[1].type.quant
     assert weight is not None
-    return scale * np.asarray(weight.scale)
+    product: np.ndarray = scale * np.asarray(weight.scale)
+    return product
 
 
 def prepare_input(x: np.ndarray, format: InputFormat) -> np.ndarray:

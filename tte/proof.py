@@ -14,6 +14,7 @@ from tte.passes.optimizer import DEAD, attach_sgd
 from tte.passes.quantized import Settings, lower_qdq
 from tte.runner.board import require_ok, unpack_state
 from tte.runner.train import Data, check_data, load_data
+from tte.scheme import InputFormat
 from tte.weights import export_weights
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def prove(artifact: "Artifact", steps: int, data: Any, tolerance: float) -> dict
     and none may ever be further than one from where the oracle's step, not rounded, ends ("apart", the largest such
     distance; "different": how many integers, of all steps, the oracle's own gradient would have rounded elsewhere).
     """
-    compiled, build = artifact.compiled, artifact.build
+    compiled, build, scheme = artifact.compiled, artifact.build, artifact.scheme
     if data is None:
         samples = _make_up(artifact, steps)
     else:
@@ -44,16 +45,18 @@ def prove(artifact: "Artifact", steps: int, data: Any, tolerance: float) -> dict
     ends_in_softmax = last is not None and last.op == "nn.softmax"
     if any(node.op.startswith("qnn.") for node in compiled.forward.nodes):
         return _prove_integers(artifact, pairs, params, ends_in_softmax, tolerance)
+    # A new head is only there after the passes that prepare the model for it, and its input; see ``_open``.
+    format = InputFormat() if artifact.module is None and scheme.head is not None else scheme.io.input
     forward, tensors = _open(artifact)
     _insert_new_layers(params, tensors, compiled.originals)
     theirs = follow(
         forward,
         tensors,
         _masks(params),
-        artifact.scheme.loss,
-        rate=artifact.scheme.optimizer.lr,
+        scheme.loss,
+        rate=scheme.optimizer.lr,
         clip=artifact.scheme.optimizer.clip_loss_grad,
-        samples=[(prepare_input(x, artifact.scheme.io.input), y) for x, y in pairs],
+        samples=[(prepare_input(x, format), y) for x, y in pairs],
         ends_in_softmax=ends_in_softmax,
     )
     gradients = _user_gradients(compiled.gradients, pairs[0])
@@ -214,7 +217,6 @@ def _open(artifact: "Artifact") -> tuple[Forward, dict[str, np.ndarray]]:
     compiled = artifact.compiled
     if artifact.module is not None:
         return run_module(artifact.module)
-    # A new head is only there after the passes that prepare the model for it.
     return run_graph(compiled.imported if artifact.scheme.head is None else compiled.source, compiled.originals)
 
 

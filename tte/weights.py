@@ -61,7 +61,8 @@ def _as_read(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
     if stored.dtype == np.int16:
         return stored >> 8
     if stored.dtype == np.float32 and (scale == 1).all():
-        return np.clip(np.rint(stored), -128, 127)
+        rounded: np.ndarray = np.clip(np.rint(stored), -128, 127)
+        return rounded
     return stored
 
 
