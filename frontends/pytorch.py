@@ -11,7 +11,7 @@ import numpy as np
 
 from tte.errors import TTEError
 from tte.frontends.lower import Imported, Refused, Unsupported, Weight, lower, refuse_nonfinite, refuse_unsupported
-from tte.frontends.relax import GIVEN, constant_index, import_exported_program
+from tte.frontends.relax import GIVEN, constant_index, import_exported_program, quantized_grid
 from tte.ir import Graph
 
 # ATen operators that go all the way through. Others are decomposed by PyTorch, and refused if that does not help.
@@ -34,6 +34,7 @@ SUPPORTED = frozenset(
     squeeze.default squeeze.dim squeeze.dims unsqueeze.default expand.default expand_as.default contiguous.default
     clone.default alias.default detach.default to.dtype getitem sym_size.int _assert_tensor_metadata.default
     lift_fresh_copy.default index.Tensor
+    quantize_per_tensor.default dequantize_per_tensor.default dequantize_per_channel.default
     """.split()
 )
 
@@ -83,6 +84,9 @@ def read_program(path: Path) -> Any:
 
     if not path.is_file():
         raise TTEError("TTE-E020", "there is no such file", where=str(path), fix="check the path")
+    # Programs of PT2E quantisation use operators that are known when this module has been imported.
+    import torch.ao.quantization.fx._decomposed  # noqa: F401
+
     try:
         with _quiet():
             return torch.export.load(path)
@@ -109,10 +113,11 @@ def import_program(program: Any, name: str) -> Graph:
     refuse_unsupported(_unsupported(program))
     tensors = dict(program.state_dict) | dict(program.constants)
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
+    integers = _integer_weights(program)
     weights = {
-        variable: Weight(target, _array(tensors[target], target))
+        variable: Weight(integers.get(variable, target), _array(tensors[target], target))
         for variable, target in targets.items()
-        if target in tensors and tensors[target].is_floating_point()
+        if target in tensors and (tensors[target].is_floating_point() or variable in integers)
     }
     function, layers = import_exported_program(program, module_path)
     return lower(Imported(function, GIVEN + program.graph_signature.user_inputs[0], weights, layers), name)
@@ -125,7 +130,19 @@ def module_path(node: Any) -> str:
     return str(path).removeprefix("L['self']").lstrip(".").split("@")[0]
 
 
+def _integer_weights(program: Any) -> dict[str, str]:
+    """Variable -> the user's name, of weights that were quantised and folded (PT2E): "conv1.weight" of its module."""
+    names = {}
+    for node in program.graph.nodes:
+        if _name(node).startswith("dequantize") and node.args[0].op == "placeholder":
+            reader = next(iter(node.users), node)
+            names[node.args[0].name] = f"{module_path(reader)}.weight".lstrip(".")
+    return names
+
+
 def _array(tensor: Any, name: str) -> np.ndarray:
+    if not tensor.is_floating_point():
+        return np.asarray(tensor.detach().cpu().numpy())
     array = np.asarray(tensor.detach().cpu().float().numpy())
     refuse_nonfinite(array, name)
     return array
@@ -239,9 +256,10 @@ def _unsupported(program: Any) -> list[Unsupported]:
         if _name(node) == "adaptive_max_pool2d.default":
             indices = [u for u in node.users if u.args[1:] == (1,) and u.users]
             why = "its indices are used" if indices else "only to (1, 1)" if list(node.args[1]) != [1, 1] else ""
-        if _name(node) == "index.Tensor":
+        check = quantized_grid if "quantize_per_" in _name(node) else constant_index
+        if _name(node) == "index.Tensor" or check is quantized_grid:
             try:
-                constant_index(program, node)
+                check(program, node)
             except Refused as problem:
                 why = str(problem)
         if _name(node) == "upsample_bilinear2d.vec" and node.args[3] and not node.args[2]:

@@ -63,6 +63,9 @@ def import_exported_program(program: Any, path: Callable[[Any], str]) -> tuple[A
                 "index.Tensor": self.index,
                 "upsample_nearest2d.vec": self.resize,
                 "upsample_bilinear2d.vec": self.resize,
+                "quantize_per_tensor.default": self.quantize,
+                "dequantize_per_tensor.default": self.dequantize,
+                "dequantize_per_channel.default": self.dequantize,
                 "square.default": lambda n: self.emit("multiply", self.env[n.args[0]], self.env[n.args[0]]),
             }
             table = super().create_convert_map() | own
@@ -131,6 +134,19 @@ def import_exported_program(program: Any, path: Callable[[Any], str]) -> tuple[A
             axis, numbers = constant_index(program, node)
             return self.emit("take", self.env[node.args[0]], relax.const(numbers), axis=axis)
 
+        def quantize(self, node: Any) -> Any:
+            scale, zero = quantized_grid(program, node)
+            dtype = str(node.args[-1]).removeprefix("torch.")
+            return self.emit(
+                "quantize", self.env[node.args[0]], relax.const(scale), relax.const(zero.astype(dtype)), out_dtype=dtype
+            )
+
+        def dequantize(self, node: Any) -> Any:
+            scale, zero = quantized_grid(program, node)
+            x = self.env[node.args[0]]
+            constants = relax.const(scale), relax.const(zero.astype(str(x.ty.dtype).strip("'\"")))
+            return self.emit("dequantize", x, *constants, axis=node.args[3] if scale.ndim else -1)
+
         def adaptive_max_pool(self, node: Any) -> Any:
             if list(node.args[1]) != [1, 1]:
                 raise ValueError(f"adaptive max pooling to {list(node.args[1])}: only (1, 1) is supported")
@@ -177,6 +193,32 @@ def constant_index(program: Any, node: Any) -> tuple[int, np.ndarray]:
     if tensor is None or tensor.ndim != 1 or tensor.is_floating_point() or str(tensor.dtype) == "torch.bool":
         raise Refused("only with one constant list of numbers")
     return axis, tensor.detach().cpu().numpy().astype(np.int64)
+
+
+def quantized_grid(program: Any, node: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, zero point) of a node of PyTorch's decomposed quantisation. Raises Refused."""
+    values = [stored_tensor(program, a) if hasattr(a, "op") else np.asarray(a) for a in node.args[1:3]]
+    if any(v is None for v in values):
+        raise Refused("a scale or zero point that the model computes")
+    low, high, dtype = node.args[-3], node.args[-2], str(node.args[-1]).removeprefix("torch.")
+    limits = {"int8": (-128, 127), "uint8": (0, 255), "int16": (-(2**15), 2**15 - 1), "int32": (-(2**31), 2**31 - 1)}
+    if dtype not in limits:
+        raise Refused(f"{dtype} values")
+    if node.target.__name__.startswith("quantize") and (low, high) != limits[dtype]:
+        raise Refused(f"activations limited to {low} to {high}; give {dtype} its whole range")
+    scale, zero = (np.asarray(v) for v in values)
+    if not ((zero >= limits[dtype][0]) & (zero <= limits[dtype][1])).all():
+        raise Refused(f"the zero point {zero.reshape(-1)[0]} is no {dtype}")
+    if not (np.isfinite(scale) & (scale > 0)).all():
+        raise Refused(f"the scale {scale.reshape(-1)[0]}; scales are above 0 and finite")
+    return scale.astype(np.float32), zero
+
+
+def stored_tensor(program: Any, node: Any) -> np.ndarray | None:
+    """The parameter, buffer or constant that a placeholder of an exported program stands for."""
+    targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
+    tensor = (dict(program.state_dict) | dict(program.constants)).get(targets.get(node.name, ""))
+    return None if tensor is None else np.asarray(tensor.detach().cpu().numpy())
 
 
 def import_onnx(model: Any, named: Mapping[str, np.ndarray], layer: Callable[[Any], str]) -> tuple[Any, dict[str, str]]:
