@@ -57,9 +57,8 @@ def lower_qdq(graph: Graph, settings: Settings) -> Graph:
 
 def find_float_layers(graph: Graph) -> list[str]:
     """Notes on layers whose weights are int8 in the model, but which no island holds: they compute in float32."""
-    stored = {
-        v.name: v for v in (*graph.params, *graph.consts) if v.origin is not None and v.origin.quantized is not None
-    }
+    weights: list[Param | Const] = [*graph.params, *graph.consts]
+    stored = {v.name for v in weights if v.origin is not None and v.origin.quantized is not None}
     pieces = {n.output.name: n.inputs for n in graph.nodes if n.op == "concatenate"}
     layers = [
         node.layer
@@ -327,13 +326,14 @@ class _State:
 def fixed_scale(real: np.ndarray) -> tuple[np.ndarray, int]:
     """(multiplier, shift): real = multiplier / 2^(32 - shift), for reals below 128.
 
-    With 22 bits fewer than 1e-5 of int8 results are off by one. A negative shift costs an instruction: where channels of
-    living scales have those bits without it, there is none.
+    With 22 bits fewer than 1e-5 of int8 results are off by one. A negative shift costs an instruction: there is none
+    where all channels, but for those 4096 times finer than the coarsest, have those bits without it.
     """
     shift = int(np.clip(np.ceil(np.log2(real.max() * 2 + 2**-40)), -16, 8))
     if real[real > real.max() * 2**-12].min() >= 2**-10:
         shift = max(shift, 0)
-    return np.rint(real * 2.0 ** (32 - shift)).clip(0, 2**31 - 1).astype(np.int32), shift
+    multiplier: np.ndarray = np.rint(real * 2.0 ** (32 - shift)).clip(0, 2**31 - 1).astype(np.int32)
+    return multiplier, shift
 
 
 @dataclass(frozen=True)
@@ -396,7 +396,8 @@ def _channel_grid(value: Param | Const) -> list[float]:
 
 def _integers(value: Param | Const) -> np.ndarray:
     assert value.origin is not None and value.origin.quantized is not None
-    return value.origin.quantized.reshape(-1)[value.origin.index]
+    integers: np.ndarray = value.origin.quantized.reshape(-1)[value.origin.index]
+    return integers
 
 
 def _store(value: Param | Const, data: np.ndarray, quant: Quant) -> Param | Const:

@@ -217,18 +217,21 @@ def scale_to_int8(
     """
     if multiplier.dtype == np.float32:
         product = acc.astype(np.float32) * multiplier
-        return np.rint(np.clip(product, -(2.0**20), 2.0**20)).astype(np.int64)
+        rounded: np.ndarray = np.rint(np.clip(product, -(2.0**20), 2.0**20)).astype(np.int64)
+        return rounded
     left = np.maximum(np.int64(shift) if exponent is None else exponent.astype(np.int64), 0)
     limit = (2**31 - 1) >> left  # what the shift would push out of range is far beyond the limits of int8
     wide = np.clip(acc.astype(np.int64), -limit, limit) << left
     product = wide * multiplier.astype(np.int64)
     if exponent is None:
         bits = 32 - min(shift, 0)
-        return (product + (1 << (bits - 1)) - (average & (wide < 0))) >> bits
+        single: np.ndarray = (product + (1 << (bits - 1)) - (average & (wide < 0))) >> bits
+        return single
     high = (product + (1 << 30)) >> 31
     right = np.maximum(-exponent.astype(np.int64), 0)
     mask = (np.int64(1) << right) - 1
-    return (high >> right) + ((high & mask) > (mask >> 1) + (high < 0))
+    double: np.ndarray = (high >> right) + ((high & mask) > (mask >> 1) + (high < 0))
+    return double
 
 
 def tflite_scale(real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -350,10 +353,10 @@ def fused_multiply_add(x: Any, y: Any, z: Any) -> Any:
 
 def _add_ref(a, b, *, a_scale, a_zero, b_scale, b_zero, scale, zero_point, low, high, bits, unsigned, tflite, mask):  # type: ignore[no-untyped-def]
     if tflite:
-        *terms, last = (tuple(map(np.asarray, t)) for t in tflite_terms(a_scale, b_scale, scale))
-        parts = ((x.astype(np.int64) - z) << 20 for x, z in ((a, a_zero), (b, b_zero)))
-        total = sum(scale_to_int8(x, m, e) for x, (m, e) in zip(parts, terms, strict=True))
-        v = scale_to_int8(np.asarray(total), *last) + zero_point
+        of_a, of_b, of_sum = ([np.asarray(n) for n in term] for term in tflite_terms(a_scale, b_scale, scale))
+        wide_a, wide_b = (x.astype(np.int64) - z << 20 for x, z in ((a, a_zero), (b, b_zero)))
+        total = scale_to_int8(wide_a, of_a[0], of_a[1]) + scale_to_int8(wide_b, of_b[0], of_b[1])
+        v = scale_to_int8(total, of_sum[0], of_sum[1]) + zero_point
     elif bits == 0:
         ra, rb, c, offset = add_terms(a_scale, a_zero, b_scale, b_zero, scale, zero_point, unsigned)
         wa, wb = (v.astype(np.float64) + offset for v in (a, b))
