@@ -28,7 +28,7 @@ from tte.passes.optimizer import _integer_factor as factor
 from tte.passes.quantized import Settings, keep_saturation_masks, lower_qdq
 from tte.passes.select_updates import select_updates
 from tte.passes.simplify import eliminate_dead_code
-from tte.proof import _steps_before_rounding
+from tte.proof_int8 import _steps_before_rounding
 from tte.runner.board import STATE_HEADER, unpack_state
 from tte.runner.qemu import find_qemu
 from tte.scheme import UpdateScheme, find_layers, resolve
