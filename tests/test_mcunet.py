@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from data import load_pictures
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import tte
 from tte.compiler import lower
@@ -144,6 +144,46 @@ def test_new_head_answers_zero_and_learns(published: Any, pictures: np.ndarray) 
     np.testing.assert_array_equal(host.infer(x[0]).reshape(-1), np.zeros(5))
     losses = artifact.run({"x": x[:8], "y": np.arange(8) % 5}, runner="host", epochs=8).loss
     assert np.mean(losses[-8:]) < 0.7 * np.log(5) == pytest.approx(0.7 * losses[0])
+
+
+def test_generated_c_agrees_with_the_references(published: Any, pictures: np.ndarray) -> None:
+    """With a head that is not zero: one integer that differs on the way moves the answers by much more than allowed."""
+    _, _, model = published
+    head = next(t for t in model.graph.initializer if t.name == "classifier.weight")
+    drawn = np.random.default_rng(0).standard_normal(tuple(head.dims)).astype(np.float32)
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    changed.graph.initializer.remove(head)
+    changed.graph.initializer.append(numpy_helper.from_array(drawn, head.name))
+    for mode in ("fixed", "float"):
+        host = tte.compile(changed, update_scheme={"train": "last-layer", "quantized": {"requantize": mode}}).host()
+        graph = lower_qdq(lower(changed), Settings(mode))
+        for picture in pictures[:5]:
+            x = picture * np.float32(example.INPUT_SCALE)
+            expected = evaluate(graph, [x[None]]).outputs[0]
+            np.testing.assert_allclose(host.infer(x), expected, rtol=0, atol=1e-4)
+
+
+def test_pictures_of_a_folder_are_what_the_models_saw(pack: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from PIL import Image
+
+    reference = load(pack / "reference" / "packlib.py")
+    for label, shape in (("daisy", (150, 227)), ("tulip", (300, 227))):
+        (tmp_path / "flowers" / label).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng(i).integers(0, 256, (*shape, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "flowers" / label / f"{i}.png")
+    monkeypatch.setattr(
+        "sys.argv", ["pictures.py", str(tmp_path / "flowers"), "-o", str(tmp_path / "out"), "--test", "0.25"]
+    )
+    load(EXAMPLE / "pictures.py").main()
+    train, test = (np.load(tmp_path / f"out-{part}.npz") for part in ("train", "test"))
+    assert train["y"].tolist() == [0, 0, 0, 1, 1, 1] and test["y"].tolist() == [0, 1]
+    for x, label, i in ((test["x"][0], "daisy", 0), (train["x"][3], "tulip", 1)):
+        image = np.asarray(Image.open(tmp_path / "flowers" / label / f"{i}.png"))
+        np.testing.assert_array_equal(
+            np.rint(x * 127.5).astype(np.int8), reference.to_int8_input(image).astype(np.int8)
+        )
 
 
 # --- the pickles ------------------------------------------------------------------------------------------------------
