@@ -387,7 +387,10 @@ class Resolved:
 
     def to_yaml(self) -> str:
         """A scheme that says the same without patterns, short forms and defaults."""
-        data = self.scheme.model_dump(mode="json", exclude_none=True)
+        # Only quantised models may have that section.
+        data = self.scheme.model_dump(
+            mode="json", exclude_none=True, exclude={"quantized"} - self.scheme.model_fields_set
+        )
         rules: dict[str, dict[str, Any]] = {}
         for learned in self.layers:
             weight: Any = "all" if learned.weight else "none"
