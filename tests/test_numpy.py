@@ -37,7 +37,7 @@ def mcunet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif("TTE_NUMPY" not in os.environ, reason="TTE_NUMPY names no folder with another major of numpy")
 def test_two_majors_of_numpy_give_the_same_c(mcunet: Path) -> None:
-    """pip install --no-deps --target build/numpy1 numpy==1.26.4; TTE_NUMPY=$PWD/build/numpy1 pytest tests/test_numpy.py"""
+    """pip install --no-deps --target build/numpy1 numpy==1.26.4; TTE_NUMPY=$PWD/build/numpy1 pytest tests"""
     path = os.environ.get("PYTHONPATH", "")
     answers = []
     for folder in ("", os.environ["TTE_NUMPY"]):

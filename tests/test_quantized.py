@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import qas
 import qdq
@@ -25,12 +26,14 @@ from tte.passes.autodiff import differentiate
 from tte.passes.channels import select_channels
 from tte.passes.loss import append_loss
 from tte.passes.optimizer import _integer_factor as factor
+from tte.passes.optimizer import attach_sgd
 from tte.passes.quantized import Settings, keep_saturation_masks, lower_qdq
 from tte.passes.select_updates import select_updates
 from tte.passes.simplify import eliminate_dead_code
 from tte.proof_int8 import _steps_before_rounding
 from tte.runner.board import STATE_HEADER, unpack_state
 from tte.runner.qemu import find_qemu
+from tte.saved import read_state
 from tte.scheme import UpdateScheme, find_layers, resolve
 
 Tensor = torch.Tensor
@@ -627,6 +630,75 @@ def test_every_machine_learns_the_same(mcunet: Path, storage: str, emulator: str
     here, there = (artifact.run(data, runner=runner) for runner in ("host", emulator))
     assert here.weights_sha256 == there.weights_sha256
     assert here.loss == there.loss
+
+
+@pytest.mark.parametrize("storage", ["int8_sr", "int8_nearest", "int16_ef", "fp32"])
+def test_exported_weights_are_the_integers_that_layers_read(mcunet: Path, storage: str) -> None:
+    scheme = {"train": SPARSE, "optimizer": {"lr": 0.05}, "quantized": {"weight_storage": storage}}
+    artifact = tte.compile(mcunet, update_scheme=scheme)
+    x = qdq.inputs(qdq.RECIPES["mcunet"], 8)[:, 0]
+    state = artifact.run({"x": x, "y": np.arange(8)}, runner="host").state
+    trained, user = unpack_state(state, artifact.build), read_state(state, artifact.build.folder)
+    moved = 0
+    for param, _ in artifact.compiled.train.graph.updates:
+        assert param.origin is not None
+        data = trained[param.name]
+        if data.dtype == np.int16:
+            data = np.floor(data / 256)
+        elif data.dtype == np.float32:
+            data = np.clip(np.round(data), -128, 127)
+        tensor = user[param.origin.name]
+        assert tensor.dtype == (np.int8 if param.type.rank > 1 else np.int32)
+        assert np.array_equal(tensor.reshape(-1)[param.origin.index], data)
+        moved += int((tensor != artifact.compiled.originals[param.origin.name]).sum())
+    assert moved > 100
+
+
+def test_biases_leave_room_for_the_sums(mcunet: Path) -> None:
+    """They saturate where the largest sum of products still fits into 32 bits beside them."""
+    gradients = tte.compile(mcunet, update_scheme="full").compiled.gradients
+    layers = {n.inputs[2].name: n.inputs[1].type for n in gradients.nodes if n.op in ("qnn.conv2d", "qnn.dense")}
+    graph = attach_sgd(gradients, 0.1)
+    producer = graph.producer()
+    limits = {p.name: producer[v.name].attrs["limit"] for p, v in graph.updates if p.type.dtype == "int32"}
+    assert limits == {n: 2**31 - 1 - 255 * 128 * (w.size // w.shape[0]) for n, w in layers.items()}
+    assert len(limits) == 20
+
+
+def test_dead_channels_stay_and_small_biases_learn() -> None:
+    """A weight's scale says whether a channel is dead; a bias has a smaller one, of a channel that lives."""
+    builder = Builder()
+    x = Const("x", TensorType((1, 2), "int8", Quant((1e-4,), 0)), np.asarray([[90, -70]], np.int8))
+    scales = (4e-9, 2e-3)
+    w = Param("w", TensorType((2, 2), "int8", Quant(scales, 0, 0)), np.asarray([[100, 7], [-50, 20]], np.int8))
+    units = tuple(s * 1e-4 for s in scales)
+    b = Param("b", TensorType((2,), "int32", Quant(units, 0, 0)), np.asarray([2**31 - 99999, 5], np.int32))
+    acc = builder.call("qnn.dense", x, w, b, layer="d")
+    y = builder.call("qnn.requantize", acc, builder.const(np.asarray([1e-9, 0.01], np.float32)), scale=2e-5, layer="d")
+    real = builder.call("qnn.dequantize", y, scale=2e-5, layer="d")
+    loss = builder.call("nn.mse", real, builder.const(np.ones((1, 2), np.float32)), layer="loss")
+    graph = Graph("main", (), (w, b), (x, *builder.consts.values()), tuple(builder.nodes), (loss,)).renumbered()
+    backward = differentiate(keep_saturation_masks(graph))
+    gradient = dict(zip("wb", evaluate(backward, []).outputs[1:], strict=True))
+    assert all(g[0].any() and g[1].any() for g in gradient.values())
+    with np.errstate(all="raise"):
+        new = evaluate(verify(attach_sgd(backward, 0.1)), []).params
+    assert np.array_equal(new["w"][0], w.data[0]) and new["b"][0] == b.data[0]
+    assert new["b"][1] - b.data[1] == pytest.approx(-0.1 * gradient["b"][1] / units[1], rel=1e-4)
+
+
+def test_a_bias_in_other_units_keeps_its_layer_in_float(mcunet: Path, tmp_path: Path) -> None:
+    """Such a model is not one that onnxruntime writes; it computes and learns nevertheless."""
+    model = onnx.load(mcunet)
+    node = next(n for n in model.graph.node if n.op_type == "Conv" and "blocks.5/body/body.2" in n.name)
+    bias = next(n for n in model.graph.node if n.output[0] == node.input[2])
+    scale = next(i for i in model.graph.initializer if i.name == bias.input[1])
+    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * 2, scale.name))
+    onnx.save(model, tmp_path / "m.onnx")
+    artifact = tte.compile(tmp_path / "m.onnx", update_scheme={"train": "last-k:4", "optimizer": {"lr": 0.01}})
+    learns = {p.name: p.type.dtype for p, _ in artifact.compiled.train.graph.updates}
+    assert sorted(learns.values()) == ["float32"] * 2 + ["int32"] * 3 + ["int8"] * 3
+    assert artifact.verify(steps=1)["ok"]
 
 
 # --- quantization-aware scaling --------------------------------------------------------------------------------------
