@@ -72,6 +72,13 @@ def _parse_train(value: Any) -> Any:
     return f"last-k:{value['last-k']}" if isinstance(value, dict) and list(value) == ["last-k"] else value
 
 
+def _kind_of_train(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "<rules>"
+    by_number = isinstance(value, dict) and any(key in Indices.model_fields for key in value)
+    return "<indices>" if by_number or isinstance(value, Indices) else "<short form>"
+
+
 def _parse_short_form(value: Any) -> str:
     if isinstance(value, str) and SHORT_FORM.fullmatch(value):
         return value.replace(" ", "")
@@ -156,6 +163,26 @@ class Rule(_Model):
         return self
 
 
+class Indices(_Model):
+    """Layers by number, as schemes are published: the convolutions in the order of execution, from 0.
+
+    The biases of the last ``n_bias_update`` learn, and of the weights ``weight_idx`` the part ``ratio`` of the input
+    channels, those with the largest weights; 0: only the bias. The classifier has no number, and learns.
+    """
+
+    n_bias_update: int = Field(ge=0, le=10_000)
+    weight_idx: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Field(strict=False)]
+    ratio: Annotated[tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Indices":
+        if len(self.weight_idx) != len(self.ratio):
+            raise ValueError(f"{len(self.weight_idx)} numbers in weight_idx, but {len(self.ratio)} in ratio")
+        if len(set(self.weight_idx)) != len(self.weight_idx):
+            raise ValueError("a number stands twice in weight_idx")
+        return self
+
+
 class Head(_Model):
     """The model's last layer is replaced by a new one of the same kind."""
 
@@ -209,15 +236,16 @@ class Budget(_Model):
 
 
 class UpdateScheme(_Model):
-    """A validated scheme. ``train``: a short form, or a list of rules of which the last that matches a layer holds."""
+    """A validated scheme. ``train``: a short form, numbers of layers, or rules of which the last that matches holds."""
 
     version: Literal[1] = 1
     loss: Annotated[Loss, BeforeValidator(_parse_loss)] = Loss(name="cross_entropy")
     optimizer: Optimizer = Optimizer()
     train: Annotated[
         Annotated[str, BeforeValidator(_parse_short_form), Tag("<short form>")]
-        | Annotated[tuple[Rule, ...], Field(strict=False), Tag("<rules>")],
-        Discriminator(lambda v: "<rules>" if isinstance(v, list | tuple) else "<short form>"),
+        | Annotated[tuple[Rule, ...], Field(strict=False), Tag("<rules>")]
+        | Annotated[Indices, Tag("<indices>")],
+        Discriminator(_kind_of_train),
         BeforeValidator(_parse_train),
     ]
     head: Head | None = None
@@ -294,6 +322,7 @@ _PLACES: dict[Place, type[BaseModel]] = {
     (): UpdateScheme,
     ("loss",): Loss,
     ("optimizer",): Optimizer,
+    ("train",): Indices,
     ("train", 0): Rule,
     ("train", 0, "weight"): Channels,
     ("head",): Head,
@@ -457,11 +486,11 @@ def _channel_constant(node: Node) -> Const | None:
 
 @dataclass
 class _Decision:
-    """What the rules so far say of one layer; ``rule`` is the place of the last one."""
+    """What the rules so far say of one layer; ``place`` is where the last one speaks of its weight."""
 
     weight: str | Channels = "none"
     bias: bool = False
-    rule: Place = ()
+    place: Place = ()
 
 
 def resolve(scheme: UpdateScheme, graph: Graph) -> Resolved:
@@ -485,6 +514,8 @@ def resolve(scheme: UpdateScheme, graph: Graph) -> Resolved:
         decisions[scheme.head.layer] = _Decision("all", True)
     if isinstance(scheme.train, str):
         _apply_short_form(scheme, layers, decisions)
+    elif isinstance(scheme.train, Indices):
+        _apply_indices(scheme, scheme.train, layers, decisions)
     else:
         for i, rule in enumerate(scheme.train):
             _apply_rule(scheme, i, rule, layers, decisions)
@@ -530,11 +561,42 @@ def _apply_short_form(scheme: UpdateScheme, layers: list[Layer], decisions: dict
         decisions[name] = _Decision("all", True)
 
 
+def _apply_indices(
+    scheme: UpdateScheme, train: Indices, layers: list[Layer], decisions: dict[str, _Decision]
+) -> None:
+    with_weights = list({layer.name: layer for layer in layers if layer.weight}.values())
+    numbered = [layer.name for layer in with_weights[:-1] if layer.op == "nn.conv2d"]
+    count, first = len(numbered), len(numbered) - train.n_bias_update
+    if first < 0 or not with_weights:
+        raise TTEError(
+            "TTE-E033",
+            f"the model has {count} convolutions before its classifier, not {train.n_bias_update}",
+            where=scheme.where("train", "n_bias_update"),
+            fix=f"use at most {count}",
+        )
+    decisions[with_weights[-1].name] = _Decision("all", True)
+    for name in numbered[first:]:
+        decisions[name] = _Decision("none", True)
+    for i, (number, ratio) in enumerate(zip(train.weight_idx, train.ratio, strict=True)):
+        if not first <= number < count:
+            raise TTEError(
+                "TTE-E033",
+                f"convolution {number} is not among the last {train.n_bias_update} of {count}, whose biases learn",
+                where=scheme.where("train", "weight_idx", i),
+                fix=f"use numbers from {first} to {count - 1}, or raise n_bias_update"
+                if train.n_bias_update
+                else "raise n_bias_update",
+            )
+        if ratio:
+            weight = "all" if ratio == 1.0 else Channels(in_channels=ratio, select="l2")
+            decisions[numbered[number]] = _Decision(weight, True, ("train", "ratio", i))
+
+
 def _apply_rule(scheme: UpdateScheme, i: int, rule: Rule, layers: list[Layer], decisions: dict[str, _Decision]) -> None:
     folded = {layer.folded: layer.name for layer in layers if layer.folded and layer.folded not in decisions}
     names = _match(rule.layer, decisions, scheme, i)
     for name in names:
-        decisions[name] = _Decision(rule.weight, rule.bias, ("train", i))
+        decisions[name] = _Decision(rule.weight, rule.bias, ("train", i, "weight"))
     # A folded batch norm is named for its bias; a pattern that also matches the convolution means the convolution.
     aliases = [alias for alias in _match(rule.layer, folded, scheme, i) if folded[alias] not in names]
     if aliases and not names and rule.weight != "none":
@@ -546,7 +608,7 @@ def _apply_rule(scheme: UpdateScheme, i: int, rule: Rule, layers: list[Layer], d
         )
     for alias in aliases:
         decisions[folded[alias]].bias = rule.bias
-        decisions[folded[alias]].rule = ("train", i)
+        decisions[folded[alias]].place = ("train", i, "weight")
     if not names and not aliases:
         raise TTEError(
             "TTE-E032",
@@ -595,7 +657,7 @@ def _decide(scheme: UpdateScheme, layer: Layer, decision: _Decision, notes: list
         return Learned(layer.name, None, bias)
     if isinstance(decision.weight, str):
         return Learned(layer.name, layer.weight.name, bias)
-    where = scheme.where(*decision.rule, "weight")
+    where = scheme.where(*decision.place)
     if layer.axis is None:
         what = "scale and shift" if layer.op == "multiply" else "grouped convolution"
         raise TTEError(
