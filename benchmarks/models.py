@@ -316,7 +316,7 @@ def load_networks() -> list[Network]:
             "cross_entropy",
             _flowers,
             {"train": [_rule("conv_pw_{9..13}"), _rule("conv_dw_13"), {"layer": "conv_preds", **whole}]},
-            0.0001,
+            0.00001,
         ),
         Network(
             "dscnn",
