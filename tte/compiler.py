@@ -73,9 +73,14 @@ class Pipeline:
         return graph
 
     def write(self, graph: Graph, name: str) -> None:
-        if self.dump is not None:
+        if self.dump is None:
+            return
+        try:
             self.dump.mkdir(parents=True, exist_ok=True)
             (self.dump / f"{name}.ir").write_text(str(graph))
+        except OSError as problem:
+            what, fix = f"cannot write: {problem.strerror}", "choose another place for --dump-ir"
+            raise TTEError("TTE-E045", what, where=str(self.dump), fix=fix) from problem
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,22 @@ def lower(model: Any, example_inputs: tuple[Any, ...] | None = None, pipeline: P
     pipeline = pipeline or Pipeline()
     graph = verify(import_model(model, example_inputs))
     pipeline.write(graph, "0-import")
-    return pipeline.run(graph, SIMPLIFY, "1-simplify")
+    return _simplify(graph, pipeline)
+
+
+def _simplify(graph: Graph, pipeline: Pipeline) -> Graph:
+    """Raises TTEError (E028) where finite weights give others that are not."""
+    with np.errstate(all="ignore"):
+        graph = pipeline.run(graph, SIMPLIFY, "1-simplify")
+    for const in graph.consts:
+        if const.type.dtype == "float32" and not np.isfinite(const.data).all():
+            raise TTEError(
+                "TTE-E028",
+                f"{const.name} is NaN or infinite when constants and batch norms are folded",
+                where=const.name,
+                fix="look for a batch norm whose variance is not above 0, or for weights that overflow",
+            )
+    return graph
 
 
 def compile_graphs(
@@ -133,7 +153,7 @@ def compile_graphs(
     imported = verify(import_model(model, example_inputs))
     pipeline.write(imported, "0-import")
     prepared = apply_input_format(imported, scheme.io.input)
-    forward = pipeline.run(prepared, SIMPLIFY, "1-simplify")
+    forward = _simplify(prepared, pipeline)
     if scheme.head is not None:
         forward = verify(replace_head(forward, scheme.head.layer, scheme.head.classes, scheme.head.init))
     source = forward

@@ -62,12 +62,17 @@ def unpack_state(blob: bytes, build: Build) -> dict[str, np.ndarray]:
         raise TTEError(
             "TTE-E060",
             f"{len(blob)} bytes are not a state of {build.name}, which has {STATE_HEADER + build.state_bytes + 4}",
+            where=str(build.folder),
             fix="give what <name>_state_save wrote for this very project",
         )
     import zlib
 
     if struct.unpack("<I", blob[-4:])[0] != zlib.crc32(blob[:-4]):
-        raise TTEError("TTE-E060", "the saved state is damaged: its checksum does not fit", fix="save it again")
+        what = "the saved state is damaged: its checksum does not fit"
+        raise TTEError("TTE-E060", what, where=str(build.folder), fix="save it again")
+    if blob[8:24] != build.model_hash:
+        what = f"the state belongs to another model or scheme than {build.name}"
+        raise TTEError("TTE-E060", what, where=str(build.folder), fix="give the project whose firmware saved it")
     return {
         slot.name: np.frombuffer(payload, slot.dtype, int(np.prod(slot.shape, dtype=np.int64)), slot.offset).reshape(
             slot.shape

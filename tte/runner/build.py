@@ -44,6 +44,7 @@ class Build:
     folder: Path
     name: str
     target_name: str
+    model_hash: bytes
     input: Tensor
     input_layout: str
     output: Tensor
@@ -66,6 +67,7 @@ class Build:
                 folder,
                 data["name"],
                 data["target"],
+                bytes.fromhex(data["model_hash"]),
                 _tensor(data["input"]),
                 data["input"]["layout"],
                 _tensor(data["output"]),
