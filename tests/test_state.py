@@ -1,5 +1,6 @@
 """What was learned: it moves between places and updates of the firmware; what does not belong changes nothing."""
 
+import copy
 import ctypes
 import importlib.util
 import zlib
@@ -9,15 +10,19 @@ from pathlib import Path
 import networks
 import numpy as np
 import pytest
+import torch
+from typer.testing import CliRunner
 
 import tte
 from tte.artifact import Artifact, draw_samples
+from tte.cli import app
 from tte.compiler import OPTIONAL
 from tte.ir import Graph, TensorType, Value
 from tte.runner import Board, HostBoard, open_host
 from tte.runner.board import STATUS
 from tte.runner.toolchain import find_toolchains
 from tte.runner.train import open_board
+from tte.saved import write_onnx
 
 if not find_toolchains():
     pytest.skip("no compiler: pip install 'tte[emulate]'", allow_module_level=True)
@@ -344,6 +349,71 @@ def test_the_hook_runs_after_every_node_and_cannot_enter(artifact: Artifact, tmp
     calls = ctypes.c_int.in_dll(board._library, "net_probe_calls").value
     assert calls >= 2 * len([n for n in artifact.graph.nodes if n.op != "reshape"]) > 0
     assert [name(s) for s in (ctypes.c_int * 3).in_dll(board._library, "net_probe_status")] == ["BUSY", "BUSY", "OK"]
+
+
+class Normed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = torch.nn.Conv2d(2, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(64, 3)
+        torch.nn.init.normal_(self.norm.weight)
+        torch.nn.init.normal_(self.norm.running_mean)
+        torch.nn.init.uniform_(self.norm.running_var, 0.2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.norm(self.conv(x))).flatten(1))
+
+
+LEARN_FAST = {"train": "full", "optimizer": {"lr": 0.2}}
+
+
+def run_state(blob: bytes, artifact: Artifact, folder: Path, *options: object) -> str | None:
+    """`tte state` on the blob; the code of its error."""
+    (folder / "blob").write_bytes(blob)
+    result = CliRunner().invoke(app, ["state", f"{folder}/blob", "-b", str(artifact.build.folder), *map(str, options)])
+    assert result.exception is None or isinstance(result.exception, tte.TTEError), result.exception
+    return result.exception and result.exception.code
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_saved_states_become_the_users_own_weights(tmp_path: Path) -> None:
+    """The device, the PyTorch module with its weights, and the ONNX model with its weights compute the same."""
+    torch.manual_seed(0)
+    module, x = Normed().eval(), torch.randn(1, 2, 6, 6)
+    keep = torch.onnx.TrainingMode.PRESERVE  # and with it the batch norm
+    torch.onnx.export(module, (x,), tmp_path / "m.onnx", dynamo=False, do_constant_folding=False, training=keep)
+    expected = module(x).detach().numpy()
+    for source, example in ((module, (x,)), (tmp_path / "m.onnx", None)):
+        artifact = tte.compile(source, example, LEARN_FAST, target="host", name="net")
+        board = learned(artifact, 5)
+        blob, output = board.save_state(), board.infer(x.numpy())
+        assert np.abs(output - expected).max() > 0.01
+        assert run_state(blob, artifact, tmp_path, "-o", tmp_path / "w.npz") is None
+        loaded = copy.deepcopy(module)
+        tte.load_weights(loaded, tmp_path / "w.npz")
+        np.testing.assert_allclose(loaded(x).detach().numpy(), output, rtol=1e-5, atol=1e-5)
+    options = ("--model", tmp_path / "m.onnx", "-o", tmp_path / "new.onnx")
+    assert run_state(blob, artifact, tmp_path, *options) is None
+    session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "new.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(found, output, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_states_that_cannot_be_turned_into_a_model(fits: Artifact, tmp_path: Path) -> None:
+    torch.onnx.export(torch.nn.Linear(6, 5), (torch.zeros(1, 6),), tmp_path / "m.onnx", dynamo=False)
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    blob, model = learned(fits).save_state(), ("--model", tmp_path / "m.onnx")
+    for code, *options in (
+        ("TTE-E059", "-o", tmp_path / "new.onnx"),
+        ("TTE-E059", *model, "-o", tmp_path / "new.npz"),
+        ("TTE-E020", "--model", tmp_path / "bad.onnx", "-o", tmp_path / "new.onnx"),
+        ("TTE-E063", *model, "-o", tmp_path / "new.onnx"),
+    ):
+        assert run_state(blob, fits, tmp_path, *options) == code
+    weights = {"weight": np.zeros((5, 6), np.float32), "bias": np.zeros(4, np.float32)}
+    with pytest.raises(tte.TTEError, match="shape"):
+        write_onnx(tmp_path / "new.onnx", weights, tmp_path / "m.onnx")
+    assert not list(tmp_path.glob("new.*"))
 
 
 @pytest.mark.parametrize("label", [-1, 5, 2**31 - 1, -(2**31)])
