@@ -1,5 +1,6 @@
 """Appends the loss to a forward graph."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,17 @@ from tte.scheme import Loss
 TARGET = "target"
 
 
-def append_loss(graph: Graph, loss: Loss, target_is_input: bool = False) -> Graph:
+def append_loss(
+    graph: Graph,
+    loss: Loss,
+    target_is_input: bool = False,
+    prepared: Callable[[Builder, Value], Value] = lambda builder, x: x,
+) -> Graph:
     """The graph with a scalar loss as its only output and, unless the input is its own target, an input ``target``.
 
     A softmax at the end is absorbed: cross entropy works on logits, and softmax + cross entropy of probabilities is
     the same function, computed without losing digits.
+    prepared: brings the caller's input into the form of the model's own, which is what an autoencoder is to give back.
     """
     builder = Builder()
     nodes = list(graph.nodes)
@@ -56,7 +63,7 @@ def append_loss(graph: Graph, loss: Loss, target_is_input: bool = False) -> Grap
         )
     else:
         if target_is_input:
-            target = graph.inputs[0]
+            target = prepared(builder, graph.inputs[0])
             if target.type.size != prediction.type.size:
                 raise TTEError(
                     "TTE-E042",

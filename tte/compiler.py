@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tte.passes.channels import select_channels
 from tte.passes.fuse import fuse_elementwise, fuse_updates
 from tte.passes.head import replace_head
 from tte.passes.inplace import work_in_place
-from tte.passes.io import apply_input_format, own_layout
+from tte.passes.io import apply_input_format, own_layout, prepare
 from tte.passes.layout import to_nhwc
 from tte.passes.loss import append_loss
 from tte.passes.optimizer import attach_sgd
@@ -161,7 +162,8 @@ def compile_graphs(
     forward, notes = select_channels(forward, resolved)
     forward = verify(select_updates(verify(forward), resolved))
     pipeline.write(forward, "2-forward")
-    with_loss = verify(append_loss(forward, scheme.loss, scheme.io.target == "input"))
+    own = partial(prepare, own=imported.inputs[0].type, format=scheme.io.input)
+    with_loss = verify(append_loss(forward, scheme.loss, scheme.io.target == "input", own))
     differentiated = verify(differentiate(with_loss, scheme.optimizer.clip_loss_grad))
     gradients = verify(eliminate_dead_code(differentiated))
     pipeline.write(gradients, "3-gradients")

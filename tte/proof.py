@@ -8,7 +8,7 @@ import numpy as np
 
 from tte.errors import TTEError
 from tte.ir import Param
-from tte.oracle import Forward, follow, prepare_input, run_graph, run_module
+from tte.oracle import follow, prepare_input, run_graph, run_module
 from tte.runner.board import require_ok, unpack_state
 from tte.runner.train import Data, check_data, load_data
 from tte.weights import export_weights
@@ -35,7 +35,13 @@ def prove(artifact: "Artifact", steps: int, data: Any, tolerance: float) -> dict
         samples = check_data(data, build, "data") if isinstance(data, dict) else load_data(Path(data), build)
     pairs = [_sample(samples, i % len(samples)) for i in range(steps)]
     params = [p for p, _ in compiled.train.graph.updates]
-    forward, tensors = _open(artifact)
+    # A new head is only there after the passes that prepare the model for it, and for the caller's format of the input.
+    prepared = artifact.module is None and artifact.scheme.head is not None
+    interpreted = compiled.source if prepared else compiled.imported
+    forward, tensors = (
+        run_module(artifact.module) if artifact.module is not None else run_graph(interpreted, compiled.originals)
+    )
+    judge = f"torch interpretation of the {'prepared' if prepared else 'imported'} graph"
     _insert_new_layers(params, tensors, compiled.originals)
     last = compiled.source.producer().get(compiled.source.outputs[0].name)
     theirs = follow(
@@ -45,7 +51,7 @@ def prove(artifact: "Artifact", steps: int, data: Any, tolerance: float) -> dict
         artifact.scheme.loss,
         rate=artifact.scheme.optimizer.lr,
         clip=artifact.scheme.optimizer.clip_loss_grad,
-        samples=[(prepare_input(x, artifact.scheme.io.input), y) for x, y in pairs],
+        samples=[(x if prepared else prepare_input(x, artifact.scheme.io.input), y) for x, y in pairs],
         ends_in_softmax=last is not None and last.op == "nn.softmax",
     )
     _, stepped = _train(artifact, pairs[:1], params, HUGE_RATE)
@@ -64,10 +70,11 @@ def prove(artifact: "Artifact", steps: int, data: Any, tolerance: float) -> dict
                 "ok": gradient <= tolerance and value <= tolerance,
             }
         )
-    loss_error = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(losses, theirs.losses, strict=True))
+    # np.max, unlike max, does not lose a NaN
+    loss_error = float(np.max([abs(a - b) / max(abs(b), 1e-6) for a, b in zip(losses, theirs.losses, strict=True)]))
     return {
         "ok": all(row["ok"] for row in rows) and loss_error <= tolerance,
-        "oracle": "torch module" if artifact.module is not None else "torch interpretation of the imported graph",
+        "oracle": "torch module" if artifact.module is not None else judge,
         "steps": steps,
         "tolerance": tolerance,
         "loss_error": loss_error,
@@ -81,14 +88,6 @@ def _error(ours: np.ndarray, theirs: np.ndarray) -> float:
     difference = float(np.linalg.norm(ours.astype(np.float64) - theirs))
     size = float(np.linalg.norm(theirs))
     return difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))
-
-
-def _open(artifact: "Artifact") -> tuple[Forward, dict[str, np.ndarray]]:
-    compiled = artifact.compiled
-    if artifact.module is not None:
-        return run_module(artifact.module)
-    # A new head is only there after the passes that prepare the model for it.
-    return run_graph(compiled.imported if artifact.scheme.head is None else compiled.source, compiled.originals)
 
 
 def _insert_new_layers(
