@@ -327,11 +327,13 @@ def test_high_water_marks_move(small: Artifact, tmp_path: Path) -> None:
 
 def test_selftest_of_a_model_that_diverges(tmp_path: Path) -> None:
     """The made-up data of the self-test may not suit the learning rate: fewer steps, but a self-test."""
-    graph = networks.residual()
+    net = networks.Network()
+    x = Value("x", TensorType((1, 4)))
+    graph = net.graph(x, net.dense("b", net.dense("a", x, 5), 3))
     (tmp_path / "net.ir").write_text(str(graph))
-    np.savez(tmp_path / "net.npz", **{c.name: c.data * 300 for c in graph.consts})
+    np.savez(tmp_path / "net.npz", **{c.name: c.data for c in graph.consts})
     scheme = {"train": "full", "loss": "mse", "optimizer": {"lr": 1e6}}
     artifact = tte.compile(tmp_path / "net.ir", update_scheme=scheme)
     text = (artifact.build.folder / "Core/Src/net_selftest.c").read_text()
-    assert "#define STEPS 3" not in text
-    assert artifact.host().selftest() == 0
+    assert re.search("#define STEPS [012]\n", text)
+    assert artifact.host().selftest() == OK
