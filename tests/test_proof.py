@@ -167,3 +167,14 @@ def test_a_module_is_its_own_judge(forked: tte.Artifact) -> None:
     proof = forked.verify(steps=2)
     assert proof["ok"] and proof["oracle"] == "torch module"
     assert {row["name"] for row in proof["tensors"]} == ALL
+
+
+@pytest.mark.parametrize("rule", ["0", "2"])
+def test_a_shared_weight_is_one_tensor(rule: str) -> None:
+    """A rule for either layer trains it for both: its gradient is the sum of both layers'."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).eval()
+    module[2].weight = module[0].weight
+    scheme = {"train": [{"layer": rule, "weight": "all"}]}
+    proof = tte.compile(module, (torch.zeros(1, 4),), scheme, target="host").verify(steps=3)
+    assert proof["ok"] and [row["name"] for row in proof["tensors"]] == ["2.weight"]

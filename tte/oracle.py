@@ -99,11 +99,20 @@ def run_module(module: Any) -> tuple[Forward, dict[str, np.ndarray]]:
 
     import torch
 
-    module = copy.deepcopy(module).double()
+    module = copy.deepcopy(module)
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    module = module.double()
     tensors = {name: t.detach().numpy().copy() for name, t in module.state_dict().items() if t.dtype.is_floating_point}
 
     def forward(values: Mapping[str, Any], x: Any) -> Any:
-        return torch.func.functional_call(module, dict(values), (x,))
+        bound = dict(values)
+        for tied in names.values():
+            learns = next((name for name in tied if name in values and values[name].requires_grad), None)
+            if learns is not None:
+                bound |= dict.fromkeys(tied, values[learns])
+        return torch.func.functional_call(module, bound, (x,), tie_weights=False)
 
     return forward, tensors
 
