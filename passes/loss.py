@@ -17,11 +17,13 @@ def append_loss(
     loss: Loss,
     target_is_input: bool = False,
     prepared: Callable[[Builder, Value], Value] = lambda builder, x: x,
+    clipped: bool = False,
 ) -> Graph:
     """The graph with a scalar loss as its only output and, unless the input is its own target, an input ``target``.
 
     A softmax at the end is absorbed: cross entropy works on logits, and softmax + cross entropy of probabilities is
     the same function, computed without losing digits.
+    clipped: the gradient of the loss will be limited; then it is that of the logarithms of the probabilities.
     prepared: brings the caller's input into the form of the model's own, which is what an autoencoder is to give back.
     """
     builder = Builder()
@@ -29,9 +31,12 @@ def append_loss(
     prediction = graph.outputs[0]
     if loss.name == "cross_entropy":
         last = graph.producer().get(prediction.name)
+        builder.nodes.extend(nodes)
         if last and last.op in ("nn.softmax", "nn.log_softmax"):
-            prediction = last.inputs[0]
-    builder.nodes.extend(nodes)
+            logits = last.inputs[0]
+            prediction = builder.call("nn.log_softmax", logits, layer=last.layer) if clipped else logits
+    else:
+        builder.nodes.extend(nodes)
     inputs = graph.inputs
     layer = "loss"
     if loss.name == "cross_entropy":

@@ -90,7 +90,8 @@ class Compiled:
 
     imported:  the model as the frontend brought it
     source:    the model in the form that schemes are resolved against, all weights constants
-    originals: the user's own tensors, by name, in the user's layout
+    originals: the user's own tensors, by name, in the user's layout; those of a new head as it begins
+    replaced:  the names of the new head's tensors
     forward:   the model with what learns as params, as the user's head and input format make it
     gradients: forward, loss and backward; outputs are the loss and one gradient per param
     programs:  infer, evaluate and train, each with its memory plan
@@ -99,6 +100,7 @@ class Compiled:
     imported: Graph
     source: Graph
     originals: dict[str, np.ndarray]
+    replaced: tuple[str, ...]
     forward: Graph
     gradients: Graph
     resolved: Resolved
@@ -155,15 +157,18 @@ def compile_graphs(
     pipeline.write(imported, "0-import")
     prepared = apply_input_format(imported, scheme.io.input)
     forward = _simplify(prepared, pipeline)
+    given = {id(c) for c in forward.consts}
     if scheme.head is not None:
         forward = verify(replace_head(forward, scheme.head.layer, scheme.head.classes, scheme.head.init))
+    replaced = [c for c in forward.consts if c.origin and id(c) not in given]
     source = forward
     resolved = resolve(scheme, forward)
     forward, notes = select_channels(forward, resolved)
-    forward = verify(select_updates(verify(forward), resolved))
+    forward = verify(fold_constants(verify(select_updates(verify(forward), resolved)), shared=True))
     pipeline.write(forward, "2-forward")
+    clipped = scheme.optimizer.clip_loss_grad is not None
     own = partial(prepare, own=imported.inputs[0].type, format=scheme.io.input)
-    with_loss = verify(append_loss(forward, scheme.loss, scheme.io.target == "input", own))
+    with_loss = verify(append_loss(forward, scheme.loss, scheme.io.target == "input", own, clipped))
     differentiated = verify(differentiate(with_loss, scheme.optimizer.clip_loss_grad))
     gradients = verify(eliminate_dead_code(differentiated))
     pipeline.write(gradients, "3-gradients")
@@ -195,11 +200,20 @@ def compile_graphs(
         notes=tuple(notes),
     )
     originals = {c.origin.name: c.data.reshape(c.origin.shape) for c in imported.consts if c.origin}
-    for const in source.consts:
-        if const.origin and originals.get(const.origin.name, const.data).shape != const.origin.shape:
-            originals[const.origin.name] = _as_user(const, const.origin)  # a new layer begins as it was made
+    # A new layer begins as it was made.
+    originals |= {c.origin.name: _as_user(c, c.origin) for c in replaced if c.origin}
     return Compiled(
-        imported, source, originals, forward, gradients, resolved, target, interface, tuple(programs), tuple(notes)
+        imported=imported,
+        source=source,
+        originals=originals,
+        replaced=tuple(c.origin.name for c in replaced if c.origin),
+        forward=forward,
+        gradients=gradients,
+        resolved=resolved,
+        target=target,
+        interface=interface,
+        programs=tuple(programs),
+        notes=tuple(notes),
     )
 
 

@@ -44,7 +44,8 @@ def prove(artifact: "Artifact", steps: int, data: Any, tolerance: float) -> dict
         run_module(artifact.module) if artifact.module is not None else run_graph(interpreted, compiled.originals)
     )
     judge = f"torch interpretation of the {'prepared' if prepared else 'imported'} graph"
-    _insert_new_layers(params, tensors, compiled.originals)
+    _require_judgeable(params)
+    tensors |= {name: compiled.originals[name] for name in compiled.replaced if name in tensors}
     last = compiled.source.producer().get(compiled.source.outputs[0].name)
     theirs = follow(
         forward,
@@ -92,10 +93,7 @@ def _error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))
 
 
-def _insert_new_layers(
-    params: Sequence[Param], tensors: dict[str, np.ndarray], originals: dict[str, np.ndarray]
-) -> None:
-    """A replaced head has another shape than the user's tensor of that name: it begins as the scheme says."""
+def _require_judgeable(params: Sequence[Param]) -> None:
     for param in params:
         if param.origin is None:
             raise TTEError(
@@ -104,8 +102,6 @@ def _insert_new_layers(
                 where=f"parameter {param.name}",
                 fix="freeze it, or give the layer an explicit bias",
             )
-        if tensors[param.origin.name].shape != param.origin.shape:
-            tensors[param.origin.name] = originals[param.origin.name]
 
 
 def _masks(params: Sequence[Param]) -> dict[str, np.ndarray]:
