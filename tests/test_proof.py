@@ -52,7 +52,7 @@ def wrong_tensors(module: nn.Module | None = None) -> set[str]:
 ALL = {f"{layer}.{kind}" for layer in ("first", "second", "head") for kind in ("weight", "bias")}
 
 
-def scaled(position: int) -> Callable[..., Any]:
+def scaled(position: int, factor: float = 1.001) -> Callable[..., Any]:
     """conv2d's gradient rule with one of its results a thousandth too large."""
     right = OPS["nn.conv2d"].grad
     assert right is not None
@@ -60,7 +60,7 @@ def scaled(position: int) -> Callable[..., Any]:
     def wrong(backward: Any, dy: Any, *inputs: Any, **attrs: Any) -> Any:
         results = list(right(backward, dy, *inputs, **attrs))
         if results[position] is not None:
-            results[position] = backward.call("multiply", results[position], backward.const(1.001))
+            results[position] = backward.call("multiply", results[position], backward.const(factor))
         return tuple(results)
 
     return wrong
@@ -178,3 +178,22 @@ def test_a_shared_weight_is_one_tensor(rule: str) -> None:
     scheme = {"train": [{"layer": rule, "weight": "all"}]}
     proof = tte.compile(module, (torch.zeros(1, 4),), scheme, target="host").verify(steps=3)
     assert proof["ok"] and [row["name"] for row in proof["tensors"]] == ["2.weight"]
+
+
+class Normed(nn.Module):
+    """What the bias of ``first`` adds to a channel, the norm takes away; the weight's gradient is small, not zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.head = nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4), nn.Linear(64, 3)
+        nn.init.normal_(self.head.weight, std=1e-4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.first(x)).flatten(1))
+
+
+def test_a_gradient_of_zero_is_no_error_but_a_missing_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wrong_tensors(Normed().eval()) == set()
+    monkeypatch.setitem(OPS, "nn.conv2d", replace(OPS["nn.conv2d"], grad=scaled(1, 0.0)))
+    assert wrong_tensors(Normed().eval()) == {"first.weight"}
