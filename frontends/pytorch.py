@@ -244,9 +244,10 @@ def _unsupported(program: Any) -> list[Unsupported]:
                 constant_index(program, node)
             except Refused as problem:
                 why = str(problem)
-        if _name(node) == "upsample_bilinear2d.vec" and node.args[3] and not node.args[2]:
+        if _name(node).startswith("upsample_") and node.args[-1] and node.args[2] is not True:
+            # align_corners (args[2] of bilinear) does not look at the factor
             size = node.args[0].meta["val"].shape[2:]
-            exact = all(int(n * s) == n * s for n, s in zip(size, node.args[3], strict=True))
+            exact = all(int(n * s) == n * s for n, s in zip(size, node.args[-1], strict=True))
             why = "" if exact else "the scale factor does not divide: give size= or recompute_scale_factor=True"
         if _name(node) not in SUPPORTED or why:
             types = ", ".join(_type(a) for a in node.args if hasattr(a, "meta"))
