@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HUGE_RATE = 2.0**40
 # Below this a loss is a difference of nearly equal float32 numbers: its error is measured relative to this.
 SMALL_LOSS = 1e-2
-# Below this part of the model's largest tensor, by root mean square, a gradient is a sum of float32 numbers that cancel.
+# Below this part of the largest tensor, by root mean square, a gradient is a sum of float32 numbers that cancel.
 SMALL_TENSOR = 0.03
 
 
@@ -95,8 +95,8 @@ def _errors(
 
     floor: |theirs| if its elements had SMALL_TENSOR times the largest root mean square among all tensors.
     A gradient may be zero (of a bias in front of an instance norm) while the float32 numbers that are summed to it are
-    as large as any: what is left is their rounding. With a tolerance of 1e-4 an error of 3e-6 times the largest gradient
-    passes, 25 units in the last place; a missing gradient that is larger than that does not.
+    as large as any: what is left is their rounding. With a tolerance of 1e-4 an error of 3e-6 times the largest
+    gradient passes, 25 units in the last place; a missing gradient that is larger than that does not.
     """
     sizes = {name: _rms(theirs[name][mask]) for name, mask in masks.items()}
     floor = SMALL_TENSOR * max(sizes.values())
