@@ -238,6 +238,30 @@ def test_names_of_macros(name: str, ir: Path) -> None:
     assert tte.compile(ir, update_scheme="last-layer", name=name).report["source"] == "linked"
 
 
+@pytest.mark.parametrize(
+    ("option", "code"),
+    [
+        ({"target": 5}, "TTE-E048"),
+        ({"target": None}, "TTE-E048"),
+        ({"name": 5}, "TTE-E044"),
+        ({"arena": 5}, "TTE-E044"),
+        ({"clock": "fast"}, "TTE-E044"),
+        ({"clock": float("nan")}, "TTE-E044"),
+        ({"clock": -216e6}, "TTE-E044"),
+    ],
+    ids=str,
+)
+def test_options_of_a_wrong_kind(option: dict[str, Any], code: str, ir: Path) -> None:
+    with pytest.raises(tte.TTEError) as caught:
+        tte.compile(ir, **option)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("clock", ["216MHz", "0.216 GHz", "216000000", 216e6, 216_000_000])
+def test_clocks(clock: str | float, ir: Path) -> None:
+    assert tte.compile(ir, target="host", clock=clock).clock_hz == 216_000_000
+
+
 HOSTILE = ('a*/b', 'a"b', "a\\", "??/", "a//b", "//* \\", "%s", "{{ x }}", "ä\u2028", "</svg><script>")  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def compile(
     *,
     arena: str = "static",
     input: str = "caller",
-    clock: str | None = None,
+    clock: str | float | None = None,
     disable_passes: Sequence[str] = (),
     dump_ir: Path | str | None = None,
 ) -> "Artifact":
@@ -56,13 +56,15 @@ def compile(
     arena:          "static", or "extern": the caller gives the arena's memory to <name>_init
     input:          "caller": the input stays in the caller's memory, or "arena": the arena has a place for it, which
                     is used for other tensors as soon as it has been read
-    clock:          core clock for time estimates, such as "216MHz"; by default the board's
+    clock:          core clock for time estimates, "216MHz" or a number in Hz; by default the board's
     disable_passes: passes to leave out, see ``tte.compiler.OPTIONAL``
     dump_ir:        folder for the program after every pass
     Raises TTEError.
     """
     scheme = UpdateScheme.load(update_scheme)
     board = find_target(target)
+    if not isinstance(name, str | None):
+        raise TTEError("TTE-E044", f"{name!r} is not a name", where="--name", fix="a string, such as 'net'")
     for option, value, choices in (("arena", arena, ("static", "extern")), ("input", input, ("caller", "arena"))):
         if value not in choices:
             raise TTEError(
@@ -106,14 +108,16 @@ def default_name(model: Any) -> str:
     return "model" if kind in ("ModelProto", "ExportedProgram", "GraphModule") else kind
 
 
-def parse_clock(text: str) -> int:
-    """Hertz from "216MHz", "1.2 GHz", "48000000"."""
+def parse_clock(clock: str | float) -> int:
+    """Hertz from "216MHz", "1.2 GHz", "48000000", 216e6."""
     import re
 
+    # A number is written out: 216e6 becomes "216000000", and NaN no frequency.
+    text = f"{clock:.0f}" if isinstance(clock, int | float) else str(clock)
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(k|M|G)?(?:Hz)?", text.strip(), re.IGNORECASE)
     hertz = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[(match[2] or "").lower()] if match else 0
     if hertz < 1:
-        raise TTEError("TTE-E044", f"{text!r} is not a frequency", where="--clock", fix="write 216MHz")
+        raise TTEError("TTE-E044", f"{clock!r} is not a frequency", where="--clock", fix="write 216MHz")
     return round(hertz)
 
 
