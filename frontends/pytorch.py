@@ -59,7 +59,7 @@ def import_module(module: Any, example_inputs: Sequence[Any] | None, name: str) 
         if x.ndim and x.shape[0] != 1:
             raise _batch_error(tuple(x.shape))
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.enable_grad():  # else a no_grad() of the model's own leaves no trace
             program = torch.export.export(module, inputs, strict=False)
     # What torch.export documents for data-dependent control flow and inputs that do not fit; the model itself may
     # raise anything of these too.
@@ -103,10 +103,11 @@ def import_program(program: Any, name: str) -> Graph:
     _refuse_signature(program)
     _refuse_control_flow(program)
     _refuse_active_layers(program)
+    stops = _gradient_stops(program)  # decompositions dissolve no_grad()
     with _quiet():
         program = program.run_decompositions({})  # makes in-place operators functional
         program = _decompose_unsupported(program)
-    refuse_unsupported(_unsupported(program))
+    refuse_unsupported(stops + _unsupported(program))
     tensors = dict(program.state_dict) | dict(program.constants)
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
     weights = {
@@ -216,6 +217,26 @@ def _refuse_control_flow(program: Any) -> None:
             where=", ".join(module_path(n) or "model" for n in found),
             fix="a device's graph is a straight line: choose the branch at export time",
         )
+
+
+def _gradient_stops(program: Any) -> list[Unsupported]:
+    """detach() and no_grad() behind parameters: what learns is said by the scheme, and the gradient goes all the way."""
+    learns = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "PARAMETER"}
+    found = []
+    for node in program.graph.nodes:
+        if not any(n.name in learns for n in node.all_input_nodes):
+            continue
+        learns.add(node.name)
+        name = _name(node)
+        if name in ("detach.default", "detach_.default"):
+            what = "detach"
+        elif name == "wrap_with_set_grad_enabled" and not node.args[0]:
+            what = "no_grad"
+        else:
+            continue
+        why = "stops the gradient of parameters: remove it, and let the scheme say what learns"
+        found.append(Unsupported(module_path(node), what, "", why))
+    return found
 
 
 def _decompose_unsupported(program: Any) -> Any:

@@ -366,6 +366,37 @@ def test_unsupported_forms_of_supported_operators_say_why() -> None:
         assert "does not divide" in refusal(nn.Upsample(scale_factor=1.3, mode=mode), torch.zeros(PICTURE)).where
 
 
+class Stopped(nn.Module):
+    """A gradient that is stopped inside of forward."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "no_grad":
+            with torch.no_grad():
+                y = self.first(x)
+        else:
+            y = self.first(x.detach())
+            y = y.detach() if self.how == "detach" else y * torch.tensor(2.0)
+        return self.last(y)
+
+
+@pytest.mark.parametrize("how", ["detach", "no_grad"])
+def test_a_stopped_gradient_is_refused(how: str) -> None:
+    model, x = nn.Sequential(Stopped(how), nn.ReLU()).eval(), torch.zeros(ROW)
+    with torch.no_grad():
+        error = refusal(model, x)
+    assert error.code == "TTE-E024" and error.where.startswith(f"0: {how}: stops the gradient")
+    assert refusal(torch.export.export(model, (x,))).where == error.where
+
+
+def test_detach_in_front_of_all_parameters_is_fine() -> None:
+    module, x = Stopped("").eval(), torch.randn(ROW)
+    assert largest_error(import_model(module, (x,)), module, x) < 1e-5
+
+
 @pytest.mark.parametrize("layer", [nn.Dropout(), nn.BatchNorm1d(12)])
 def test_training_mode_is_refused(layer: nn.Module, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(12, 12), layer).train()
