@@ -220,7 +220,7 @@ def _refuse_control_flow(program: Any) -> None:
 
 
 def _gradient_stops(program: Any) -> list[Unsupported]:
-    """detach() and no_grad() behind parameters: what learns is said by the scheme, and the gradient goes all the way."""
+    """detach() and no_grad() behind parameters: the scheme says what learns, and gradients go all the way there."""
     learns = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "PARAMETER"}
     found = []
     for node in program.graph.nodes:

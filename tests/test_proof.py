@@ -197,3 +197,23 @@ def test_a_gradient_of_zero_is_no_error_but_a_missing_one_is(monkeypatch: pytest
     assert wrong_tensors(Normed().eval()) == set()
     monkeypatch.setitem(OPS, "nn.conv2d", replace(OPS["nn.conv2d"], grad=scaled(1, 0.0)))
     assert wrong_tensors(Normed().eval()) == {"first.weight"}
+
+
+def outputs_classes(*behind: nn.Module) -> nn.Module:
+    """(1, 2, 6, 6) -> (1, 5, 1, 1) and further."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 5, 3), nn.AdaptiveAvgPool2d(1), *behind).eval()
+
+
+@pytest.mark.parametrize("behind", [(), (nn.Softmax(1),), (nn.Softmax(1), nn.Flatten()), (nn.LogSoftmax(1),)], ids=str)
+def test_classes_are_on_the_axis_of_pytorch(behind: tuple[nn.Module, ...]) -> None:
+    artifact = tte.compile(outputs_classes(*behind), (torch.zeros(1, 2, 6, 6),), target="host")
+    assert artifact.build.classes == 5
+    assert artifact.verify(steps=3)["ok"]
+
+
+@pytest.mark.parametrize("model", [nn.Conv2d(2, 5, 3), nn.Sequential(nn.Flatten(2), nn.Conv1d(2, 1, 1))], ids=str)
+def test_an_output_with_other_axes_than_classes_is_refused(model: nn.Module) -> None:
+    with pytest.raises(tte.TTEError, match="axis 1") as caught:
+        tte.compile(model.eval(), (torch.zeros(1, 2, 6, 6),), target="host")
+    assert caught.value.code == "TTE-E042" and "(1, classes)" in caught.value.fix

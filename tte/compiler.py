@@ -188,7 +188,7 @@ def compile_graphs(
         input=forward.inputs[0].type,
         output=forward.outputs[0].type,
         target=target_value.type if target_value else None,
-        classes=forward.outputs[0].type.shape[-1] if scheme.loss.name == "cross_entropy" else None,
+        classes=next((n.inputs[0].type.shape[-1] for n in with_loss.nodes if n.op == "nn.cross_entropy"), None),
         loss=scheme.loss.name,
         target_name=target.name,
         learning_rate=scheme.optimizer.lr,

@@ -79,9 +79,8 @@ def measure_loss(output: Any, target: Any, loss: Loss) -> Any:
     reduction: dict[str, Any] = {"reduction": loss.reduction}
     if loss.name == "cross_entropy":
         weight = None if loss.class_weights is None else torch.tensor(loss.class_weights, dtype=output.dtype)
-        rows = output.reshape(-1, output.shape[-1])
-        smoothing = loss.label_smoothing
-        return F.cross_entropy(rows, target.reshape(-1).long(), weight, label_smoothing=smoothing, **reduction)
+        labels = target.long().reshape(() if output.ndim == 1 else (output.shape[0], *output.shape[2:]))
+        return F.cross_entropy(output, labels, weight, label_smoothing=loss.label_smoothing, **reduction)
     target = target.to(output.dtype).reshape(output.shape)
     if loss.name == "huber":
         return F.huber_loss(output, target, delta=loss.delta, **reduction)

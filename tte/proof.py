@@ -9,6 +9,7 @@ import numpy as np
 from tte.errors import TTEError
 from tte.ir import Param
 from tte.oracle import follow, prepare_input, run_graph, run_module
+from tte.passes.loss import last_softmax
 from tte.runner.board import require_ok, unpack_state
 from tte.runner.train import Data, check_data, load_data
 from tte.weights import export_weights
@@ -48,7 +49,7 @@ def prove(artifact: "Artifact", steps: int, data: Any, tolerance: float) -> dict
     judge = f"torch interpretation of the {'prepared' if prepared else 'imported'} graph"
     _require_judgeable(params)
     tensors |= {name: compiled.originals[name] for name in compiled.replaced if name in tensors}
-    last = compiled.source.producer().get(compiled.source.outputs[0].name)
+    last = last_softmax(compiled.source)
     masks = _masks(params)
     theirs = follow(
         forward,
