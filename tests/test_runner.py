@@ -325,6 +325,60 @@ def test_high_water_marks_move(small: Artifact, tmp_path: Path) -> None:
     assert 1024 <= np.subtract(used[1], used[0]) < 1024 + 64
 
 
+FITTING = {
+    "float32": (np.zeros((8, 8, 2)), 1),
+    "with its batch dimension": (np.zeros((1, 8, 8, 2), np.float32), np.array([1])),
+    "integers for floats": (np.zeros((8, 8, 2), int).tolist(), np.int64(4)),
+    "a label out of range": (np.zeros((8, 8, 2)), 5),
+}
+UNFITTING = {
+    "size": (np.zeros((8, 8, 3)), 1),
+    "another layout": (np.zeros((2, 8, 8)), 1),
+    "flat": (np.zeros(128), 1),
+    "two samples": (np.zeros((2, 8, 8, 2)), [1, 1]),
+    "text": (np.full((8, 8, 2), "0"), 1),
+    "no input": (None, 1),
+    "no label": (np.zeros((8, 8, 2)), None),
+    "a label between classes": (np.zeros((8, 8, 2)), np.array([1.7])),
+    "one-hot": (np.zeros((8, 8, 2)), np.eye(5, dtype=int)[1]),
+    "a label that overflows": (np.zeros((8, 8, 2)), 2**32),
+}
+
+
+@pytest.mark.parametrize("project", ["labels"], indirect=True)
+@pytest.mark.parametrize("place", ["host", "unicorn-zig"])
+def test_samples_are_held_against_the_model(project: Artifact, place: str) -> None:
+    board = start(project.build, place)
+    try:
+        assert board.init() == OK
+        for name, (x, y) in FITTING.items():
+            assert board.train_step(x, y).status == (3 if "range" in name else OK), name
+            assert board.infer(x).shape == (1, 5)
+        before = board.save_state()
+        for name, (x, y) in UNFITTING.items():
+            calls = [(board.train_step, x, y), (board.evaluate, x, y)]
+            for call, *arguments in calls if "label" in name or name == "one-hot" else [*calls, (board.infer, x)]:
+                with pytest.raises(TTEError) as caught:
+                    call(*arguments)
+                assert caught.value.code == "TTE-E057" and "the model wants" in caught.value.what, name
+        assert board.save_state() == before
+    finally:
+        board.close()
+
+
+@pytest.mark.parametrize("project", ["uint8"], indirect=True)
+def test_targets_and_integers_are_held_against_the_model(project: Artifact) -> None:
+    board, x, y = project.host(), np.zeros((8, 8, 2), np.uint8), np.zeros(5)
+    assert board.train_step(x, y).status == board.train_step(x, y[None]).status == OK
+    for x_, y_ in ((x / 2, y), (x + 256.0, y), (x.astype(int) + 256, y), (x, y[:, None]), (x, 0.0)):
+        with pytest.raises(TTEError, match="the model wants"):
+            board.train_step(x_, y_)
+    data = {"x": x[None], "y": y[None]}
+    assert project.run(data, runner="host").steps == 1
+    with pytest.raises(TTEError, match="the model wants"):
+        project.run(data | {"y": y.reshape(1, 5, 1)}, runner="host")
+
+
 def test_selftest_of_a_model_that_diverges(tmp_path: Path) -> None:
     """The made-up data of the self-test may not suit the learning rate: fewer steps, but a self-test."""
     net = networks.Network()

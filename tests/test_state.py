@@ -274,7 +274,7 @@ def call_all(board: HostBoard) -> list[str]:
     """The status of every call of the API."""
     samples = draw_samples(board.build, 1)
     x, y, result = samples.x[0].copy(), np.empty(board.build.output.shape, np.float32), np.zeros(3, np.int32)
-    target = np.zeros(1, np.int32) if samples.y is None else samples.y[0].copy()
+    target = np.zeros(1, np.int32) if samples.y is None else samples.y[:1].copy()
     x_, y_, target_, result_ = (a.ctypes.data_as(ctypes.c_void_p) for a in (x, y, target, result))
     calls: list[tuple[object, ...]] = [("infer", x_, y_), ("train_step", x_, target_, result_)]
     calls += [("evaluate", x_, target_, result_), ("state_save", WRITE(lambda *_: 0), None)]

@@ -318,7 +318,7 @@ def draw_samples(build: Build, count: int) -> Data:
         if build.target is not None:
             y = [draw() for _ in range(build.target.size)]
             targets = np.asarray(y) % build.classes if build.classes else (np.asarray(y) - 128) / 64
-            ys.append(np.asarray(targets, build.target.dtype))
+            ys.append(np.asarray(targets, build.target.dtype).reshape(build.target.sample))
     return Data(np.stack(xs), np.stack(ys) if ys else None)
 
 

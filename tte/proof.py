@@ -163,9 +163,10 @@ def _make_up(artifact: "Artifact", count: int) -> Data:
         x = rng.integers(limits.min, limits.max, shape, endpoint=True).astype(build.input.dtype)
     if build.target is None:
         return Data(x, None)
+    shape = (count, *build.target.sample)
     if build.classes:
-        return Data(x, rng.integers(0, build.classes, (count, build.target.size)).astype(np.int32))
-    y = rng.standard_normal((count, build.target.size)).astype(np.float32)
+        return Data(x, rng.integers(0, build.classes, shape).astype(np.int32))
+    y = rng.standard_normal(shape).astype(np.float32)
     return Data(x, (y > 0).astype(np.float32) if artifact.scheme.loss.name == "bce_with_logits" else y)
 
 

@@ -23,6 +23,11 @@ class Tensor:
     def size(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
 
+    @property
+    def sample(self) -> tuple[int, ...]:
+        """The shape without the batch dimension of 1."""
+        return self.shape[1:] if self.shape[:1] == (1,) else self.shape
+
 
 @dataclass(frozen=True)
 class Slot:

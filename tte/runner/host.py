@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tte.errors import TTEError
-from tte.runner.board import Step, require_ok
+from tte.runner.board import Step, check_sample, require_ok
 from tte.runner.build import Build
 from tte.runner.toolchain import build_host
 
@@ -59,20 +59,16 @@ class HostBoard:
 
     def _step(self, name: str, x: np.ndarray, target: np.ndarray | None) -> Step:
         result = _Result(0.0, -1, 0.0)
-        x = np.ascontiguousarray(x, self.build.input.dtype)
-        assert x.size == self.build.input.size
+        x = check_sample("the input", x, self.build.input)
         pointer = None
         if self.build.target is not None:
-            assert target is not None
-            self._target = np.ascontiguousarray(target, self.build.target.dtype)
-            assert self._target.size == self.build.target.size
+            self._target = check_sample("the target", target, self.build.target)
             pointer = self._target.ctypes.data_as(ctypes.c_void_p)
         status = self._call(name, x.ctypes.data_as(ctypes.c_void_p), pointer, ctypes.byref(result))
         return Step(status, result.loss, result.predicted, result.confidence)
 
     def infer(self, x: np.ndarray) -> np.ndarray:
-        x = np.ascontiguousarray(x, self.build.input.dtype)
-        assert x.size == self.build.input.size
+        x = check_sample("the input", x, self.build.input)
         y = np.empty(self.build.output.shape, self.build.output.dtype)
         require_ok(self._call("infer", x.ctypes.data_as(ctypes.c_void_p), y.ctypes.data_as(ctypes.c_void_p)), "infer")
         return y
