@@ -27,8 +27,8 @@ check: $(READY) links  ## style, types, floors, and warnings of the generated C
 links:  ## tte/frontends -> ../frontends and so on, for tools that do not import
 	@for room in frontends passes codegen runtime_c; do ln -sfn ../$$room tte/$$room; done
 
-golden: $(READY)  ## rewrite the golden texts of the tests from what the compiler does now
-	$(BIN)/python -m pytest --update-golden
+golden: $(READY)  ## rewrite tests/baseline.json from what the compiler does now
+	$(BIN)/python -m pytest tests/test_baseline.py --update-golden
 
 format: $(READY)  ## format the Python and sort its imports
 	$(BIN)/ruff check --fix --select I .

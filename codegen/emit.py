@@ -76,6 +76,7 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
         "state": layout,
         "slots": slots,
         "hash_bytes": [str(b) for b in bytes.fromhex(interface.model_hash)[:16]],
+        "macs": {program.role: sum(node.macs for node in program.graph.nodes) for program in programs},
         "arena_bytes": max(1, *(program.plan.arena_bytes for program in programs)),
         "ctype": CTYPES,
     }

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,9 +56,14 @@ class Call:
 
 def schedule(graph: Graph) -> list[Call]:
     """One call per node that does work; views (another shape for the same bytes) do none."""
-    return [
-        _call(i, node) for i, node in enumerate(graph.nodes) if node.body is not None or OPS[node.op].kind != "view"
-    ]
+    views: dict[str, str] = {}  # name of a view -> name of the value whose bytes it shows
+    calls = []
+    for i, node in enumerate(graph.nodes):
+        if node.body is None and OPS[node.op].kind == "view":
+            views[node.output.name] = views.get(node.inputs[0].name, node.inputs[0].name)
+        else:
+            calls.append(_call(i, node, views))
+    return calls
 
 
 @dataclass(frozen=True)
@@ -77,16 +83,19 @@ def _take_apart(node: Node) -> _Parts:
     return _Parts(weights, anchor, tuple(rest if anchor is None else rest[1:]))
 
 
-def _call(index: int, node: Node) -> Call:
+def _call(index: int, node: Node, views: Mapping[str, str]) -> Call:
     parts = _take_apart(node)
     outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True)) if node.body else {}
     pointers: dict[str, Value] = {}  # C name -> value
-    taken = node.inputs[node.inplace].name if node.inplace is not None else None
+    taken = node.inputs[node.inplace] if node.inplace is not None else None
+
+    def bytes_of(value: Value) -> str:
+        return views.get(value.name, value.name)
 
     def pointer(value: Value) -> str:
         value = outer.get(value.name, value)
-        if value.name == taken:
-            return "y0"
+        if taken is not None and bytes_of(value) == bytes_of(taken):
+            return "y0"  # two restrict pointers must not meet
         for c, known in pointers.items():
             if known.name == value.name:
                 return c
@@ -143,8 +152,7 @@ def _call(index: int, node: Node) -> Call:
     context["args"] = args
     template = "elementwise_loop" if parts.anchor is None else _variant(parts.anchor)
     kernel = Kernel(template, json.dumps(context, sort_keys=True))
-    taken_value = node.inputs[node.inplace] if node.inplace is not None else None
-    return Call(index, kernel, tuple(pointers.values()), node.outputs, taken_value)
+    return Call(index, kernel, tuple(pointers.values()), node.outputs, taken)
 
 
 def _variant(anchor: Node) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from tte.arrays import read_npz
 from tte.errors import TTEError
+from tte.frontends.lower import refuse_nonfinite
 from tte.ir import Const, Graph, InvalidGraph, Origin, parse, verify
 
 __all__ = ["import_model"]
@@ -77,10 +78,31 @@ def _read_text(path: Path) -> Graph:
         graph = verify(graph)
     except InvalidGraph as problem:
         raise TTEError("TTE-E010", str(problem), where=str(path), fix="compare with what --dump-ir writes") from problem
+    _require_model(graph, str(path))
     return Graph(
         graph.name, graph.inputs, graph.params, tuple(map(_named, graph.consts)), graph.nodes, graph.outputs,
         graph.updates,
     )  # fmt: skip
+
+
+def _require_model(graph: Graph, where: str) -> None:
+    """A text may hold any program; a model is a forward one."""
+    values = [*graph.inputs, *graph.consts, *(v for node in graph.nodes for v in node.outputs)]
+    if graph.params or any(node.body for node in graph.nodes):
+        fix = "compile the 0-import.ir or 1-simplify text that --dump-ir writes"
+        raise TTEError("TTE-E010", "a model has constants, but neither params nor regions", where=where, fix=fix)
+    if len(graph.inputs) != 1 or len(graph.outputs) != 1 or graph.inputs[0].type.dtype != "float32":
+        raise TTEError("TTE-E023", "not one float32 tensor in and one tensor out", where=where, fix="change the text")
+    shape = graph.inputs[0].type.shape
+    if not shape or shape[0] != 1:
+        raise TTEError(
+            "TTE-E027", f"the input is {shape}", where=where, fix="the first dimension is the batch: write 1"
+        )
+    if empty := next((v for v in values if v.type.size == 0), None):
+        raise TTEError("TTE-E010", f"{empty.name} has no elements: {empty.type}", where=where, fix="change the shapes")
+    for const in graph.consts:
+        if const.data.dtype == np.float32:
+            refuse_nonfinite(const.data, const.name)
 
 
 def _named(const: Const) -> Const:

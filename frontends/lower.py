@@ -202,13 +202,15 @@ def lower(imported: Imported, name: str) -> Graph:
     result = state.value(function.body.body)
     outputs = result if isinstance(result, tuple) else (result,)
     if len(outputs) != 1:
-        raise TTEError("TTE-E023", f"the model has {len(outputs)} outputs", fix="return one tensor")
+        what = f"the model has {len(outputs)} outputs"
+        raise TTEError("TTE-E023", what, where="model", fix="return one tensor")
     computed = {"x"}
     for node in state.builder.nodes:
         if any(v.name in computed for v in node.inputs):
             computed.add(node.output.name)
     if outputs[0].name not in computed or outputs[0] is source:
-        raise TTEError("TTE-E023", "the model's output does not depend on its input", fix="nothing to compile")
+        what = "the model's output does not depend on its input"
+        raise TTEError("TTE-E023", what, where="model", fix="export the model that computes something")
     graph = Graph(name, inputs=(source,), consts=tuple(state.builder.consts.values()), outputs=(outputs[0],))
     return rewrite(graph, state.builder.nodes)
 
@@ -521,8 +523,10 @@ def _section(state: Lowering, x: Value, axis: int, start: int, stop: int, step: 
 
 
 @rule("split")
-def _split(state: Lowering, call: Any) -> tuple[Value, ...]:
-    x = state.value(call.args[0])
+def _split(state: Lowering, call: Any) -> Value | tuple[Value, ...]:
+    x: Value = state.value(call.args[0])
+    if not hasattr(call.ty, "fields"):
+        return x  # in one part
     axis = int(call.attrs.axis) % x.type.rank
     sizes = [tensor_type_of(t).shape[axis] for t in call.ty.fields]
     starts = np.cumsum([0, *sizes]).tolist()

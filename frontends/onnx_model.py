@@ -168,6 +168,14 @@ def _check(model: Any) -> None:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, RuntimeError, ValueError) as problem:
         raise _invalid(problem, where) from problem
+    for node in model.graph.node:
+        if "" not in node.input or node.domain not in ("", "ai.onnx"):
+            continue
+        declared = onnx.defs.get_schema(node.op_type, versions[0], "").inputs
+        for i, name in enumerate(node.input):
+            kind = declared[min(i, len(declared) - 1)].option
+            if not name and kind != kind.Optional:  # the checker lets this pass, and TVM crashes on it
+                raise _invalid(ValueError(f"{node.op_type} {node.name}: input {i} has no name"), where)
     branches = [n for n in model.graph.node if n.op_type in CONTROL_FLOW or any(a.HasField("g") for a in n.attribute)]
     if branches:
         raise TTEError(

@@ -60,7 +60,7 @@ def import_module(module: Any, example_inputs: Sequence[Any] | None, name: str) 
         if x.ndim and x.shape[0] != 1:
             raise _batch_error(tuple(x.shape))
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.enable_grad():  # else a no_grad() of the model's own leaves no trace
             program = torch.export.export(module, inputs, strict=False)
     # What torch.export documents for data-dependent control flow and inputs that do not fit; the model itself may
     # raise anything of these too.
@@ -107,10 +107,11 @@ def import_program(program: Any, name: str) -> Graph:
     _refuse_signature(program)
     _refuse_control_flow(program)
     _refuse_active_layers(program)
+    stops = _gradient_stops(program)  # decompositions dissolve no_grad()
     with _quiet():
         program = program.run_decompositions({})  # makes in-place operators functional
         program = _decompose_unsupported(program)
-    refuse_unsupported(_unsupported(program))
+    refuse_unsupported(stops + _unsupported(program))
     tensors = dict(program.state_dict) | dict(program.constants)
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
     integers = _integer_weights(program)
@@ -235,6 +236,26 @@ def _refuse_control_flow(program: Any) -> None:
         )
 
 
+def _gradient_stops(program: Any) -> list[Unsupported]:
+    """detach() and no_grad() behind parameters: the scheme says what learns, and gradients go all the way there."""
+    learns = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "PARAMETER"}
+    found = []
+    for node in program.graph.nodes:
+        if not any(n.name in learns for n in node.all_input_nodes):
+            continue
+        learns.add(node.name)
+        name = _name(node)
+        if name in ("detach.default", "detach_.default"):
+            what = "detach"
+        elif name == "wrap_with_set_grad_enabled" and not node.args[0]:
+            what = "no_grad"
+        else:
+            continue
+        why = "stops the gradient of parameters: remove it, and let the scheme say what learns"
+        found.append(Unsupported(module_path(node), what, "", why))
+    return found
+
+
 def _decompose_unsupported(program: Any) -> Any:
     """Let PyTorch take apart what is not in the table; what is in the table stays whole."""
     import torch
@@ -262,9 +283,10 @@ def _unsupported(program: Any) -> list[Unsupported]:
                 check(program, node)
             except Refused as problem:
                 why = str(problem)
-        if _name(node) == "upsample_bilinear2d.vec" and node.args[3] and not node.args[2]:
+        if _name(node).startswith("upsample_") and node.args[-1] and node.args[2] is not True:
+            # align_corners (args[2] of bilinear) does not look at the factor
             size = node.args[0].meta["val"].shape[2:]
-            exact = all(int(n * s) == n * s for n, s in zip(size, node.args[3], strict=True))
+            exact = all(int(n * s) == n * s for n, s in zip(size, node.args[-1], strict=True))
             why = "" if exact else "the scale factor does not divide: give size= or recompute_scale_factor=True"
         if _name(node) not in SUPPORTED or why:
             types = ", ".join(_type(a) for a in node.args if hasattr(a, "meta"))

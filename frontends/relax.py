@@ -36,6 +36,19 @@ def translate_errors(where: str) -> Iterator[None]:
         ) from problem
 
 
+def tidy_builder() -> Any:
+    """A BlockBuilder that does not complain on stderr when an importer fails in the middle of a function."""
+    from tvm import relax
+
+    class Tidy(relax.BlockBuilder):  # type: ignore[misc]
+        def _exit_function_scope(self, kind: Any, value: Any, trace: Any) -> None:
+            if kind is not None:
+                self._end_block()
+            super()._exit_function_scope(kind, value, trace)
+
+    return Tidy()
+
+
 def import_exported_program(program: Any, path: Callable[[Any], str]) -> tuple[Any, dict[str, str]]:
     """The Relax function of a ``torch.export.ExportedProgram`` and the layer of each variable.
 
@@ -173,6 +186,7 @@ def import_exported_program(program: Any, path: Callable[[Any], str]) -> tuple[A
         return given + keywords[len(given) :]
 
     importer = Importer()
+    importer.block_builder = tidy_builder()
     with translate_errors("exported program"):
         importer.from_exported_program(program, True, True, False, None)
         # from_exported_program would bind the buffers as nameless constants; the builder still has them as parameters.
@@ -313,6 +327,7 @@ def import_onnx(model: Any, named: Mapping[str, np.ndarray], layer: Callable[[An
         return np.asarray(expression.value.numpy())
 
     importer = Importer({}, "float32", keep_params_in_input=True)
+    importer.bb = tidy_builder()
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     with translate_errors("ONNX model"):
         module = importer.from_onnx(model.graph, opset)

@@ -25,14 +25,15 @@ def fold_batch_norm(graph: Graph) -> Graph:
     outputs = {v.name for v in graph.outputs}
     builder = Builder()
     env: dict[str, Value] = {}
-    for node in graph.nodes:
-        node = replace(node, inputs=tuple(env.get(v.name, v) for v in node.inputs))
+    for old in graph.nodes:
+        node = replace(old, inputs=tuple(env.get(v.name, v) for v in old.inputs))
         if node.op != "nn.batch_norm":
             builder.append(node)
             continue
         assert all(isinstance(v, Const) for v in node.inputs[1:]), f"{node.layer}: batch norm with computed parameters"
         linear = producer.get(node.inputs[0].name)
-        read_once = len(uses[node.inputs[0].name]) == 1 and node.inputs[0].name not in outputs
+        # Of what this batch norm reads in the old graph: a layer that another one was folded into has its readers.
+        read_once = len(uses[old.inputs[0].name]) == 1 and old.inputs[0].name not in outputs
         if linear and linear.op in LINEAR and read_once and _owned(linear, uses) and _owned(node, uses):
             at = next(i for i, n in enumerate(builder.nodes) if n.outputs == linear.outputs)
             linear = builder.nodes[at]
@@ -73,7 +74,7 @@ def _fold(linear: Node, norm: Node, builder: Builder) -> tuple[Const, Const]:
         return w, builder.const(shift, beta.name, beta.origin)
     if bias and bias[0].origin is not None:
         return w, builder.const(shift, bias[0].name, _scaled(bias[0].origin, s))
-    return w, builder.const(shift, f"{linear.layer or weight.name}.bias")
+    return w, builder.const(shift)  # the user has no such tensor
 
 
 def _per_weight(linear: Node, weight: Const, s: np.ndarray) -> np.ndarray:

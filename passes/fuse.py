@@ -78,12 +78,23 @@ def _split_weights(graph: Graph) -> dict[str, Node]:
     }
     for node in graph.nodes:
         for i, value in enumerate(node.inputs):
-            # Convolutions, dense and matmul read their second operand in parts.
-            if i != 1 or node.body or node.definition.kind != "anchor":
-                candidates.pop(value.name, None)
+            if (parts := candidates.get(value.name)) and not (i == 1 and _reads_parts(node, parts)):
+                del candidates[value.name]
     for value in graph.outputs:
         candidates.pop(value.name, None)
     return candidates
+
+
+def _reads_parts(node: Node, parts: Node) -> bool:
+    """The kernel of ``node`` reads its second operand where its parts lie, which follow one another along an axis."""
+    axis, groups = parts.attrs["axis"], node.attrs.get("groups", 1)
+    depthwise = groups != 1 and groups == node.inputs[0].type.shape[-1]
+    return node.body is None and {
+        "nn.conv2d": (axis == 3 and groups == 1) or (axis == 0 and depthwise),
+        "nn.conv2d_transpose": groups == 1 or (axis == 0 and depthwise),
+        "nn.dense": axis == 1,
+        "matmul": axis == 1 and not node.attrs.get("transpose_b"),
+    }.get(node.op.removeprefix("q"), False)
 
 
 def _is_elementwise(node: Node) -> bool:

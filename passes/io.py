@@ -32,24 +32,27 @@ def apply_input_format(graph: Graph, format: InputFormat) -> Graph:
     if layout == own_layout(own) and dtype == own.dtype and not format.mean and not format.std:
         return graph
     builder = Builder()
-    axes = CHANNELS_LAST.get(layout)
-    given = Value(value.name, own.with_shape(_inverse(own.shape, axes)))
-    given = Value(value.name, TensorType(given.type.shape, dtype))
-    x: Value = given
-    if axes:
-        x = builder.call("transpose", x, axes=axes, layer="input")
-    if dtype != own.dtype:
-        x = builder.call("cast", x, dtype=own.dtype, layer="input")
-    if format.mean or format.std:
-        mean, std = _per_channel(format, own)
-        x = builder.call("subtract", x, builder.const(mean), layer="input")
-        x = builder.call("multiply", x, builder.const((1.0 / std.astype(np.float64)).astype(np.float32)), layer="input")
+    given = Value(value.name, TensorType(_inverse(own.shape, CHANNELS_LAST.get(layout)), dtype))
+    x = prepare(builder, given, own, format)
     # The model's nodes read the prepared value under the name of the old input.
     prepared = Value("prepared", x.type)
     nodes = [_renamed(node, {x.name: prepared}) for node in builder.nodes]
     nodes += [_renamed(node, {value.name: prepared}) for node in graph.nodes]
     outputs = tuple(prepared if v.name == value.name else v for v in graph.outputs)
     return rewrite(graph, nodes, inputs=(given,), consts=(*graph.consts, *builder.consts.values()), outputs=outputs)
+
+
+def prepare(builder: Builder, x: Value, own: TensorType, format: InputFormat) -> Value:
+    """The caller's input in the form of the model's own."""
+    if axes := CHANNELS_LAST.get(format.layout):
+        x = builder.call("transpose", x, axes=axes, layer="input")
+    if x.type.dtype != own.dtype:
+        x = builder.call("cast", x, dtype=own.dtype, layer="input")
+    if format.mean or format.std:
+        mean, std = _per_channel(format, own)
+        x = builder.call("subtract", x, builder.const(mean), layer="input")
+        x = builder.call("multiply", x, builder.const((1.0 / std.astype(np.float64)).astype(np.float32)), layer="input")
+    return x
 
 
 def _inverse(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[int, ...]:

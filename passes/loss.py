@@ -1,40 +1,38 @@
 """Appends the loss to a forward graph."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from tte.errors import TTEError
-from tte.ir import Builder, Graph, TensorType, Value, rewrite
+from tte.ir import Builder, Graph, Node, TensorType, Value, rewrite
 from tte.scheme import Loss
 
 TARGET = "target"
 
 
-def append_loss(graph: Graph, loss: Loss, target_is_input: bool = False) -> Graph:
+def append_loss(
+    graph: Graph,
+    loss: Loss,
+    target_is_input: bool = False,
+    prepared: Callable[[Builder, Value], Value] = lambda builder, x: x,
+    clipped: bool = False,
+) -> Graph:
     """The graph with a scalar loss as its only output and, unless the input is its own target, an input ``target``.
 
     A softmax at the end is absorbed: cross entropy works on logits, and softmax + cross entropy of probabilities is
     the same function, computed without losing digits.
+    clipped: the gradient of the loss will be limited; then it is that of the logarithms of the probabilities.
+    prepared: brings the caller's input into the form of the model's own, which is what an autoencoder is to give back.
     """
     builder = Builder()
-    nodes = list(graph.nodes)
+    builder.nodes.extend(graph.nodes)
     prediction = graph.outputs[0]
-    if loss.name == "cross_entropy":
-        last = graph.producer().get(prediction.name)
-        if last and last.op in ("nn.softmax", "nn.log_softmax"):
-            prediction = last.inputs[0]
-    builder.nodes.extend(nodes)
     inputs = graph.inputs
     layer = "loss"
     if loss.name == "cross_entropy":
-        if prediction.type.rank < 1 or prediction.type.shape[-1] < 2:
-            raise TTEError(
-                "TTE-E042",
-                f"cross entropy needs at least 2 classes on the last axis, the model's output is {prediction.type}",
-                where="loss",
-                fix="use `loss: mse` or `loss: bce_with_logits`, or give the model a head with classes",
-            )
+        prediction = _logits(builder, graph, clipped)
         target = Value(TARGET, TensorType(prediction.type.shape[:-1], "int32"))
         operands = [prediction, target]
         classes = prediction.type.shape[-1]
@@ -56,7 +54,7 @@ def append_loss(graph: Graph, loss: Loss, target_is_input: bool = False) -> Grap
         )
     else:
         if target_is_input:
-            target = graph.inputs[0]
+            target = prepared(builder, graph.inputs[0])
             if target.type.size != prediction.type.size:
                 raise TTEError(
                     "TTE-E042",
@@ -75,3 +73,43 @@ def append_loss(graph: Graph, loss: Loss, target_is_input: bool = False) -> Grap
         inputs = (*graph.inputs, target)
     with_loss = replace(graph, inputs=inputs, consts=(*graph.consts, *builder.consts.values()), outputs=(value,))
     return rewrite(with_loss, builder.nodes)
+
+
+def last_softmax(graph: Graph) -> Node | None:
+    """The softmax or log-softmax that makes the output; behind it at most a reshape that keeps its rows whole."""
+    output, producer = graph.outputs[0], graph.producer()
+    shape, node = output.type.shape, producer.get(output.name)
+    classes = shape[1:2] if len(shape) > 2 else shape[-1:]
+    while node and node.op == "reshape" and node.inputs[0].type.shape[-1:] == classes:
+        node = producer.get(node.inputs[0].name)
+    return node if node and node.op in ("nn.softmax", "nn.log_softmax") else None
+
+
+def _rows(type: TensorType) -> tuple[int, ...]:
+    """The shape with the classes last: of (1, C, 1, 1) it is (1, C). Raises TTEError."""
+    shape = type.shape
+    if type.rank > 2 and type.size != shape[1]:
+        raise TTEError(
+            "TTE-E042",
+            f"PyTorch's cross entropy has its classes on axis 1, with a label for each of the others: {type}",
+            where="loss",
+            fix="flatten the output to (1, classes)",
+        )
+    return shape if type.rank <= 2 else shape[:2]
+
+
+def _logits(builder: Builder, graph: Graph, clipped: bool) -> Value:
+    """What cross entropy works on: (classes,) or (rows, classes)."""
+    output, shape = graph.outputs[0], _rows(graph.outputs[0].type)
+    if not shape or shape[-1] < 2:
+        raise TTEError(
+            "TTE-E042",
+            f"cross entropy needs at least 2 classes, the model's output is {output.type}",
+            where="loss",
+            fix="use `loss: mse` or `loss: bce_with_logits`, or give the model a head with classes",
+        )
+    softmax, logits = last_softmax(graph), output
+    if softmax:
+        logits = softmax.inputs[0]
+        logits = builder.call("nn.log_softmax", logits, layer=softmax.layer) if clipped else logits
+    return logits if logits.type.shape == shape else builder.call("reshape", logits, newshape=shape, layer="loss")

@@ -9,8 +9,12 @@ from tte.ir import OPS, Builder, Const, Graph, Node, Origin, Value, rewrite
 MOVES = ("reshape", "transpose", "slice", "take")  # operators that only move elements: origins move along
 
 
-def fold_constants(graph: Graph) -> Graph:
-    """Compute what depends on constants only."""
+def fold_constants(graph: Graph, shared: bool = False) -> Graph:
+    """Compute what depends on constants only.
+
+    Of a user's tensor that has several readers nothing is computed unless ``shared``: if it is to learn, all of them
+    must see it learn.
+    """
     builder = Builder()
     folded: dict[str, Value] = {}
     nodes = []
@@ -21,6 +25,9 @@ def fold_constants(graph: Graph) -> Graph:
             nodes.append(node)
             continue
         constants = [v for v in inputs if isinstance(v, Const)]
+        if not shared and any(c.origin and not _single_use(graph, c) for c in constants):
+            nodes.append(node)
+            continue
         data = np.asarray(OPS[node.op].ref(*(c.data for c in constants), **node.attrs), order="C")
         origin = _moved(constants[0].origin, node) if node.op in MOVES else None
         # A moved weight keeps the user's name as long as nobody reads the unmoved one.

@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Operand:
-    """How to draw an operand. kind: normal, wide (normal * 4), positive, scale, bits, label (0 <= n < high), integers."""
+    """How to draw one. kind: normal, wide (normal * 4), positive, scale, bits, label (0 <= n < high), integers."""
 
     shape: tuple[int, ...]
     kind: str = "normal"
@@ -473,7 +473,7 @@ for shape in ((3, 4), (2, 3, 3, 5)):
     add("nn.sgd", shape, shape, (), torch=lambda w, g, rate: w - rate * g)
 
 
-# --- integers: a float operator on q - zero_point, then rounding; only "mask" changes how many results there are --------
+# --- integers: a float operator on q - zero_point, then rounding; only "mask" changes how many results there are ----
 
 
 def counted(f: Callable[..., Tensor], zero_point: int = 0) -> Callable[..., Tensor]:

@@ -158,6 +158,7 @@ MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "pad": (Call(lambda c, x: F.pad(c(x), (1, 2, 3, 0), value=0.5), conv=nn.Conv2d(6, 3, 1)), PICTURE),
     "zero-pad": (nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(6, 3, 3, stride=2)), PICTURE),
     "nearest": (nn.Upsample(scale_factor=2), PICTURE),
+    "nearest-size-rounded": (nn.Upsample(size=(46, 5)), (1, 2, 14, 8)),
     "nearest-size": (nn.Upsample(size=(5, 11)), PICTURE),
     "bilinear": (nn.Upsample(size=(5, 11), mode="bilinear"), PICTURE),
     "bilinear-corners": (nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), PICTURE),
@@ -361,7 +362,39 @@ def test_unsupported_forms_of_supported_operators_say_why() -> None:
     error = refusal(model, torch.zeros(PICTURE))
     assert "0: nn.avg_pool2d(float32[1, 6, 8, 8]): average pooling with ceil_mode and count_include_pad" in error.where
     assert "1: nn.max_pool2d(float32[1, 6, 5, 5]): pooling with dilation" in error.where
-    assert "does not divide" in refusal(nn.Upsample(scale_factor=1.3, mode="bilinear"), torch.zeros(PICTURE)).where
+    for mode in ("nearest", "bilinear"):
+        assert "does not divide" in refusal(nn.Upsample(scale_factor=1.3, mode=mode), torch.zeros(PICTURE)).where
+
+
+class Stopped(nn.Module):
+    """A gradient that is stopped inside of forward."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "no_grad":
+            with torch.no_grad():
+                y = self.first(x)
+        else:
+            y = self.first(x.detach())
+            y = y.detach() if self.how == "detach" else y * torch.tensor(2.0)
+        return self.last(y)
+
+
+@pytest.mark.parametrize("how", ["detach", "no_grad"])
+def test_a_stopped_gradient_is_refused(how: str) -> None:
+    model, x = nn.Sequential(Stopped(how), nn.ReLU()).eval(), torch.zeros(ROW)
+    with torch.no_grad():
+        error = refusal(model, x)
+    assert error.code == "TTE-E024" and error.where.startswith(f"0: {how}: stops the gradient")
+    assert refusal(torch.export.export(model, (x,))).where == error.where
+
+
+def test_detach_in_front_of_all_parameters_is_fine() -> None:
+    module, x = Stopped("").eval(), torch.randn(ROW)
+    assert largest_error(import_model(module, (x,)), module, x) < 1e-5
 
 
 @pytest.mark.parametrize("layer", [nn.Dropout(), nn.BatchNorm1d(12)])

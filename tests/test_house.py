@@ -99,7 +99,9 @@ def test_imports_and_dependencies_agree() -> None:
     imported -= sys.stdlib_module_names | {"tte"}
     used = {_canonical(distributions.get(module, [module])[0]) for module in imported}
     extras = PROJECT["project"]["optional-dependencies"]
-    declared = {_canonical(name) for name in PROJECT["project"]["dependencies"] + extras["emulate"] + extras["quantize"]}
+    declared = {
+        _canonical(name) for name in PROJECT["project"]["dependencies"] + extras["emulate"] + extras["quantize"]
+    }
     # ziglang is a program, not a module; apache-tvm-ffi is named only for its version; protobuf comes with onnx.
     assert (used | {"apache-tvm-ffi", "ziglang"}) - {"protobuf"} == declared
 

@@ -4,9 +4,11 @@ import networks
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from samples import SAMPLES, Sample
 
 from tte.ir import OPS, Builder, Graph, InvalidType, Param, TensorType, Value, evaluate, tensor_type, verify
+from tte.ops.resize import resize_taps
 from tte.passes.autodiff import LOSSES, differentiate
 
 torch.set_num_threads(1)
@@ -118,6 +120,14 @@ def test_gradient_is_the_derivative_of_the_reference(sample: Sample) -> None:
     ours = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
     size = sum(float(np.abs(g * d).sum()) for g, d in zip(gradients, directions, strict=True))
     assert abs(ours - expected) <= 1e-4 * size + 1e-6
+
+
+def test_nearest_takes_the_pixels_that_torch_takes() -> None:
+    for size in range(1, 81):
+        x = torch.arange(size, dtype=torch.float32).view(1, 1, size, 1)
+        for parts in range(1, 81):
+            ours = [low for low, _, _ in resize_taps(size, parts, "nearest", "asymmetric")]
+            assert ours == F.interpolate(x, size=(parts, 1)).flatten().tolist(), (size, parts)
 
 
 T = TensorType

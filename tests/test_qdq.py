@@ -223,19 +223,26 @@ def test_the_model_itself_is_computed_in_integers() -> None:
 
 
 W, F = np.zeros((4, 2, 3, 3)), np.float32
+CHANNELS = {"x_scale": np.full(2, 0.1, F), "x_zero": np.zeros(2, np.int8)}
+
+
+def weights_of(dtype: type) -> dict[str, np.ndarray]:
+    return {"conv.weight": W.astype(dtype), "w_zero": np.zeros(4, dtype)}
+
+
 REFUSED = {
-    "asymmetric weights": ({"w_zero": np.asarray([0, 5, 0, 0], np.int8)}, "conv.weight", "asymmetric weights, with zero point 5"),
-    "uint8 weights": ({"conv.weight": W.astype(np.uint8), "w_zero": np.zeros(4, np.uint8)}, "conv.weight", "weights of uint8"),
-    "int16 weights": ({"conv.weight": W.astype(np.int16), "w_zero": np.zeros(4, np.int16)}, "conv.weight", "weights of int16"),
+    "asymmetric weights": ({"w_zero": np.asarray([0, 5, 0, 0], np.int8)}, "conv.weight", "weights, with zero point 5"),
+    "uint8 weights": (weights_of(np.uint8), "conv.weight", "weights of uint8"),
+    "int16 weights": (weights_of(np.int16), "conv.weight", "weights of int16"),
     "int16 activations": ({"x_zero": np.int16(3)}, "x", "activations of int16"),
     "int8 in, uint16 out": ({"y_zero": np.uint16(3), "z_zero": np.uint16(3)}, "y", "activations of uint16"),
-    "scale per channel": ({"x_scale": np.full(2, 0.1, F), "x_zero": np.zeros(2, np.int8)}, "x", "activations with a scale per channel"),
+    "scale per channel": (CHANNELS, "x", "activations with a scale per channel"),
     "scale of zero": ({"x_scale": F(0)}, "x", "the scale 0; scales are above 0"),
     "negative scale": ({"y_scale": F(-0.1)}, "y", "the scale -0.1"),
     "scale that is NaN": ({"w_scale": np.asarray([1, np.nan, 1, 1], F)}, "conv.weight", "the scale nan"),
     "infinite scale": ({"b_scale": np.asarray([1, 1, np.inf, 1], F)}, "conv.bias", "the scale inf"),
     "pairs that disagree": ({"z_scale": F(0.1)}, "y_q", "dequantised with"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

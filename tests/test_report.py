@@ -12,7 +12,7 @@ import tte.ops  # noqa: F401  fills the table
 from tte.codegen.emit import Program
 from tte.codegen.plan import plan_memory
 from tte.ir import Graph, parse, verify
-from tte.report import Measured, count_macs, find_phases, make_report, render_html
+from tte.report import Measured, find_phases, make_report, render_html
 from tte.runner.toolchain import Firmware
 from tte.target import STM32F746
 
@@ -55,7 +55,7 @@ def programs() -> list[Program]:
 def test_phases_and_costs() -> None:
     step = graph(STEP)
     assert find_phases(step) == ["forward"] * 3 + ["backward"] * 2 + ["update"]
-    assert [count_macs(node) for node in step.nodes][:2] == [64, 32]
+    assert [node.macs for node in step.nodes][:2] == [64, 32]
 
 
 def test_what_is_planned(programs: list[Program]) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 from tte.compiler import lower
 from tte.ir import Const, Graph
-from tte.report import count_macs
 from tte.scheme import Layer, find_layers
 
 
@@ -83,7 +82,7 @@ def _row(graph: Graph, layer: Layer, passable: set[str]) -> LayerRow:
         op=layer.op,
         shape=nodes[-1].output.type.shape,
         parameters=sum(w.type.size for w in weights),
-        macs=sum(count_macs(n) for n in nodes),
+        macs=sum(n.macs for n in nodes),
         in_channels=layer.channels if layer.axis is not None else None,
         trainable=" and ".join(kinds),
         forward=True,

@@ -196,16 +196,22 @@ def verify(
 def state(
     blob: Annotated[Path, typer.Argument(help="bytes that <name>_state_save wrote on the device")],
     build: Annotated[Path, typer.Option("--build", "-b", help="folder the firmware was built from")],
-    output: Annotated[Path, typer.Option("-o", "--output", help=".npz with the model's own names and layouts")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help=".npz with the model's own names and layouts, or .onnx")
+    ],
+    model: Annotated[Path | None, typer.Option(help="for -o new.onnx: the .onnx file that was compiled")] = None,
     json_: Json = False,
 ) -> None:
     """Turn a saved state of a device into weights with the model's own names and layouts."""
+    if (output.suffix == ".onnx") != (model is not None):
+        what = "an .onnx file is a copy of the model with other weights; an .npz holds weights alone"
+        raise TTEError("TTE-E059", what, where="--model", fix="give --model model.onnx -o new.onnx, or -o weights.npz")
     try:
         content = blob.read_bytes()
     except OSError as problem:
         fix = "give the file that the bytes of <name>_state_save were written to"
         raise TTEError("TTE-E060", f"cannot read: {problem.strerror}", where=str(blob), fix=fix) from problem
-    shapes = _save_weights(output, content, build)
+    shapes = _save_weights(output, content, build, model)
     if json_:
         return _print_json({"output": str(output), "weights": shapes})
     _print_table(str(output), ("tensor", "shape"), [(name, "x".join(map(str, s))) for name, s in shapes.items()])
@@ -345,13 +351,17 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _save_weights(path: Path, state: bytes, build: Path) -> dict[str, list[int]]:
-    """Write what a state holds as an .npz with the model's own names and layouts; return the shapes."""
-    from tte.saved import read_state
+def _save_weights(path: Path, state: bytes, build: Path, model: Path | None = None) -> dict[str, list[int]]:
+    """Write what a state holds, with the model's own names and layouts, as an .npz or into a copy of ``model`` (ONNX);
+    return the shapes."""
+    from tte.saved import read_state, write_onnx
     from tte.weights import save_weights
 
     weights = read_state(state, build)
-    save_weights(path, weights)
+    if model:
+        write_onnx(path, weights, model)
+    else:
+        save_weights(path, weights)
     return {name: list(array.shape) for name, array in weights.items()}
 
 

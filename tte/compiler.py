@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tte.passes.channels import select_channels
 from tte.passes.fuse import fuse_elementwise, fuse_updates
 from tte.passes.head import replace_head
 from tte.passes.inplace import work_in_place
-from tte.passes.io import apply_input_format, own_layout
+from tte.passes.io import apply_input_format, own_layout, prepare
 from tte.passes.layout import to_nhwc
 from tte.passes.loss import append_loss
 from tte.passes.optimizer import attach_sgd
@@ -74,9 +75,14 @@ class Pipeline:
         return graph
 
     def write(self, graph: Graph, name: str) -> None:
-        if self.dump is not None:
+        if self.dump is None:
+            return
+        try:
             self.dump.mkdir(parents=True, exist_ok=True)
             (self.dump / f"{name}.ir").write_text(str(graph))
+        except OSError as problem:
+            what, fix = f"cannot write: {problem.strerror}", "choose another place for --dump-ir"
+            raise TTEError("TTE-E045", what, where=str(self.dump), fix=fix) from problem
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ class Compiled:
 
     imported:  the model as the frontend brought it
     source:    the model in the form that schemes are resolved against, all weights constants
-    originals: the user's own tensors, by name, in the user's layout
+    originals: the user's own tensors, by name, in the user's layout; those of a new head as it begins
+    replaced:  the names of the new head's tensors
     forward:   the model with what learns as params, as the user's head and input format make it
     gradients: forward, loss and backward; outputs are the loss and one gradient per param
     programs:  infer, evaluate and train, each with its memory plan
@@ -94,6 +101,7 @@ class Compiled:
     imported: Graph
     source: Graph
     originals: dict[str, np.ndarray]
+    replaced: tuple[str, ...]
     forward: Graph
     gradients: Graph
     resolved: Resolved
@@ -116,7 +124,22 @@ def lower(model: Any, example_inputs: tuple[Any, ...] | None = None, pipeline: P
     pipeline = pipeline or Pipeline()
     graph = verify(import_model(model, example_inputs))
     pipeline.write(graph, "0-import")
-    return pipeline.run(graph, SIMPLIFY, "1-simplify")
+    return _simplify(graph, pipeline)
+
+
+def _simplify(graph: Graph, pipeline: Pipeline) -> Graph:
+    """Raises TTEError (E028) where finite weights give others that are not."""
+    with np.errstate(all="ignore"):
+        graph = pipeline.run(graph, SIMPLIFY, "1-simplify")
+    for const in graph.consts:
+        if const.type.dtype == "float32" and not np.isfinite(const.data).all():
+            raise TTEError(
+                "TTE-E028",
+                f"{const.name} is NaN or infinite when constants and batch norms are folded",
+                where=const.name,
+                fix="look for a batch norm whose variance is not above 0, or for weights that overflow",
+            )
+    return graph
 
 
 def compile_graphs(
@@ -134,18 +157,22 @@ def compile_graphs(
     imported = verify(import_model(model, example_inputs))
     pipeline.write(imported, "0-import")
     prepared = apply_input_format(imported, scheme.io.input)
-    forward = pipeline.run(prepared, SIMPLIFY, "1-simplify")
+    forward = _simplify(prepared, pipeline)
+    given = {id(c) for c in forward.consts}
     if scheme.head is not None:
         forward = verify(replace_head(forward, scheme.head.layer, scheme.head.classes, scheme.head.init))
+    replaced = [c for c in forward.consts if c.origin and id(c) not in given]
     source = forward
     resolved = resolve(scheme, forward)
     forward, notes = select_channels(forward, resolved)
-    forward = verify(select_updates(verify(forward), resolved))
+    forward = verify(fold_constants(verify(select_updates(verify(forward), resolved)), shared=True))
     quantized = Settings(scheme.quantized.requantize, scheme.quantized.weight_storage)
     forward = verify(lower_qdq(forward, quantized))
     notes = [*notes, *find_float_layers(forward)]
     pipeline.write(forward, "2-forward")
-    with_loss = verify(append_loss(forward, scheme.loss, scheme.io.target == "input"))
+    clipped = scheme.optimizer.clip_loss_grad is not None
+    own = partial(prepare, own=imported.inputs[0].type, format=scheme.io.input)
+    with_loss = verify(append_loss(forward, scheme.loss, scheme.io.target == "input", own, clipped))
     differentiated = verify(differentiate(keep_saturation_masks(with_loss), scheme.optimizer.clip_loss_grad))
     gradients = verify(eliminate_dead_code(differentiated))
     pipeline.write(gradients, "3-gradients")
@@ -165,7 +192,7 @@ def compile_graphs(
         input=forward.inputs[0].type,
         output=forward.outputs[0].type,
         target=target_value.type if target_value else None,
-        classes=forward.outputs[0].type.shape[-1] if scheme.loss.name == "cross_entropy" else None,
+        classes=next((n.inputs[0].type.shape[-1] for n in with_loss.nodes if n.op == "nn.cross_entropy"), None),
         loss=scheme.loss.name,
         target_name=target.name,
         learning_rate=scheme.optimizer.lr,
@@ -181,11 +208,20 @@ def compile_graphs(
         for c in imported.consts
         if c.origin
     }
-    for const in source.consts:
-        if const.origin and originals.get(const.origin.name, const.data).shape != const.origin.shape:
-            originals[const.origin.name] = _as_user(const, const.origin)  # a new layer begins as it was made
+    # A new layer begins as it was made.
+    originals |= {c.origin.name: _as_user(c, c.origin) for c in replaced if c.origin}
     return Compiled(
-        imported, source, originals, forward, gradients, resolved, target, interface, tuple(programs), tuple(notes)
+        imported=imported,
+        source=source,
+        originals=originals,
+        replaced=tuple(c.origin.name for c in replaced if c.origin),
+        forward=forward,
+        gradients=gradients,
+        resolved=resolved,
+        target=target,
+        interface=interface,
+        programs=tuple(programs),
+        notes=tuple(notes),
     )
 
 

@@ -95,9 +95,8 @@ def measure_loss(output: Any, target: Any, loss: Loss) -> Any:
     reduction: dict[str, Any] = {"reduction": loss.reduction}
     if loss.name == "cross_entropy":
         weight = None if loss.class_weights is None else torch.tensor(loss.class_weights, dtype=output.dtype)
-        rows = output.reshape(-1, output.shape[-1])
-        smoothing = loss.label_smoothing
-        return F.cross_entropy(rows, target.reshape(-1).long(), weight, label_smoothing=smoothing, **reduction)
+        labels = target.long().reshape(() if output.ndim == 1 else (output.shape[0], *output.shape[2:]))
+        return F.cross_entropy(output, labels, weight, label_smoothing=loss.label_smoothing, **reduction)
     target = target.to(output.dtype).reshape(output.shape)
     if loss.name == "huber":
         return F.huber_loss(output, target, delta=loss.delta, **reduction)
@@ -115,11 +114,20 @@ def run_module(module: Any) -> tuple[Forward, dict[str, np.ndarray]]:
 
     import torch
 
-    module = copy.deepcopy(module).double()
+    module = copy.deepcopy(module)
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    module = module.double()
     tensors = {name: t.detach().numpy().copy() for name, t in module.state_dict().items() if t.dtype.is_floating_point}
 
     def forward(values: Mapping[str, Any], x: Any) -> Any:
-        return torch.func.functional_call(module, dict(values), (x,))
+        bound = dict(values)
+        for tied in names.values():
+            learns = next((name for name in tied if name in values and values[name].requires_grad), None)
+            if learns is not None:
+                bound |= dict.fromkeys(tied, values[learns])
+        return torch.func.functional_call(module, bound, (x,), tie_weights=False)
 
     return forward, tensors
 

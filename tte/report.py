@@ -165,7 +165,7 @@ def list_layers(graph: Graph) -> list[dict[str, Any]]:
             "trained": [],
         }
         layer = layers.setdefault(node.layer, new)
-        macs = count_macs(node)
+        macs = node.macs
         if phase == "forward":
             if macs or not layer["op"]:
                 layer["op"] = main_op(node)
@@ -181,14 +181,6 @@ def list_layers(graph: Graph) -> list[dict[str, Any]]:
         if const.name in owner:
             layers[owner[const.name]]["const_bytes"] += const.type.nbytes
     return list(layers.values())
-
-
-def count_macs(node: Node) -> int:
-    """Multiply-accumulates of a node; of a region, those of all its members."""
-    if node.body:
-        return sum(map(count_macs, node.body.nodes))
-    rule = OPS[node.op].macs
-    return rule(*(v.type for v in node.inputs), **node.attrs) if rule else 0
 
 
 def main_op(node: Node) -> str:

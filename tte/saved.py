@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from tte.arrays import read_npz
+from tte.document import suggest
+from tte.errors import TTEError
 from tte.ir import Origin, Param
 from tte.runner.board import unpack_state
 from tte.runner.build import Build
@@ -45,3 +47,30 @@ def read_state(state: bytes, folder: Path | str) -> dict[str, np.ndarray]:
             initial[name] = arrays[INITIAL + name]
     known = {name: trained[name] for name in origins}
     return export_weights(known, initial, origins, originals)
+
+
+def write_onnx(path: Path, weights: Mapping[str, np.ndarray], model: Path) -> None:
+    """Write the ONNX file ``model`` with ``weights`` in the place of its own tensors of these names.
+
+    Raises TTEError: E020 no model, E062 not writable, E063 unknown name, E064 wrong shape.
+    """
+    import onnx
+
+    from tte.frontends.onnx_model import read_onnx
+
+    proto = read_onnx(model)
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for name, array in weights.items():
+        if name not in tensors:
+            what, fix = f"the model has no initializer {name!r}", suggest(name, tensors, "initializers")
+            raise TTEError("TTE-E063", what, where=str(model), fix=fix)
+        shape = tuple(tensors[name].dims)
+        if array.shape != shape:
+            what = f"{name} has shape {array.shape}, the model's {shape}"
+            raise TTEError("TTE-E064", what, where=str(model), fix="after `head` in the scheme: write an .npz instead")
+        tensors[name].CopyFrom(onnx.numpy_helper.from_array(array, name))
+    try:
+        path.write_bytes(proto.SerializeToString())
+    except OSError as problem:
+        what = f"cannot write: {problem.strerror}"
+        raise TTEError("TTE-E062", what, where=str(path), fix="choose another place") from problem

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 import numpy as np
 import yaml
@@ -26,7 +26,7 @@ from pydantic import (
 
 from tte.document import Document, Place, read_yaml, show, suggest
 from tte.errors import TTEError
-from tte.ir import Const, Graph, Node
+from tte.ir import Const, Graph, Node, Value
 
 MAX_PATTERNS = 1000
 SHORT_FORM = re.compile(r"full|last-layer|bias-only|last-k: ?[1-9][0-9]{0,5}")
@@ -444,10 +444,11 @@ def find_layers(graph: Graph) -> list[Layer]:
         if node.op in ("nn.conv2d", "nn.conv2d_transpose", "nn.dense"):
             weight = node.inputs[1]
             bias = node.inputs[2] if len(node.inputs) > 2 else None
-            if not isinstance(weight, Const):
+            if not _has_name(weight) and not _has_name(bias):
                 continue
             name = node.layer or weight.name.removesuffix(".weight")
-            layers.append(Layer(name, node.op, weight, bias if isinstance(bias, Const) else None, *_part_axis(node)))
+            stored = (weight if _has_name(weight) else None, bias if _has_name(bias) else None)
+            layers.append(Layer(name, node.op, *stored, *_part_axis(node)))
         elif node.op in ("multiply", "add"):
             constant = _channel_constant(node)
             if constant is None:
@@ -460,6 +461,11 @@ def find_layers(graph: Graph) -> list[Layer]:
             else:
                 layers.append(Layer(node.layer, node.op, None, constant))
     return layers
+
+
+def _has_name(value: Value | None) -> TypeGuard[Const]:
+    """A tensor of the model itself: constants that were computed from such have no name of their own."""
+    return isinstance(value, Const) and not value.name.startswith("const.")
 
 
 def _part_axis(node: Node) -> tuple[int | None, int]:
@@ -561,9 +567,7 @@ def _apply_short_form(scheme: UpdateScheme, layers: list[Layer], decisions: dict
         decisions[name] = _Decision("all", True)
 
 
-def _apply_indices(
-    scheme: UpdateScheme, train: Indices, layers: list[Layer], decisions: dict[str, _Decision]
-) -> None:
+def _apply_indices(scheme: UpdateScheme, train: Indices, layers: list[Layer], decisions: dict[str, _Decision]) -> None:
     with_weights = list({layer.name: layer for layer in layers if layer.weight}.values())
     numbered = [layer.name for layer in with_weights[:-1] if layer.op == "nn.conv2d"]
     count, first = len(numbered), len(numbered) - train.n_bias_update

@@ -127,8 +127,9 @@ def targets() -> list[Target]:
 
 def find_target(name: str) -> Target:
     """The target of that name, in upper or lower case. Raises TTEError (E048), naming the nearest one."""
-    if name.lower() in TARGETS:
-        return TARGETS[name.lower()]
-    near = difflib.get_close_matches(name.lower(), TARGETS, 1)
+    key = str(name).lower()
+    if key in TARGETS:
+        return TARGETS[key]
+    near = difflib.get_close_matches(key, TARGETS, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise TTEError("TTE-E048", f"no target {name!r}", where="target", fix=f"{hint}targets: {', '.join(TARGETS)}")

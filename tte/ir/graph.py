@@ -80,6 +80,14 @@ class Node:
     def definition(self) -> Op:
         return OPS[self.op]
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates; of a region, those of all its members."""
+        if self.body:
+            return sum(node.macs for node in self.body.nodes)
+        rule = self.definition.macs
+        return rule(*(v.type for v in self.inputs), **self.attrs) if rule else 0
+
 
 @dataclass(frozen=True)
 class Graph:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from tte.ir.types import TensorType
 
@@ -59,9 +59,37 @@ class Op:
             raise InvalidType(f"{self.name} needs the attribute {missing[0]!r}")
         return {k: attrs.get(k, default) for k, default in known.items()}
 
+    def check_call(self, operands: int, attrs: Attrs) -> None:
+        """Raise InvalidType for what a type rule must not be asked: operands or attributes of the wrong number or kind.
+
+        Our own passes know better; a text may hold anything.
+        """
+        parameters = inspect.signature(self.infer).parameters.values()
+        given = [p for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        needed = [p for p in given if p.default is p.empty and p.kind is not inspect.Parameter.VAR_POSITIONAL]
+        many = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in given)
+        if operands < len(needed) or (operands > len(given) and not many):
+            raise InvalidType(f"{self.name} takes {', '.join(p.name for p in given)}, not {operands} operands")
+        for p in parameters:
+            if p.name in attrs and not _is_a(attrs[p.name], p.annotation):
+                kind = str(p.annotation) if get_args(p.annotation) else p.annotation.__name__
+                raise InvalidType(f"{self.name}: {p.name}={attrs[p.name]!r} is not {kind}")
+
     def infer_types(self, types: tuple[TensorType, ...], attrs: Attrs) -> tuple[TensorType, ...]:
         result = self.infer(*types, **attrs)
         return result if isinstance(result, tuple) else (result,)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        if type(value) is not tuple:
+            return False
+        items = items[:1] * len(value) if items[-1] is Ellipsis else items
+        return len(value) == len(items) and all(map(_is_a, value, items))
+    if type(value) is int:
+        return kind in (int, float) and abs(value) < 2**31
+    return type(value) is kind
 
 
 OPS: dict[str, Op] = {}

@@ -13,6 +13,7 @@ Weights are not part of the text: they travel beside it, by name.
 """
 
 import ast
+import math
 import re
 from collections.abc import Mapping
 
@@ -146,6 +147,7 @@ class _Parser:
                 layer, inplace = str(attrs.pop("layer", "")), attrs.pop("inplace", None)
                 try:
                     attrs = OPS[call[2]].complete(attrs)
+                    OPS[call[2]].check_call(len(operands), attrs)
                 except InvalidType as problem:
                     raise self.fail(str(problem)) from problem
                 outs = self.outputs(call[1], call[4])
@@ -196,6 +198,8 @@ class _Parser:
         if not match or match[2] not in DTYPES:
             raise self.fail(f"{text!r} is not a tensor type", f"element types: {', '.join(DTYPES)}")
         shape = tuple(int(d) for d in match[1].replace(" ", "").split(",") if d)
+        if math.prod(shape) >= 2**31:
+            raise self.fail(f"{text!r} is larger than any device", "give the tensor a smaller shape")
         quant = Quant(**{k: self.literal(v) for k, v in (p.split("=") for p in _split(match[3]))}) if match[3] else None
         return TensorType(shape, match[2], quant)
 

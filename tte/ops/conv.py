@@ -52,7 +52,16 @@ def _conv2d(
     return conv2d_type(x, w, b, strides=strides, padding=padding, dilation=dilation, groups=groups)
 
 
-def conv2d_type(x, w, b, *, strides, padding, dilation, groups):  # type: ignore[no-untyped-def]
+def conv2d_type(
+    x: TensorType,
+    w: TensorType,
+    b: TensorType | None,
+    *,
+    strides: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+) -> TensorType:
     """The result's type, whatever the elements are."""
     require_rank("x", x, 4)
     require_rank("w", w, 4)

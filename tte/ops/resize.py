@@ -18,9 +18,16 @@ def resize_taps(size: int, parts: int, method: str, coordinate: str) -> list[Tap
     """For each of ``parts`` outputs: (low, high, weight of high). Computed exactly, rounded once.
 
     half_pixel: s = (i + 1/2) * size / parts - 1/2, clamped to the picture; align_corners: s = i * (size-1) / (parts-1);
-    asymmetric: s = i * size / parts. nearest takes floor(s), as torch's mode "nearest" does with asymmetric, and
-    round-half-down of s for the other two, as ONNX's default does.
+    asymmetric: s = i * size / parts. nearest takes floor(s) with asymmetric, and round-half-down of s for the other
+    two, as ONNX's default does.
+
+    nearest asymmetric is torch's mode "nearest" to the pixel, which rounds size / parts and s to float32: from 14 to 46
+    floor(23 * 14 / 46) is 7, and torch takes 6. (onnxruntime divides by parts / size instead: from 14 to 2 it takes
+    pixel 6 where torch takes 7.)
     """
+    if method == "nearest" and coordinate == "asymmetric":
+        steps = np.arange(parts, dtype=np.float32) * (np.float32(size) / np.float32(parts))
+        return [(int(i), int(i), 0.0) for i in np.minimum(np.floor(steps), size - 1)]
     taps = []
     for i in range(parts):
         if coordinate == "half_pixel":
@@ -32,7 +39,7 @@ def resize_taps(size: int, parts: int, method: str, coordinate: str) -> list[Tap
         s = min(max(s, Fraction(0)), Fraction(size - 1))
         low = s.numerator // s.denominator
         if method == "nearest":
-            nearest = low if coordinate == "asymmetric" or s - low <= Fraction(1, 2) else low + 1
+            nearest = low if s - low <= Fraction(1, 2) else low + 1
             taps.append((nearest, nearest, 0.0))
         else:
             taps.append((low, min(low + 1, size - 1), float(s - low)))

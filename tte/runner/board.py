@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from tte.errors import TTEError
-from tte.runner.build import Build
+from tte.runner.build import Build, Tensor
 
 # The names of <name>_status_t, in order.
 STATUS = ("OK BUSY NOT_INIT LABEL NONFINITE SOURCE STATE_CRC STATE_MODEL STATE_VERSION STATE_SIZE IO SELFTEST").split()
@@ -26,7 +26,7 @@ class Step:
 
 
 class Board(Protocol):
-    """The C API, somewhere. Arrays have the dtypes and sizes of ``build``."""
+    """The C API, somewhere. Arrays have the shapes and dtypes of ``build``, see ``check_sample``."""
 
     build: Build
 
@@ -62,12 +62,17 @@ def unpack_state(blob: bytes, build: Build) -> dict[str, np.ndarray]:
         raise TTEError(
             "TTE-E060",
             f"{len(blob)} bytes are not a state of {build.name}, which has {STATE_HEADER + build.state_bytes + 4}",
+            where=str(build.folder),
             fix="give what <name>_state_save wrote for this very project",
         )
     import zlib
 
     if struct.unpack("<I", blob[-4:])[0] != zlib.crc32(blob[:-4]):
-        raise TTEError("TTE-E060", "the saved state is damaged: its checksum does not fit", fix="save it again")
+        what = "the saved state is damaged: its checksum does not fit"
+        raise TTEError("TTE-E060", what, where=str(build.folder), fix="save it again")
+    if blob[8:24] != build.model_hash:
+        what = f"the state belongs to another model or scheme than {build.name}"
+        raise TTEError("TTE-E060", what, where=str(build.folder), fix="give the project whose firmware saved it")
     return {
         slot.name: np.frombuffer(payload, slot.dtype, int(np.prod(slot.shape, dtype=np.int64)), slot.offset).reshape(
             slot.shape
@@ -76,11 +81,22 @@ def unpack_state(blob: bytes, build: Build) -> dict[str, np.ndarray]:
     }
 
 
-def pack(array: np.ndarray | None, dtype: np.dtype, size: int) -> bytes:
-    """The bytes of a C buffer."""
-    if array is None:
-        assert size == 0
-        return b""
-    flat = np.ascontiguousarray(array, dtype).reshape(-1)
-    assert flat.size == size, f"{flat.size} elements for a buffer of {size}"
-    return flat.tobytes()
+def check_sample(name: str, given: object, tensor: Tensor) -> np.ndarray:
+    """What the caller gives for a buffer of the C API, in its dtype and as one block.
+
+    given: of the tensor's own shape, or without its batch dimension; integers where the buffer holds such.
+    Raises TTEError (E057), saying what does not fit.
+    """
+    array = np.asarray(given)
+    if array.dtype.kind not in ("iub" if tensor.dtype.kind in "iu" else "fiub"):
+        what = "nothing" if given is None else str(array.dtype)
+        raise TTEError("TTE-E057", f"{name} is {what}, the model wants {tensor.dtype}", fix=f"give {tensor.dtype}")
+    if array.shape not in (tensor.shape, tensor.sample):
+        what = f"{name} is {array.shape}, the model wants {tensor.shape}, with or without its batch dimension"
+        raise TTEError("TTE-E057", what, fix="look for another layout, or for more than one sample")
+    if tensor.dtype.kind in "iu":
+        limits = np.iinfo(tensor.dtype)
+        if array.min() < limits.min or array.max() > limits.max:
+            what = f"{name} has {array.min()} to {array.max()}, the model wants {tensor.dtype}"
+            raise TTEError("TTE-E057", what, fix=f"give {tensor.dtype}")
+    return np.ascontiguousarray(array, tensor.dtype)

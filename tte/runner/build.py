@@ -23,6 +23,11 @@ class Tensor:
     def size(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
 
+    @property
+    def sample(self) -> tuple[int, ...]:
+        """The shape without the batch dimension of 1."""
+        return self.shape[1:] if self.shape[:1] == (1,) else self.shape
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -44,6 +49,7 @@ class Build:
     folder: Path
     name: str
     target_name: str
+    model_hash: bytes
     input: Tensor
     input_layout: str
     output: Tensor
@@ -66,6 +72,7 @@ class Build:
                 folder,
                 data["name"],
                 data["target"],
+                bytes.fromhex(data["model_hash"]),
                 _tensor(data["input"]),
                 data["input"]["layout"],
                 _tensor(data["output"]),

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tte.runner.board import Step, require_ok
+from tte.errors import TTEError
+from tte.runner.board import Step, check_sample, require_ok
 from tte.runner.build import Build
 from tte.runner.toolchain import build_host
 
@@ -19,7 +20,13 @@ class _Result(ctypes.Structure):
 
 
 def open_host(build: Build, sanitize: bool = False) -> "HostBoard":
-    """Build the project for this computer and load it."""
+    """Build the project for this computer and load it. Raises TTEError (E051) without compiler or sanitizers."""
+    if sanitize and not hasattr(ctypes.CDLL(None), "__asan_init"):
+        raise TTEError(
+            "TTE-E051",
+            "the sanitizers are not part of this process",
+            fix="start Python with ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$(gcc -print-file-name=libasan.so)",
+        )
     return HostBoard(build, build_host(build, sanitize))
 
 
@@ -38,7 +45,7 @@ class HostBoard:
     def init(self) -> int:
         if self.build.arena == "static":
             return int(self._call("init"))
-        self._arena = np.empty(self.build.arena_bytes // 8 + 1, np.float64)  # numpy aligns it to 16 bytes
+        self._arena = np.empty(self.build.arena_bytes, np.uint8)  # aligned to 16 bytes, as all that malloc gives
         return int(self._call("init", self._arena.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(self._arena.nbytes)))
 
     def set_learning_rate(self, rate: float) -> None:
@@ -52,20 +59,16 @@ class HostBoard:
 
     def _step(self, name: str, x: np.ndarray, target: np.ndarray | None) -> Step:
         result = _Result(0.0, -1, 0.0)
-        x = np.ascontiguousarray(x, self.build.input.dtype)
-        assert x.size == self.build.input.size
+        x = check_sample("the input", x, self.build.input)
         pointer = None
         if self.build.target is not None:
-            assert target is not None
-            self._target = np.ascontiguousarray(target, self.build.target.dtype)
-            assert self._target.size == self.build.target.size
+            self._target = check_sample("the target", target, self.build.target)
             pointer = self._target.ctypes.data_as(ctypes.c_void_p)
         status = self._call(name, x.ctypes.data_as(ctypes.c_void_p), pointer, ctypes.byref(result))
         return Step(status, result.loss, result.predicted, result.confidence)
 
     def infer(self, x: np.ndarray) -> np.ndarray:
-        x = np.ascontiguousarray(x, self.build.input.dtype)
-        assert x.size == self.build.input.size
+        x = check_sample("the input", x, self.build.input)
         y = np.empty(self.build.output.shape, self.build.output.dtype)
         require_ok(self._call("infer", x.ctypes.data_as(ctypes.c_void_p), y.ctypes.data_as(ctypes.c_void_p)), "infer")
         return y

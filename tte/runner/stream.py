@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tte.runner.board import STATE_HEADER, Step, pack, require_ok
+from tte.runner.board import STATE_HEADER, Step, check_sample, require_ok
 from tte.runner.build import Build
 
 
@@ -40,9 +40,9 @@ class StreamBoard:
         return self._step(b"E", x, target)
 
     def _step(self, command: bytes, x: np.ndarray, target: np.ndarray | None) -> Step:
-        data = command + pack(x, self.build.input.dtype, self.build.input.size)
+        data = command + check_sample("the input", x, self.build.input).tobytes()
         if self.build.target is not None:
-            data += pack(target, self.build.target.dtype, self.build.target.size)
+            data += check_sample("the target", target, self.build.target).tobytes()
         status, loss, predicted, confidence, ticks = struct.unpack("<IfifI", self.exchange(data, 20))
         return Step(status, loss, predicted, confidence, self._instructions(ticks))
 
@@ -56,7 +56,7 @@ class StreamBoard:
         """The output and the executed instructions."""
         output = self.build.output
         size = output.size * output.dtype.itemsize
-        result = self.exchange(b"F" + pack(x, self.build.input.dtype, self.build.input.size), 8 + size)
+        result = self.exchange(b"F" + check_sample("the input", x, self.build.input).tobytes(), 8 + size)
         status, ticks = struct.unpack("<II", result[:8])
         require_ok(status, "infer")
         return np.frombuffer(result[8:], output.dtype).reshape(output.shape).copy(), self._instructions(ticks)

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,8 +84,8 @@ def build_firmware(
             last = problem
     raise TTEError(
         "TTE-E053",
-        f"the program does not fit the memory of {boards[-1].name}",
-        where=str(last),
+        f"the program does not fit: {last}",
+        where=f"memory of {boards[-1].name}",
         fix="train less (`tte analyze`), or choose a target with more memory (`tte targets`)",
     )
 
@@ -108,11 +109,19 @@ def _in_qemu(target: Target) -> Target:
 class _DoesNotFit(Exception):
     """The linker's complaint about a full memory."""
 
+    def __init__(self, text: str, board: Target) -> None:
+        # lld names every section behind the first that does not fit, with growing numbers; GNU ld gives one number.
+        found = re.findall(r"region [`'](\w+)':? overflowed by (\d+)", text)
+        more = {region: max(int(n) for r, n in found if r == region) for region, _ in found}
+        sizes = {region: board.region(region.lower()).size for region in more}
+        full = [f"{region} needs {size + more[region]:,} bytes, has {size:,}" for region, size in sizes.items()]
+        super().__init__("; ".join(full) or _first_lines(text))
+
 
 def _link(build: Build, board: Target, toolchain: str, options: Sequence[str]) -> Firmware:
     emulator = build.folder / "emulator"
     timer = TIMERS.get(board.qemu_machine, TIMER)
-    flags = [*FLAGS, *options]
+    flags = [*FLAGS, "-fno-unwind-tables", *options]  # nothing unwinds on a board
     prefix = f"{build.name}_"  # with "_": -DMODEL=model would go around in circles
     flags += [f"-I{build.include}", f"-I{emulator}", f"-DMODEL_PREFIX={prefix}"]
     flags += [f"-DMODEL_PREFIX_UPPER={prefix.upper()}", f'-DMODEL_HEADER="{build.name}.h"', f"-DEMU_TIMER={timer:#x}u"]
@@ -138,7 +147,7 @@ def _link(build: Build, board: Target, toolchain: str, options: Sequence[str]) -
             result = _run(link)
             if result.returncode:
                 if "overflow" in result.stderr or "will not fit" in result.stderr or "overlap" in result.stderr:
-                    raise _DoesNotFit(_first_lines(result.stderr))
+                    raise _DoesNotFit(result.stderr, board)
                 raise _refused(link, result.stderr)
             made.replace(elf)
     return Firmware(elf, version, board, *_sizes(elf), timer=timer)

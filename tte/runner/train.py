@@ -77,8 +77,10 @@ def check_data(arrays: dict[str, np.ndarray], build: Build, path: Path | str) ->
     y = arrays["y"]
     if len(y) != len(x):
         raise _bad(path, f"{len(x)} samples but {len(y)} targets", "give one target per sample")
-    if y.reshape(len(y), -1).shape[1] != build.target.size:
-        raise _bad(path, f"y is {y.shape}, but a sample needs {build.target.size} values", "reshape y")
+    sample = build.target.sample
+    if y.shape[1:] not in (sample, build.target.shape, (build.target.size,)):
+        raise _bad(path, f"y is {y.shape}, the model wants ({_list(('N', *sample))})", "reshape y, or swap its axes")
+    y = y.reshape(len(y), *sample)
     if build.classes is not None:
         if y.dtype.kind not in "iub":
             raise _bad(path, f"y holds {y.dtype}, not class numbers", "save y as integers")
@@ -108,7 +110,7 @@ def _bad(path: Path | str, what: str, fix: str) -> TTEError:
     return TTEError("TTE-E057", what, where=str(path), fix=fix)
 
 
-def _list(shape: Sequence[int]) -> str:
+def _list(shape: Sequence[object]) -> str:
     return ", ".join(map(str, shape))
 
 
