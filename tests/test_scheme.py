@@ -171,6 +171,34 @@ def test_scale_and_shift_is_a_layer() -> None:
     assert refuse(train({"layer": "bn", "weight": {"in_channels": 0.5}}), graph).code == "TTE-E033"
 
 
+def by_number(count: int, numbers: list[int], ratios: list[float]) -> dict[str, object]:
+    return {"train": {"n_bias_update": count, "weight_idx": numbers, "ratio": ratios}}
+
+
+def test_layers_by_number(tmp_path: Path) -> None:
+    """The convolutions are stem, a, b, depthwise and narrow; the head is the classifier."""
+    scheme = by_number(4, [1, 2, 3, 4], [0.25, 0.0, 1.0, 0.5])
+    rules = train(
+        {"layer": "a", "weight": {"in_channels": 0.25, "select": "l2"}, "bias": True},
+        {"layer": "b", "bias": True},
+        {"layer": "depthwise", "weight": "all", "bias": True},
+        {"layer": "narrow", "weight": {"in_channels": 0.5, "select": "l2"}, "bias": True},
+        {"layer": "head", "weight": "all", "bias": True},
+    )
+    resolved = resolve(UpdateScheme.load(scheme), GRAPH)
+    assert resolved.layers == resolve(UpdateScheme.load(rules), GRAPH).layers
+    assert resolved.layers[1] == Learned("b", None, "b.bias")
+    for text in (resolved.to_yaml(), yaml.safe_dump(scheme)):
+        assert resolve(UpdateScheme.load(write(tmp_path, text)), GRAPH).layers == resolved.layers
+    assert names(resolve(UpdateScheme.load(by_number(0, [], [])), GRAPH)) == ALL[-2:]
+
+
+def test_an_error_in_numbers_names_its_line(tmp_path: Path) -> None:
+    text = "train:\n  n_bias_update: 2\n  weight_idx: [3, 4]\n  ratio:\n    - 1.0\n    - 0.01\n"
+    error = refuse(write(tmp_path, text))
+    assert error.code == "TTE-E033" and error.where.startswith(f"{tmp_path / 's.yaml'}:6")
+
+
 def test_new_head_learns() -> None:
     head = {"layer": "head", "classes": 3}
     scheme = UpdateScheme.load({"train": "bias-only", "head": head})
@@ -205,6 +233,22 @@ def test_new_head_learns() -> None:
         (train({"layer": "a", "weight": "none"}), "TTE-E034", "trains nothing"),
         (train(), "TTE-E034", "trains nothing"),
         ("last-k:7", "TTE-E033", "6 layers"),
+        (by_number(6, [], []), "TTE-E033", "5 convolutions before its classifier, not 6"),
+        (by_number(2, [2], [1.0]), "TTE-E033", "numbers from 3 to 4"),
+        (by_number(0, [4], [1.0]), "TTE-E033", "raise n_bias_update"),
+        (by_number(2, [5], [1.0]), "TTE-E033", "convolution 5"),
+        (by_number(2, [3], [0.01]), "TTE-E033", "0.01 of the 8 input channels of depthwise are 0"),
+        (by_number(2, [3, 4], [1.0]), "TTE-E031", "2 numbers in weight_idx, but 1 in ratio"),
+        (by_number(2, [3, 3], [1.0, 1.0]), "TTE-E031", "twice"),
+        (by_number(2, [3], [1.5]), "TTE-E031", "less than or equal to 1"),
+        (by_number(2, [3], [float("nan")]), "TTE-E031", "ratio"),
+        (by_number(-1, [], []), "TTE-E031", "greater than or equal to 0"),
+        ({"train": {"n_bias_update": 2}}, "TTE-E031", "weight_idx is missing"),
+        (
+            {"train": {"n_bias_update": 2, "weight_idx": [], "ratio": [], "ratios": []}},
+            "TTE-E031",
+            "did you mean ratio?",
+        ),
         ({"train": "last-kk"}, "TTE-E031", "did you mean last-k:6?"),
         ({"train": "full", "optimizer": {"momentum": 0.9}}, "TTE-E035", "not available yet"),
         ({"train": "full", "optimizer": {"accumulate": 4}}, "TTE-E035", "not available yet"),

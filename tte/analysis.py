@@ -1,12 +1,12 @@
 """Looks at a model before any scheme: which layers it has, what they cost, and what could learn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tte.compiler import lower
-from tte.ir import Const, Graph
-from tte.scheme import Layer, find_layers
+from tte.ir import Const, Graph, Node
+from tte.scheme import Layer, Learned, Resolved, find_layers
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class LayerRow:
     """One layer with weights. name: as schemes call it; shape: of its output, channels last.
 
     trainable: "weight and bias", "weight", "bias"; backward: whether a gradient can pass through everything behind it
+    analytic_extra_bytes: its part of ``extra_memory`` if all of it learns
     """
 
     name: str
@@ -26,6 +27,7 @@ class LayerRow:
     forward: bool
     backward: bool
     int8: bool
+    analytic_extra_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,57 @@ class Analysis:
 def analyze(model: Any, example_inputs: Sequence[Any] | None = None) -> Analysis:
     """The layers of a model; arguments as for ``tte.compile``. Raises TTEError."""
     graph = lower(model, None if example_inputs is None else tuple(example_inputs))
-    passable = _passable(graph)
-    return Analysis(graph, tuple(_row(graph, layer, passable) for layer in find_layers(graph)))
+    passable, layers = _passable(graph), find_layers(graph)
+    extra = _extra_bits(graph, {layer.name: _all_of(layer) for layer in layers})
+    return Analysis(graph, tuple(_row(graph, layer, passable, extra) for layer in layers))
 
 
-def _row(graph: Graph, layer: Layer, passable: set[str]) -> LayerRow:
+def extra_memory(graph: Graph, resolved: Resolved) -> int | None:
+    """What training needs beside inference by the analytic model of arXiv:2206.15472, in bytes; None for float models.
+
+    A sum over layers, from shapes alone; graph: what the scheme was resolved against. From the first convolution that
+    learns to the classifier a bit per output, for its clamp; of biases that learn 32 bits each; of weights that learn
+    8 bits each, and 8 bits for each element of the input channels that they read; and the classifier's input. It knows
+    no plan, no gradients, and counts nothing for the classifier's own weights.
+    """
+    extra = _extra_bits(graph, {entry.layer: entry for entry in resolved.layers})
+    return -(-sum(extra.values()) // 8) if _is_quantized(graph) else None
+
+
+def _is_quantized(graph: Graph) -> bool:
+    return any(node.op.startswith("qnn.") for node in graph.nodes)
+
+
+def _extra_bits(graph: Graph, learned: Mapping[str, Learned]) -> dict[str, int]:
+    """Of each layer that gradients reach."""
+    reader = {v.name: node for node in graph.nodes for v in node.inputs[1:]}
+    layers = [layer for layer in find_layers(graph) if layer.op.startswith("nn.")]
+    first = next((i for i, layer in enumerate(layers) if layer.name in learned), len(layers))
+    bits = {}
+    for layer in layers[first:]:
+        stored = layer.weight or layer.bias
+        assert stored is not None
+        node, entry = reader[stored.name], learned.get(layer.name)
+        if layer is layers[-1]:
+            bits[layer.name] = 8 * node.inputs[0].type.size if entry and entry.weight else 0
+        else:
+            bits[layer.name] = node.output.type.size + (_learned_bits(layer, entry, node) if entry else 0)
+    return bits
+
+
+def _learned_bits(layer: Layer, entry: Learned, node: Node) -> int:
+    bits = 32 * layer.bias.type.size if entry.bias and layer.bias else 0
+    if entry.weight and layer.weight:
+        elements = layer.weight.type.size + node.inputs[0].type.size
+        bits += 8 * (elements if entry.channels is None else elements * len(entry.channels) // layer.channels)
+    return bits
+
+
+def _all_of(layer: Layer) -> Learned:
+    return Learned(layer.name, layer.weight and layer.weight.name, layer.bias and layer.bias.name)
+
+
+def _row(graph: Graph, layer: Layer, passable: set[str], extra: Mapping[str, int]) -> LayerRow:
     weights = [w for w in (layer.weight, layer.bias) if w is not None]
     kinds = [kind for kind, w in (("weight", layer.weight), ("bias", layer.bias)) if w is not None]
     nodes = [n for n in graph.nodes if any(v.name == w.name for v in n.inputs for w in weights)]
@@ -88,6 +136,7 @@ def _row(graph: Graph, layer: Layer, passable: set[str]) -> LayerRow:
         forward=True,
         backward=all(n.output.name in passable for n in nodes),
         int8=all(w.origin is not None and w.origin.quantized is not None for w in weights),
+        analytic_extra_bytes=-(-extra[layer.name] // 8) if _is_quantized(graph) and layer.name in extra else None,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tte import __version__
+from tte.analysis import extra_memory
 from tte.codegen.emit import emit, emit_selftest
 from tte.codegen.export import write_tree
 from tte.codegen.plan import Plan
@@ -157,6 +158,7 @@ class Artifact:
             firmware=firmware,
             measured=measured,
             clock_hz=self.clock_hz,
+            analytic_extra=extra_memory(self.compiled.source, self.compiled.resolved),
         )
 
     def export(self, folder: Path | str) -> None:

@@ -57,11 +57,15 @@ def analyze(
         _write(write_scheme, analysis.scheme_yaml())
     if json_:
         return _print_json(analysis.to_dict())
+    columns = ["layer", "operator", "output", "parameters", "MACs", "can learn"]
     rows = [
-        (row["name"], row["op"], "x".join(map(str, row["shape"])), row["parameters"], row["macs"], row["trainable"])
+        [row["name"], row["op"], "x".join(map(str, row["shape"])), row["parameters"], row["macs"], row["trainable"]]
         for row in analysis.to_dict()["layers"]
     ]
-    _print_table("layers", ("layer", "operator", "output", "parameters", "MACs", "can learn"), rows)
+    if any(row.analytic_extra_bytes is not None for row in analysis.layers):
+        columns.append("extra bytes to learn (analytic)")
+        rows = [[*row, layer.analytic_extra_bytes] for row, layer in zip(rows, analysis.layers, strict=True)]
+    _print_table("layers", columns, rows)
 
 
 @app.command("compile")
@@ -273,6 +277,9 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
         ("RAM, all in all", memory["static_ram_bytes"], f"{report['source']}: .data + .bss + stack"),
         ("flash", report["flash_bytes"], report["source"]),
     ]
+    if memory["analytic_extra_bytes"] is not None:
+        note = "no size of this project: the formula of arXiv:2206.15472"
+        rows.append(("extra memory, analytic", memory["analytic_extra_bytes"], note))
     _print_table(f"{report['model']} for {report['target']}: {output}", ("", "bytes", ""), rows)
     peak = [(t["name"], t["bytes"], t["layer"]) for t in memory["peak_tensors"]]
     _print_table("alive at the peak", ("tensor", "bytes", "layer"), peak)

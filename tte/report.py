@@ -42,11 +42,13 @@ def make_report(
     firmware: Firmware | None = None,
     measured: Measured = UNMEASURED,
     clock_hz: int | None = None,
+    analytic_extra: int | None = None,
 ) -> dict[str, Any]:
     """The content of report.json. Keys are stable; ``schema_version`` counts changes of their meaning.
 
     Sizes are of the linked firmware (``source`` is "linked"); its stack as measured, or else as reserved. Without a
     firmware they are the sum of what was planned ("planned"): a lower estimate that knows neither code nor stack.
+    analytic_extra: no size of this project, but what a published formula says; see tte.analysis.extra_memory
     """
     train = find_program(programs, "train")
     graph = train.graph
@@ -77,6 +79,7 @@ def make_report(
             "input_bytes": graph.inputs[0].type.nbytes,
             "input_in_arena": graph.inputs[0].name in train.plan.offsets,
             "static_ram_bytes": ram,
+            "analytic_extra_bytes": analytic_extra,
             "peak_node": train.plan.peak_node,
             "peak_tensors": [t for t in list_tensors(train) if t["start"] <= train.plan.peak_node <= t["end"]],
         },
