@@ -88,11 +88,11 @@ def test_a_forgotten_summand_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_update_uphill_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def uphill(graph: Graph, rate: float) -> Graph:
+    def uphill(graph: Graph, *settings: Any) -> Graph:
         builder = Builder()
         builder.nodes.extend(graph.nodes)
         gradients = [builder.call("negative", g) for g in graph.outputs[1:]]
-        return attach_sgd(rewrite(graph, builder.nodes, outputs=(graph.outputs[0], *gradients)), rate)
+        return attach_sgd(rewrite(graph, builder.nodes, outputs=(graph.outputs[0], *gradients)), *settings)
 
     monkeypatch.setattr(tte.compiler, "attach_sgd", uphill)
     assert wrong_tensors() == ALL

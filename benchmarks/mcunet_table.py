@@ -1,0 +1,125 @@
+"""What training MIT's published int8 models costs on an emulated STM32F746, beside MIT's own engine.
+
+The table of docs/quantized.md: python benchmarks/mcunet_table.py
+"""
+
+import argparse
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import yaml
+from data import load_pictures, require_pack
+from rich.progress import track
+
+import tte
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "mcunet"
+CLASSES = 10
+INPUT = {"dtype": "int8", "layout": "nhwc", "std": [127.5]}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """TinyEngine 47bb283, -Ofast, arm-none-eabi-gcc 12.2: instructions of a training step, .data + .bss, flash."""
+
+    instructions: int
+    ram_bytes: int
+    flash_bytes: int
+
+
+ROWS: dict[str, Engine | None] = {
+    "mcunet-5fps-49kb": Engine(106_370_000, 230_592, 665_060),
+    "mcunet-5fps-99kb": Engine(115_730_000, 271_800, 688_508),
+    "mbv2-w0.35-49kb": None,  # its code generator fails
+}
+
+
+def load_importer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("import_model", EXAMPLE / "import_model.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def convert(stem: str) -> Any:
+    importer = load_importer()
+    return importer.convert(*importer.read_model(require_pack() / "models" / stem), classes=CLASSES)
+
+
+def compile_for_board(scheme: str, model: Any, target: str = "stm32f746") -> tte.Artifact:
+    """The project for a camera that gives int8 pixels; they lie in the arena."""
+    rules = yaml.safe_load((EXAMPLE / "schemes" / f"{scheme}.yaml").read_text())
+    return tte.compile(model, update_scheme=rules | {"io": {"input": INPUT}}, target=target, input="arena")
+
+
+def pick_pictures(each: int) -> dict[str, np.ndarray]:
+    """Of two kinds of flowers ``each`` pictures, in turns."""
+    images, labels = load_pictures("flowers5", 0)
+    chosen = np.stack([np.flatnonzero(labels == label)[:each] for label in (0, 1)], 1).reshape(-1)
+    pixels = images[chosen, 50:178, 50:178].astype(np.float32)
+    return {"x": np.trunc(pixels - 127.5).astype(np.int8), "y": labels[chosen]}
+
+
+def measure(scheme: str, target: str, each: int, epochs: int) -> dict[str, Any]:
+    """Sizes and counts; what is learned on the emulated board, and whether this computer learns the same."""
+    artifact = compile_for_board(scheme, convert(scheme.rpartition("-")[0]), target)
+    pictures = pick_pictures(each)
+    there, here = (artifact.run(pictures, evaluation=pictures, runner=r, epochs=epochs) for r in ("unicorn", "host"))
+    report = artifact.report
+    memory = report["memory"]
+    return {
+        "target": target,
+        "toolchain": report["toolchain"],
+        "steps": len(there.loss),
+        "arena_bytes": memory["arena_bytes"],
+        "trained_bytes": memory["trained_bytes"],
+        "analytic_extra_bytes": memory["analytic_extra_bytes"],
+        "ram_bytes": memory["static_ram_bytes"],
+        "flash_bytes": report["flash_bytes"],
+        "infer_instructions": report["infer"]["instructions"],
+        "step_instructions": report["train_step"]["instructions"],
+        "loss": [there.loss[0], there.loss[-1]],
+        "accuracy": [there.metric["before"], there.metric["after"]],
+        "same_as_host": there.weights_sha256 == here.weights_sha256,
+    }
+
+
+def render(rows: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| | arena | learns | RAM | flash | step, M instructions | forward alone | RAM, step of TinyEngine "
+        "| accuracy before, after | as on the host |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, row in rows.items():
+        engine = ROWS[name]
+        other = f"{engine.ram_bytes:,}; {engine.instructions / 1e6:.1f}" if engine else "fails"
+        sizes = " | ".join(f"{row[key]:,}" for key in ("arena_bytes", "trained_bytes", "ram_bytes", "flash_bytes"))
+        counts = f"{row['step_instructions'] / 1e6:.1f} | {row['infer_instructions'] / 1e6:.1f}"
+        learned = f"{row['accuracy'][0]:.2f}, {row['accuracy'][1]:.2f}"
+        lines.append(
+            f"| {name} | {sizes} | {counts} | {other} | {learned} | {'yes' if row['same_as_host'] else 'NO'} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("build/mcunet_table.json"))
+    parser.add_argument("--target", default="stm32f746")
+    parser.add_argument("--pictures", type=int, default=4, help="of each of two kinds of flowers")
+    parser.add_argument("--epochs", type=int, default=5)
+    given = parser.parse_args()
+    rows = {name: measure(name, given.target, given.pictures, given.epochs) for name in track(ROWS)}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(rows, indent=2) + "\n")
+    print(render(rows))
+
+
+if __name__ == "__main__":
+    main()
