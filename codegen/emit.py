@@ -270,6 +270,12 @@ def _float(value: float | str) -> str:
     return text + ("" if "." in text or "e" in text else ".0") + "f"
 
 
+def _index_type(indices: Sequence[int]) -> str:
+    """The smallest C type that holds them and that C converts to int."""
+    assert min(indices) >= 0
+    return next(t for t, end in (("uint8_t", 2**8), ("int16_t", 2**15), ("int32_t", 2**31)) if max(indices) < end)
+
+
 def _literal(value: float, dtype: str) -> str:
     return _float(value) if dtype == "float32" else str(int(value))
 
@@ -341,7 +347,12 @@ def _environment(prefix: str) -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"f32": _float, "literal": _literal, "json": lambda v: json.dumps(v, indent=2)}
+    environment.filters |= {
+        "f32": _float,
+        "literal": _literal,
+        "index_type": _index_type,
+        "json": lambda v: json.dumps(v, indent=2),
+    }
     environment.globals |= {"p": prefix, "P": prefix.upper(), "ctypes": CTYPES}
     return environment
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import tte
 from tte.cli import app
+from tte.weights import require_writable
 
 COMMANDS = ("analyze", "compile", "run", "verify", "state", "ops", "targets")
 
@@ -157,3 +159,23 @@ def test_epochs_and_steps_exclude_each_other() -> None:
     result = call("run", "build", "--data", "d.npz", "--epochs", "1", "--steps", "2")
     assert result.returncode == 1
     assert "TTE-E059" in result.stderr
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": -1}, {"epochs": 0}, {"epochs": 1, "steps": 1}], ids=str)
+def test_counts_below_1_are_refused(options: dict[str, int], model: Path) -> None:
+    artifact = tte.compile(model, update_scheme="last-layer", target="host")
+    with pytest.raises(tte.TTEError) as caught:
+        artifact.run(model.parent / "data.npz", runner="host", **options)
+    assert caught.value.code == "TTE-E059"
+
+
+@pytest.mark.parametrize("place", ["no/w.npz", "file/w.npz", "folder"])
+def test_a_place_for_the_weights_is_found_before_training(place: str, tmp_path: Path) -> None:
+    """There is not even a project: the first thing that is looked at is the place."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("in the way")
+    arguments = ["run", str(tmp_path / "build"), "--data", "d.npz", "--save", str(tmp_path / place)]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, tte.TTEError) and result.exception.code == "TTE-E062"
+    require_writable(tmp_path / "file")
+    require_writable(tmp_path / "new")

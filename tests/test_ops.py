@@ -156,6 +156,8 @@ REFUSED = [
     ("pad", (T((4,)),), {"pad_width": ((1, -1, 0),)}, "at least 0"),
     ("broadcast_to", (T((4,)),), {"shape": (3,)}, "does not broadcast"),
     ("take", (T((4,)),), {"axis": 0, "indices": (4,)}, "outside of axis"),
+    ("take_grad", (T((4,)),), {"axis": 0, "indices": (0, 1), "size": 4}, "does not fit"),
+    ("take_grad", (T((2,)),), {"axis": 0, "indices": (0, 4), "size": 4}, "outside of 4"),
     ("sum", (T((4,)),), {"axis": (1,)}, "not an axis"),
     ("mean", (T((4,)),), {"axis": ()}, "distinct axes"),
     ("nn.cross_entropy", (T((1, 4)), T((1,))), {}, "labels must be int32"),

@@ -217,3 +217,21 @@ def test_an_output_with_other_axes_than_classes_is_refused(model: nn.Module) -> 
     with pytest.raises(tte.TTEError, match="axis 1") as caught:
         tte.compile(model.eval(), (torch.zeros(1, 2, 6, 6),), target="host")
     assert caught.value.code == "TTE-E042" and "(1, classes)" in caught.value.fix
+
+
+@pytest.mark.parametrize("indices", [[2, 0], [0, 1, 1, 3]], ids=str)
+def test_elements_that_are_picked_behind_a_trained_layer(indices: list[int]) -> None:
+    class Picked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Conv2d(2, 4, 3), nn.Conv2d(len(indices), 3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.relu(self.first(x))[:, indices]).mean((2, 3))
+
+    part = {"layer": "second", "weight": {"in_channels": 1, "select": [1]}}
+    for train in ("full", [{"layer": "first", "weight": "all", "bias": True}, part]):
+        scheme = {"train": train}
+        artifact = tte.compile(Picked().eval(), (torch.zeros(1, 2, 6, 6),), update_scheme=scheme, target="host")
+        assert artifact.verify(steps=3)["ok"]

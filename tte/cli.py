@@ -122,10 +122,11 @@ def run(
     json_: Json = False,
 ) -> None:
     """Build the firmware and train it on an emulated microcontroller, or on this computer."""
-    if epochs and steps:
-        raise TTEError("TTE-E059", "--epochs and --steps exclude each other", fix="give one of them")
     from tte.runner import train
+    from tte.weights import require_writable
 
+    if save:
+        require_writable(save)
     with _progress_bar("training") as show:
         result = train(
             build,

@@ -220,6 +220,11 @@ def train(
     progress: Progress | None = None,
 ) -> RunResult:
     """Train the project in ``folder``: files or arrays of data in, the books out. See ``run_training``."""
+    if epochs is not None and steps is not None:
+        raise TTEError("TTE-E059", "epochs and steps exclude each other", where="--epochs", fix="give one of them")
+    for name, count in (("epochs", epochs), ("steps", steps)):
+        if count is not None and count < 1:
+            raise TTEError("TTE-E059", f"{name} is {count}", where=f"--{name}", fix="train for at least 1")
     build = Build.open(folder)
 
     def read(source: Path | str | dict[str, np.ndarray]) -> Data:
