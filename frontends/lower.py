@@ -347,12 +347,12 @@ def _clip(state: Lowering, call: Any) -> Value:
 
 @rule("maximum", "minimum")
 def _bound(state: Lowering, call: Any) -> Value:
-    """Of a tensor and a number: clip."""
+    """Of a tensor and a number: clamp."""
     a, b = state.value(call.args[0]), state.value(call.args[1])
     x, bound = (b, a) if isinstance(a, Const) else (a, b)
     require(isinstance(bound, Const) and bound.type.size == 1, "only with a number as one operand")
     name = "min" if call.op.name == "relax.maximum" else "max"
-    return state.call("clip", x, **{name: float(bound.data.item())})
+    return state.call("clip", x, **{name: number(bound.data.item())}, inclusive=True)
 
 
 @rule("nn.leakyrelu")

@@ -311,18 +311,18 @@ def _rsqrt(state: Rewriter, node: Node) -> Value | None:
 
 
 def _clip(state: Rewriter, node: Node) -> Value | None:
-    """clip(clip(x)), clip(relu(x)), clip from 0 up"""
+    """clip(clip(x)), clip(relu(x)), clip from 0 up; not where they differ in the gradient at their bounds"""
     if node.op != "clip":
         return None
-    low, high = float(node.attrs["min"]), float(node.attrs["max"])  # type: ignore[arg-type]
-    if low == 0.0 and high == math.inf:
+    low, high, inclusive = float(node.attrs["min"]), float(node.attrs["max"]), node.attrs["inclusive"]  # type: ignore[arg-type]
+    if low == 0.0 and high == math.inf and not inclusive:
         return state.call("nn.relu", node.inputs[0])
     inner = state.made_by(node.inputs[0], "clip", "nn.relu")
-    if inner is None:
+    if inner is None or inner.attrs.get("inclusive", False) != inclusive:
         return None
     limits = (0.0, math.inf) if inner.op == "nn.relu" else (inner.attrs["min"], inner.attrs["max"])
     low, high = max(low, float(limits[0])), min(high, float(limits[1]))  # type: ignore[arg-type]
-    return state.call("clip", inner.inputs[0], min=low, max=high) if low < high else None
+    return state.call("clip", inner.inputs[0], min=low, max=high, inclusive=inclusive) if low < high else None
 
 
 def _relu6_of(state: Rewriter, value: Value) -> Value | None:

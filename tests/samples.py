@@ -213,6 +213,7 @@ for name, (kind, function) in UNARY.items():
 add("clip", Operand((4, 5), "wide"), torch=F.relu6, min=0.0, max=6.0)
 add("clip", (4, 5), torch=lambda x: torch.clamp(x, max=0.5), max=0.5)
 add("clip", (4, 5), torch=lambda x: torch.clamp(x, min=-0.5), min=-0.5)
+add("clip", (4, 5), torch=lambda x: torch.clamp(x, -0.5, 0.7), min=-0.5, max=0.7, inclusive=True)
 add("nn.leaky_relu", (4, 5), torch=lambda x: F.leaky_relu(x, 0.2), alpha=0.2)
 add("nn.gelu", Operand((3, 9), "wide"), torch=lambda x: F.gelu(x, approximate="tanh"), approximate="tanh")
 add("nn.softplus", Operand((40,), "wide"), torch=lambda x: F.softplus(x, 2.0, 3.0), beta=2.0, threshold=3.0)

@@ -257,7 +257,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     ).permute(0, 2, 3, 1),
     "nn.resize2d": _resize,
     "nn.relu": _call("relu"),
-    "clip": _call("clamp", "min", "max"),
+    "clip": lambda node, x: _call("clamp" if node.attrs["inclusive"] else "hardtanh", "min", "max")(node, x),
     "nn.leaky_relu": _call("leaky_relu", "alpha"),
     "nn.hard_sigmoid": _call("hardsigmoid"),
     "nn.hard_swish": _call("hardswish"),
