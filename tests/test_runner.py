@@ -342,6 +342,21 @@ def test_an_interrupt_stops_the_emulator(small: Artifact, tmp_path: Path) -> Non
     board.close()
 
 
+@pytest.mark.parametrize("place", ["host", "unicorn-zig", "qemu-zig"])
+def test_a_closed_board_says_so(small: Artifact, place: str) -> None:
+    board = start(small.build, place)
+    assert board.init() == OK
+    board.close()
+    board.close()
+    for call in (board.init, board.save_state, board.selftest, lambda: board.load_state(b"TTES")):
+        with pytest.raises(TTEError, match="closed"):
+            call()
+
+
+def test_public_names_are_listed() -> None:
+    assert set(tte.__all__) <= set(dir(tte)) and not [name for name in tte.__all__ if not hasattr(tte, name)]
+
+
 FITTING = {
     "float32": (np.zeros((8, 8, 2)), 1),
     "with its batch dimension": (np.zeros((1, 8, 8, 2), np.float32), np.array([1])),

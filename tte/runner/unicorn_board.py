@@ -120,7 +120,7 @@ class UnicornBoard(StreamBoard):
                 counts[name] = counts.get(name, 0) + executed
         return counts
 
-    def exchange(self, command: bytes, size: int) -> bytes:
+    def _exchange(self, command: bytes, size: int) -> bytes:
         self._input += command
         self._run()
         result = bytes(self._output[:size])
@@ -128,7 +128,7 @@ class UnicornBoard(StreamBoard):
         del self._output[:size]
         return result
 
-    def close(self) -> None:
+    def _close(self) -> None:
         for file in self._files.values():
             file.close()
         self._folder.cleanup()
