@@ -29,7 +29,10 @@ class Program:
 
 @dataclass(frozen=True)
 class Interface:
-    """What the C API exposes. Types are those of the caller's buffers; ``target`` is None for `target: input`."""
+    """What the C API exposes. Types are those of the caller's buffers; ``target`` is None for `target: input`.
+
+    output_layout: of a rank that has channels, else "model"; selftest: with golden values from a run on this computer
+    """
 
     name: str
     input: TensorType
@@ -40,10 +43,12 @@ class Interface:
     learning_rate: float
     target_name: str
     input_layout: str
+    output_layout: str
     model_hash: str
     version: str
     arena: str = "static"
     input_in_arena: bool = False
+    selftest: bool = True
     notes: tuple[str, ...] = field(default=())
 
 
@@ -78,9 +83,10 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
         "arena_bytes": max(1, *(program.plan.arena_bytes for program in programs)),
         "ctype": CTYPES,
     }
-    files = {}
-    for template, path in FILES.items():
-        files[path.format(m=interface.name)] = environment.get_template(template).render(context)
+    paths = {template: path.format(m=interface.name) for template, path in FILES.items()}
+    selftest = [SELFTEST.format(m=interface.name)] if interface.selftest else []
+    context["sources"] = [path for path in paths.values() if path.endswith(".c")] + selftest
+    files = {path: environment.get_template(template).render(context) for template, path in paths.items()}
     files |= _math(interface.name)
     files["build.json"] = json.dumps(_description(interface, layout, programs), indent=2)
     files |= {f"emulator/{f.name}": f.read_text() for f in sorted(RUNTIME.glob("emu_*")) if f.is_file()}
@@ -102,6 +108,7 @@ FILES = {
     "CMakeLists.txt.j2": "CMakeLists.txt",
     "module.yml.j2": "zephyr/module.yml",
 }
+SELFTEST = "Core/Src/{m}_selftest.c"
 
 
 @dataclass(frozen=True)
@@ -336,7 +343,7 @@ def emit_selftest(interface: Interface, steps: int, golden: Mapping[str, int]) -
     context = {"api": interface, "steps": steps, "golden": golden}
     header = environment.get_template("file_header.j2").render(context)
     text = environment.get_template("selftest.c.j2").render(context)
-    return {f"Core/Src/{interface.name}_selftest.c": header + "\n" + text}
+    return {SELFTEST.format(m=interface.name): header + "\n" + text}
 
 
 def _environment(prefix: str) -> jinja2.Environment:

@@ -193,6 +193,7 @@ def compile_graphs(
         target_name=target.name,
         learning_rate=scheme.optimizer.lr,
         input_layout=layout,
+        output_layout=own_layout(forward.outputs[0].type),
         model_hash=hash_model(forward, train),
         version=version,
         arena=arena,
