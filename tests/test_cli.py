@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tte
+from tte.artifact import Artifact
 from tte.cli import app
 from tte.weights import require_writable
 
@@ -179,3 +180,44 @@ def test_a_place_for_the_weights_is_found_before_training(place: str, tmp_path: 
     assert isinstance(result.exception, tte.TTEError) and result.exception.code == "TTE-E062"
     require_writable(tmp_path / "file")
     require_writable(tmp_path / "new")
+
+
+SAMPLES = np.zeros((4, 8, 8, 2), np.float32)
+LABELS = np.arange(4)
+MISFITS = {
+    "other axes": (SAMPLES.transpose(0, 3, 1, 2), LABELS, "transpose x"),
+    "flat": (SAMPLES.reshape(4, -1), LABELS, "reshape x to (-1, 8, 8, 2)"),
+    "one sample": (SAMPLES[0], LABELS[:1], "x[None]"),
+    "another size": (SAMPLES[:, 1:], LABELS, "samples of 128 elements, not 112"),
+    "a number": (np.float32(1), LABELS, "samples of 128"),
+    "no samples": (SAMPLES[:0], LABELS[:0], "at least one"),
+    "one-hot": (SAMPLES, np.eye(5)[:4], "argmax"),
+    "too few labels": (SAMPLES, LABELS[:3], "one target per sample"),
+    "one label": (SAMPLES, np.int64(1), "one target per sample"),
+    "labels as floats": (SAMPLES, LABELS / 2, "integers"),
+}
+
+
+@pytest.fixture(scope="module")
+def head_only(model: Path) -> Artifact:
+    return tte.compile(model, update_scheme="last-layer", target="host")
+
+
+@pytest.mark.parametrize(("x", "y", "fix"), MISFITS.values(), ids=MISFITS)
+def test_data_that_do_not_fit_are_told_what_to_do(head_only: Artifact, x: np.ndarray, y: np.ndarray, fix: str) -> None:
+    with pytest.raises(tte.TTEError) as caught:
+        head_only.run({"x": x, "y": y}, runner="host")
+    assert caught.value.code == "TTE-E057" and fix in caught.value.fix
+
+
+@pytest.mark.parametrize("rate", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_learning_rate_is_a_number_above_0(head_only: Artifact, rate: float) -> None:
+    with pytest.raises(tte.TTEError, match="learning rate") as caught:
+        head_only.run({"x": SAMPLES, "y": LABELS}, runner="host", rate=rate)
+    assert caught.value.code == "TTE-E059"
+
+
+def test_missing_data_are_missing(head_only: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(tte.TTEError, match="no such file") as caught:
+        head_only.run(tmp_path / "d.npz", runner="host")
+    assert "check the path" in caught.value.fix
