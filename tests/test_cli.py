@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import tte
 from tte.artifact import Artifact
-from tte.cli import app
+from tte.cli import app, main
 from tte.weights import require_writable
 
 COMMANDS = ("analyze", "compile", "run", "verify", "state", "ops", "targets")
@@ -154,6 +154,38 @@ def test_our_own_bugs_are_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPS, "broken", None)
     result = CliRunner().invoke(app, ["ops"])
     assert isinstance(result.exception, AttributeError)
+
+
+USAGE = {
+    "bogus": ("no such command 'bogus'", "tte --help"),
+    "run": ("missing argument 'build'", "tte run --help"),
+    "run b": ("missing option '--data'", "tte run --help"),
+    "run b --data d --fooo": ("no such option: --fooo", "tte run --help"),
+    "run b --data d --epochs 0": ("'--epochs'", "tte run --help"),
+    "run b --data d --host --emulator qemu": ("without an emulator", "one of them"),
+}
+
+
+@pytest.mark.parametrize(("line", "texts"), USAGE.items(), ids=USAGE)
+def test_usage_errors_are_three_lines_too(
+    line: str, texts: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tte", *line.split()])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    what, where, fix = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 1 and what.startswith("error[TTE-E059]")
+    assert texts[0] in what.lower() and where.startswith("  where: ") and texts[1] in fix
+
+
+@pytest.mark.parametrize(("line", "text"), [("--version", f"tte {tte.__version__}\n"), ("", "Usage: tte ")])
+def test_without_a_command(
+    line: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tte", *line.split()])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert not caught.value.code and text in capsys.readouterr().out
 
 
 def test_epochs_and_steps_exclude_each_other() -> None:

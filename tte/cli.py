@@ -17,7 +17,7 @@ from tte.errors import TTEError
 app = typer.Typer(
     name="tte",
     help="Compile a trained model into a C project that fine-tunes it on a microcontroller.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -33,14 +33,35 @@ Scheme = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
+# typer does not say where this class lives: in click, or in a copy of its own.
+UsageError: Any = typer.BadParameter.__base__
+
+
 def main() -> NoReturn:
     """Entry point: a TTEError is three lines on stderr and exit status 1; anything else is our bug and a traceback."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except UsageError as problem:
+        command = problem.ctx.command_path if problem.ctx else "tte"
+        what = " ".join(problem.format_message().split()).rstrip(".")
+        print(TTEError("TTE-E059", what, where=command, fix=f"see `{command} --help`"), file=sys.stderr)
     except TTEError as problem:
         print(problem, file=sys.stderr)
-        sys.exit(1)
-    sys.exit(0)
+    sys.exit(1)
+
+
+@app.callback()
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    if version:
+        from tte import __version__
+
+        print(f"tte {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -114,7 +135,7 @@ def run(
     epochs: Annotated[int | None, typer.Option(min=1, help="passes over the data (default 1)")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="training steps, instead of epochs")] = None,
     eval_: Annotated[Path | None, typer.Option("--eval", help=".npz to measure before and after on")] = None,
-    emulator: Annotated[str, typer.Option(help="unicorn or qemu")] = "unicorn",
+    emulator: Annotated[str | None, typer.Option(help="unicorn (default) or qemu")] = None,
     host: Annotated[bool, typer.Option("--host", help="run the same C on this computer: fast")] = False,
     lr: Annotated[float | None, typer.Option(help="learning rate, instead of the scheme's")] = None,
     seed: Annotated[int, typer.Option(help="order of the samples")] = 0,
@@ -125,6 +146,8 @@ def run(
     from tte.runner import train
     from tte.weights import require_writable
 
+    if host and emulator:
+        raise TTEError("TTE-E059", "--host runs without an emulator", where="--emulator", fix="give one of them")
     if save:
         require_writable(save)
     with _progress_bar("training") as show:
@@ -134,7 +157,7 @@ def run(
             epochs=epochs,
             steps=steps,
             evaluation=eval_,
-            runner="host" if host else emulator,
+            runner="host" if host else emulator or "unicorn",
             rate=lr,
             seed=seed,
             progress=show,
