@@ -178,7 +178,7 @@ def test_usage_errors_are_three_lines_too(
     assert texts[0] in what.lower() and where.startswith("  where: ") and texts[1] in fix
 
 
-@pytest.mark.parametrize(("line", "text"), [("--version", f"tte {tte.__version__}\n"), ("", "Usage: tte ")])
+@pytest.mark.parametrize(("line", "text"), [("--version", f"tte {tte.__version__}\n"), ("", "Usage: ")])
 def test_without_a_command(
     line: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
