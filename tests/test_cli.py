@@ -52,6 +52,11 @@ def test_ops_lists_every_operator() -> None:
     rows = json.loads(call("ops", "--json").stdout)["ops"]
     assert [row["name"] for row in rows] == sorted(OPS)
     assert next(row for row in rows if row["name"] == "nn.conv2d")["differentiable"] is True
+    root = Path(__file__).parent.parent
+    imports = "".join((root / file).read_text() for file in ("frontends/lower.py", "passes/canonicalize.py"))
+    imported = {row["name"] for row in rows if f'"{row["name"]}"' in imports}
+    assert {row["name"] for row in rows if row["use"] == "model"} == imported - {"cast"}  # a cast is passed over
+    assert {row["name"] for row in rows if row["use"] == "loss"} >= {"nn.mse", "nn.cross_entropy"}
     assert "nn.conv2d_weight_grad" in call("ops").stdout
 
 

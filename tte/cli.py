@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 
@@ -220,13 +220,23 @@ def state(
 
 @app.command()
 def ops(json_: Json = False) -> None:
-    """List the operators of the language: what a model may be made of, and what training adds."""
+    """List the operators of the language: what a model may be made of, the losses, and what tte itself adds."""
     import tte.ops  # noqa: F401  fills the table
-    from tte.ir import OPS
+    from tte.ir import OPS, Op
+    from tte.scheme import Loss
+
+    losses = {f"nn.{name}" for name in get_args(Loss.model_fields["name"].annotation)}
+
+    def use(op: Op) -> str:
+        """A batch norm is imported, too, but folded or taken apart before anything is differentiated."""
+        if op.name in losses:
+            return "loss"
+        return "model" if op.grad is not None or op.name == "nn.batch_norm" else "internal"
 
     rows: list[dict[str, Any]] = [
         {
             "name": op.name,
+            "use": use(op),
             "kind": op.kind,
             "differentiable": op.grad is not None,
             "attributes": list(op.attributes),
@@ -236,8 +246,10 @@ def ops(json_: Json = False) -> None:
     ]
     if json_:
         return _print_json({"ops": rows})
-    table = [(r["name"], r["kind"], r["differentiable"], ", ".join(r["attributes"]), r["doc"]) for r in rows]
-    _print_table("operators", ("name", "kind", "gradient", "attributes", ""), table)
+    rows.sort(key=lambda r: ("model", "loss", "internal").index(r["use"]))
+    table = [(r["name"], r["use"], r["kind"], r["differentiable"], ", ".join(r["attributes"]), r["doc"]) for r in rows]
+    title = "operators; use: what models are made of, losses, and what only tte adds (gradients, updates, formats)"
+    _print_table(title, ("name", "use", "kind", "gradient", "attributes", ""), table)
 
 
 @app.command()
