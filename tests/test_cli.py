@@ -113,6 +113,14 @@ def test_from_model_to_trained_weights(model: Path, tmp_path: Path) -> None:
     assert "TTE-E060" in call("state", tmp_path / "nothing", "--build", build, "-o", saved).stderr
 
 
+def test_a_scheme_that_is_there_is_not_overwritten(model: Path, tmp_path: Path) -> None:
+    scheme = tmp_path / "scheme.yaml"
+    scheme.write_text("mine")
+    result = CliRunner().invoke(app, ["analyze", str(model), "--write-scheme", str(scheme)])
+    assert isinstance(result.exception, tte.TTEError) and result.exception.code == "TTE-E045"
+    assert scheme.read_text() == "mine" and "layer" not in result.stdout
+
+
 def test_compile_prints_the_report_as_json(model: Path, tmp_path: Path) -> None:
     out = succeed("compile", model, "-u", "bias-only", "-t", "host", "-o", tmp_path / "b", "--json")
     assert json.loads(out) == json.loads((tmp_path / "b" / "report.json").read_text())

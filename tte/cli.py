@@ -73,6 +73,8 @@ def analyze(
     """List the layers of a model: names for a scheme, shapes, parameters, cost, and what can learn."""
     import tte
 
+    if write_scheme and write_scheme.exists():
+        raise _unwritable(write_scheme, "there is a file already")
     analysis = tte.analyze(model)
     if write_scheme:
         _write(write_scheme, analysis.scheme_yaml())
@@ -380,13 +382,14 @@ def _save_weights(path: Path, state: bytes, build: Path, model: Path | None = No
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text)
+        with path.open("x") as file:
+            file.write(text)
     except OSError as problem:
-        raise _unwritable(path, problem) from problem
+        raise _unwritable(path, str(problem.strerror)) from problem
 
 
-def _unwritable(path: Path, problem: OSError) -> TTEError:
-    return TTEError("TTE-E045", f"cannot write: {problem.strerror}", where=str(path), fix="choose another place")
+def _unwritable(path: Path, why: str) -> TTEError:
+    return TTEError("TTE-E045", f"cannot write: {why}", where=str(path), fix="choose another place")
 
 
 if __name__ == "__main__":
