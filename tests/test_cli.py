@@ -55,7 +55,7 @@ def test_ops_lists_every_operator() -> None:
     root = Path(__file__).parent.parent
     imports = "".join((root / file).read_text() for file in ("frontends/lower.py", "passes/canonicalize.py"))
     imported = {row["name"] for row in rows if f'"{row["name"]}"' in imports}
-    assert {row["name"] for row in rows if row["use"] == "model"} == imported - {"cast"}  # a cast is passed over
+    assert {row["name"] for row in rows if row["use"] == "model"} == imported - {"cast"}  # named, not imported
     assert {row["name"] for row in rows if row["use"] == "loss"} >= {"nn.mse", "nn.cross_entropy"}
     assert "nn.conv2d_weight_grad" in call("ops").stdout
 
@@ -119,6 +119,13 @@ def test_a_scheme_that_is_there_is_not_overwritten(model: Path, tmp_path: Path) 
     result = CliRunner().invoke(app, ["analyze", str(model), "--write-scheme", str(scheme)])
     assert isinstance(result.exception, tte.TTEError) and result.exception.code == "TTE-E045"
     assert scheme.read_text() == "mine" and "layer" not in result.stdout
+
+
+def test_a_wrong_head_is_named_with_its_line(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("train: full\nhead:\n  classes: 3\n  layer: heat\n")
+    with pytest.raises(tte.TTEError) as caught:
+        tte.compile(model, update_scheme=tmp_path / "s.yaml")
+    assert caught.value.where.endswith("s.yaml:4, head.layer") and "did you mean head?" in caught.value.fix
 
 
 def test_compile_prints_the_report_as_json(model: Path, tmp_path: Path) -> None:

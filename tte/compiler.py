@@ -159,7 +159,11 @@ def compile_graphs(
     forward = _simplify(prepared, pipeline)
     given = {id(c) for c in forward.consts}
     if scheme.head is not None:
-        forward = verify(replace_head(forward, scheme.head.layer, scheme.head.classes, scheme.head.init))
+        try:
+            forward = verify(replace_head(forward, scheme.head.layer, scheme.head.classes, scheme.head.init))
+        except TTEError as problem:  # the pass knows no files
+            where = scheme.where("head", "layer")
+            raise TTEError(problem.code, problem.what, where=where, fix=problem.fix) from problem
     replaced = [c for c in forward.consts if c.origin and id(c) not in given]
     source = forward
     resolved = resolve(scheme, forward)
