@@ -20,11 +20,11 @@ Forward = Callable[[Mapping[str, Any], Any], Any]
 class Trajectory:
     """What training did, by the user's names and in the user's layouts.
 
-    losses: before each step; gradients: of the first step; values: after the last
+    losses: before each step; gradients: of each step; values: after the last
     """
 
     losses: list[float]
-    gradients: dict[str, np.ndarray]
+    gradients: list[dict[str, np.ndarray]]
     values: dict[str, np.ndarray]
 
 
@@ -51,7 +51,7 @@ def follow(
     bits = {name: torch.from_numpy(mask) for name, mask in masks.items()}
     optimizer = torch.optim.SGD(learning, lr=rate)
     losses: list[float] = []
-    gradients: dict[str, np.ndarray] = {}
+    gradients: list[dict[str, np.ndarray]] = []
     for x, y in samples:
         optimizer.zero_grad()
         output = forward(values, torch.from_numpy(x.astype(np.float64)))
@@ -64,8 +64,7 @@ def follow(
         value.backward()
         for name, mask in bits.items():
             values[name].grad *= mask
-        if not gradients:
-            gradients = {name: values[name].grad.numpy().copy() for name in masks}
+        gradients.append({name: values[name].grad.numpy().copy() for name in masks})
         losses.append(float(value.detach()))
         optimizer.step()
     return Trajectory(losses, gradients, {name: values[name].detach().numpy() for name in masks})
