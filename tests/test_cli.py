@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import networks
@@ -76,6 +77,45 @@ def test_a_mistake_is_three_lines_on_stderr(tmp_path: Path, command: tuple[str, 
     assert "missing.onnx" in where
     assert fix.strip().startswith("fix:")
     assert not list(tmp_path.iterdir())
+
+
+def onnx_model(path: Path) -> Path:
+    import onnx
+    import torch
+
+    torch.onnx.export(torch.nn.Linear(3, 2), (torch.zeros(1, 3),), path, dynamo=False)
+    external = onnx.load(path)
+    onnx.save(external, path, save_as_external_data=True, location="w.data", size_threshold=0)
+    return path
+
+
+NO_MODELS = {
+    "folder": (lambda path: path.mkdir(), "a folder is not a model"),
+    "empty.onnx": (lambda path: path.touch(), "it holds no graph"),
+    "empty.pt2": (lambda path: path.touch(), "exported program"),
+    "weights.pt": (lambda path: path.touch(), "torch.export.save"),
+    "lost.onnx": (lambda path: onnx_model(path).with_name("w.data").unlink(), "w.data, which is not there"),
+}
+
+
+@pytest.mark.parametrize(("name", "make", "text"), [(name, *rest) for name, rest in NO_MODELS.items()], ids=NO_MODELS)
+def test_what_is_no_model(name: str, make: Callable[[Path], object], text: str, tmp_path: Path) -> None:
+    make(tmp_path / name)
+    result = call("analyze", tmp_path / name)
+    what, where, fix = result.stderr.splitlines()
+    assert result.returncode == 1 and "TTE-E020" in what and name in where and text in what + fix
+
+
+def test_example_inputs() -> None:
+    import torch
+
+    module, x = torch.nn.Linear(3, 2).eval(), torch.zeros(1, 3)
+    for given in (x, x.numpy(), [x], (x,)):
+        assert tte.analyze(module, given).layers[0].shape == (1, 2)
+    for wrong in ("x", {"x": x}, (1, 3), ()):
+        with pytest.raises(tte.TTEError) as caught:
+            tte.analyze(module, wrong)
+        assert caught.value.code == "TTE-E021" and "example_inputs=(x,)" in caught.value.fix
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ class Analysis:
 
 def analyze(model: Any, example_inputs: Sequence[Any] | None = None) -> Analysis:
     """The layers of a model; arguments as for ``tte.compile``. Raises TTEError."""
-    graph = lower(model, None if example_inputs is None else tuple(example_inputs))
+    graph = lower(model, example_inputs)
     passable = _passable(graph)
     return Analysis(graph, tuple(_row(graph, layer, passable) for layer in find_layers(graph)))
 

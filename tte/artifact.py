@@ -74,7 +74,7 @@ def compile(
     pipeline = Pipeline(Path(dump_ir) if dump_ir else None, find_passes(disable_passes))
     compiled = compile_graphs(
         model,
-        None if example_inputs is None else tuple(example_inputs),
+        example_inputs,
         scheme,
         board,
         c_name(name or default_name(model)),

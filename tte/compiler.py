@@ -118,7 +118,7 @@ class Compiled:
         return StateLayout.of(self.programs)
 
 
-def lower(model: Any, example_inputs: tuple[Any, ...] | None = None, pipeline: Pipeline | None = None) -> Graph:
+def lower(model: Any, example_inputs: Sequence[Any] | None = None, pipeline: Pipeline | None = None) -> Graph:
     """The forward graph of a model in the form that schemes are resolved against."""
     pipeline = pipeline or Pipeline()
     graph = verify(import_model(model, example_inputs))
@@ -143,7 +143,7 @@ def _simplify(graph: Graph, pipeline: Pipeline) -> Graph:
 
 def compile_graphs(
     model: Any,
-    example_inputs: tuple[Any, ...] | None,
+    example_inputs: Sequence[Any] | None,
     scheme: UpdateScheme,
     target: Target,
     name: str,
