@@ -29,8 +29,8 @@ def prove(artifact: "Artifact", steps: int, data: Any, tolerance: float) -> dict
     """Compare with torch.autograd and torch.optim.SGD on the user's model in double precision.
 
     Of every tensor that learns: the gradient of the first step (see ``_choose_steps``), and the values after ``steps``
-    steps, both of the generated C on this computer. Errors are relative, in the Euclidean norm over the elements that learn, see
-    ``_errors``. Losses are compared one by one, relative to at least SMALL_LOSS.
+    steps, both of the generated C on this computer. Errors are relative, in the Euclidean norm over the elements that
+    learn, see ``_errors``. Losses are compared one by one, relative to at least SMALL_LOSS.
     data: path or mapping with x and y; made up when None. Returns {"ok", "tensors": [...], "losses": {...}, ...}.
     """
     compiled, build = artifact.compiled, artifact.build
