@@ -31,7 +31,10 @@ class Program:
 
 @dataclass(frozen=True)
 class Interface:
-    """What the C API exposes. Types are those of the caller's buffers; ``target`` is None for `target: input`."""
+    """What the C API exposes. Types are those of the caller's buffers; ``target`` is None for `target: input`.
+
+    output_layout: of a rank that has channels, else "model"; selftest: with golden values from a run on this computer
+    """
 
     name: str
     input: TensorType
@@ -42,10 +45,12 @@ class Interface:
     learning_rate: float
     target_name: str
     input_layout: str
+    output_layout: str
     model_hash: str
     version: str
     arena: str = "static"
     input_in_arena: bool = False
+    selftest: bool = True
     notes: tuple[str, ...] = field(default=())
 
 
@@ -80,9 +85,10 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
         "arena_bytes": max(1, *(program.plan.arena_bytes for program in programs)),
         "ctype": CTYPES,
     }
-    files = {}
-    for template, path in FILES.items():
-        files[path.format(m=interface.name)] = environment.get_template(template).render(context)
+    paths = {template: path.format(m=interface.name) for template, path in FILES.items()}
+    selftest = [SELFTEST.format(m=interface.name)] if interface.selftest else []
+    context["sources"] = [path for path in paths.values() if path.endswith(".c")] + selftest
+    files = {path: environment.get_template(template).render(context) for template, path in paths.items()}
     files |= _math(interface.name)
     files["build.json"] = json.dumps(_description(interface, layout, programs), indent=2)
     files |= {f"emulator/{f.name}": f.read_text() for f in sorted(RUNTIME.glob("emu_*")) if f.is_file()}
@@ -104,6 +110,7 @@ FILES = {
     "CMakeLists.txt.j2": "CMakeLists.txt",
     "module.yml.j2": "zephyr/module.yml",
 }
+SELFTEST = "Core/Src/{m}_selftest.c"
 
 
 @dataclass(frozen=True)
@@ -278,6 +285,12 @@ def _integer(value: float, dtype: str, name: str) -> str:
     return str(int(value))
 
 
+def _index_type(indices: Sequence[int]) -> str:
+    """The smallest C type that holds them and that C converts to int."""
+    assert min(indices) >= 0
+    return next(t for t, end in (("uint8_t", 2**8), ("int16_t", 2**15), ("int32_t", 2**31)) if max(indices) < end)
+
+
 def _literal(value: float, dtype: str) -> str:
     return _float(value) if dtype == "float32" else _integer(value, dtype, "a constant in a kernel")
 
@@ -338,7 +351,7 @@ def emit_selftest(interface: Interface, steps: int, golden: Mapping[str, int]) -
     context = {"api": interface, "steps": steps, "golden": golden}
     header = environment.get_template("file_header.j2").render(context)
     text = environment.get_template("selftest.c.j2").render(context)
-    return {f"Core/Src/{interface.name}_selftest.c": header + "\n" + text}
+    return {SELFTEST.format(m=interface.name): header + "\n" + text}
 
 
 def _environment(prefix: str) -> jinja2.Environment:
@@ -355,6 +368,7 @@ def _environment(prefix: str) -> jinja2.Environment:
         "round_int": round,
         "add_terms": _of_attributes(add_terms),
         "tflite_terms": _of_attributes(tflite_terms),
+        "index_type": _index_type,
         "json": lambda v: json.dumps(v, indent=2),
     }
     environment.globals |= {"p": prefix, "P": prefix.upper(), "ctypes": CTYPES}

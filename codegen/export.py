@@ -31,11 +31,10 @@ def write_tree(folder: Path, files: Mapping[str, bytes]) -> None:
         else:
             _replace(folder, complete, hashes)
     except OSError as problem:
-        where = str(problem.filename or folder)
         raise TTEError(
             "TTE-E045",
             f"cannot write the project: {problem.strerror}",
-            where=where,
+            where=str(folder),
             fix="choose a folder that you may write to, with space left",
         ) from problem
 

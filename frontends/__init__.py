@@ -27,7 +27,8 @@ def import_model(model: Any, example_inputs: Sequence[Any] | None = None, name: 
     if isinstance(model, str | Path):
         path = Path(model)
         if not path.is_file():
-            raise TTEError("TTE-E020", "there is no such file", where=str(path), fix="check the path")
+            what = "a folder is not a model" if path.is_dir() else "there is no such file"
+            raise TTEError("TTE-E020", what, where=str(path), fix="give the path of a .onnx, .pt2 or .ir file")
         if path.suffix == ".ir":
             return _read_text(path)
         if path.suffix == ".pt2":
@@ -38,12 +39,12 @@ def import_model(model: Any, example_inputs: Sequence[Any] | None = None, name: 
             from tte.frontends.onnx_model import import_onnx_model, read_onnx
 
             return import_onnx_model(read_onnx(path), name)
-        raise TTEError(
-            "TTE-E020",
-            f"{path.name} has the suffix {path.suffix or 'of no kind'!r}",
-            where=str(path),
-            fix="give a .onnx, .pt2 or .ir file; a .pt file of weights needs its module: use the Python API",
-        )
+        fix = "give a .onnx, .pt2 or .ir file"
+        if path.suffix in (".pt", ".pth"):
+            fix = (
+                "write torch.export.save(torch.export.export(module, (x,)), 'model.pt2'), or use tte.compile in Python"
+            )
+        raise TTEError("TTE-E020", "the name does not end like that of a model file", where=str(path), fix=fix)
     # The kinds are told apart by name, so that a model of one kind does not import the libraries of the other.
     kinds = {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(model).__mro__}
     if "torch.Module" in kinds:

@@ -7,13 +7,13 @@ a transposition in front and behind, which ``passes.layout`` cancels.
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from tte.errors import TTEError
-from tte.ir import Builder, Const, Graph, InvalidType, Origin, TensorType, Value, rewrite
+from tte.ir import Builder, Const, Graph, InvalidType, Node, Origin, TensorType, Value, rewrite
 
 NHWC, NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 # Names in the IR that users' tensors must not take.
@@ -46,6 +46,28 @@ class Imported:
 
 class Refused(Exception):
     """One operator cannot be lowered; the message says why."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The result of an operator that tte has only as a part of another one."""
+
+    x: Value
+
+
+@dataclass(frozen=True)
+class Erf(Piece):
+    """(erf(x) + shift) * scale: a part of gelu."""
+
+    shift: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Greater(Piece):
+    """x > bound: a part of softplus."""
+
+    bound: float
 
 
 @dataclass(frozen=True)
@@ -93,14 +115,29 @@ class Lowering:
     imported: Imported
     builder: Builder = field(default_factory=Builder)
     env: dict[str, Any] = field(default_factory=dict)
+    producer: dict[str, Node] = field(default_factory=dict)
     layer: str = ""
     _moved: dict[tuple[str, str], Value] = field(default_factory=dict)
 
     def call(self, op: str, *inputs: Value, **attrs: Any) -> Value:
-        return self.builder.call(op, *inputs, layer=self.layer, **attrs)
+        result = self.builder.call(op, *inputs, layer=self.layer, **attrs)
+        self.producer[result.name] = self.builder.nodes[-1]
+        return result
 
     def value(self, expression: Any) -> Any:
         """What an operand became: a Value, or a tuple of them."""
+        found = self.operand(expression)
+        for part in found if isinstance(found, tuple) else (found,):
+            if isinstance(part, Piece):
+                raise Refused(
+                    "reads erf, which is supported only in gelu"
+                    if isinstance(part, Erf)
+                    else "reads a comparison, which is supported only in softplus"
+                )
+        return found
+
+    def operand(self, expression: Any) -> Any:
+        """``value``, or a Piece."""
         kind = type(expression).__name__
         if kind in ("Var", "DataflowVar"):
             name = expression.name
@@ -188,7 +225,7 @@ def lower(imported: Imported, name: str) -> Graph:
         operator = value.op.name if type(value).__name__ == "Call" and hasattr(value.op, "name") else None
         try:
             if operator is None:
-                state.env[variable.name] = state.value(value)
+                state.env[variable.name] = state.operand(value)
             elif operator not in TABLE:
                 raise Refused("")
             else:
@@ -198,8 +235,12 @@ def lower(imported: Imported, name: str) -> Graph:
             what = operator.removeprefix("relax.") if operator else type(value).__name__
             problems.append(Unsupported(layer, what, types, str(problem)))
             state.env[variable.name] = _placeholder(state.builder, variable.ty)
+    result: Any = ()
+    try:
+        result = state.value(function.body.body)
+    except Refused as problem:
+        problems.append(Unsupported("", "output", "", str(problem)))
     refuse_unsupported(problems)
-    result = state.value(function.body.body)
     outputs = result if isinstance(result, tuple) else (result,)
     if len(outputs) != 1:
         what = f"the model has {len(outputs)} outputs"
@@ -299,20 +340,12 @@ def _unary(name: str) -> Rule:
 
 def _binary(name: str) -> Rule:
     def lower_binary(state: Lowering, call: Any) -> Any:
-        a, b = state.value(call.args[0]), state.value(call.args[1])
-        if isinstance(a, Erf) or isinstance(b, Erf):
-            return _gelu_by_hand(state, name, *((b, a) if isinstance(a, Erf) else (a, b)))
-        return state.call(name, a, b)
+        for i in (0, 1):
+            if isinstance(erf := state.operand(call.args[i]), Erf):
+                return _gelu_by_hand(state, name, state.value(call.args[1 - i]), erf)
+        return state.call(name, state.value(call.args[0]), state.value(call.args[1]))
 
     return lower_binary
-
-
-@dataclass(frozen=True)
-class Erf:
-    """erf(x) + shift: has no form of its own, only a place in gelu."""
-
-    x: Value
-    shift: float = 0.0
 
 
 @rule("erf")
@@ -322,13 +355,15 @@ def _erf(state: Lowering, call: Any) -> Erf:
 
 def _gelu_by_hand(state: Lowering, name: str, u: Any, erf: Erf) -> Any:
     """x * (erf(x / sqrt(2)) + 1) = 2 gelu(x); with x / 2 in place of the first x it is gelu(x)."""
-    if name == "add" and isinstance(u, Const) and u.type.size == 1 and u.data.item() == 1.0:
-        return Erf(erf.x, 1.0)
-    made = {n.output.name: n for n in state.builder.nodes}
+    if isinstance(u, Const) and u.type.size == 1:
+        if name == "add" and u.data.item() == 1.0 and erf.shift == 0.0:
+            return Erf(erf.x, 1.0)
+        if name == "multiply":
+            return replace(erf, scale=erf.scale * u.data.item())
 
     def unscaled(value: Value, factor: float) -> Value | None:
         """x, if value is x * factor or x / (1 / factor)"""
-        node = made.get(value.name)
+        node = state.producer.get(value.name)
         if node is None or node.op not in ("multiply", "divide") or not isinstance(node.inputs[1], Const):
             return None
         given = float(node.inputs[1].data.reshape(-1)[0])
@@ -339,8 +374,8 @@ def _gelu_by_hand(state: Lowering, name: str, u: Any, erf: Erf) -> Any:
     x = unscaled(erf.x, math.sqrt(0.5))
     require(x is not None and x in (u, unscaled(u, 0.5)), "only in gelu")
     assert x is not None
-    y = state.call("nn.gelu", x)
-    return state.call("multiply", y, state.const(2.0)) if x == u else y
+    y, factor = state.call("nn.gelu", x), erf.scale * (2.0 if x == u else 1.0)
+    return y if factor == 1.0 else state.call("multiply", y, state.const(factor))
 
 
 TABLE.update({f"relax.{theirs}": _unary(ours) for theirs, ours in UNARY.items()})
@@ -366,12 +401,12 @@ def _clip(state: Lowering, call: Any) -> Value:
 
 @rule("maximum", "minimum")
 def _bound(state: Lowering, call: Any) -> Value:
-    """Of a tensor and a number: clip."""
+    """Of a tensor and a number: clamp."""
     a, b = state.value(call.args[0]), state.value(call.args[1])
     x, bound = (b, a) if isinstance(a, Const) else (a, b)
     require(isinstance(bound, Const) and bound.type.size == 1, "only with a number as one operand")
     name = "min" if call.op.name == "relax.maximum" else "max"
-    return state.call("clip", x, **{name: float(bound.data.item())})
+    return state.call("clip", x, **{name: number(bound.data.item())}, inclusive=True)
 
 
 @rule("nn.leakyrelu")
@@ -385,14 +420,6 @@ def _softplus(state: Lowering, call: Any) -> Value:
     return state.call("nn.softplus", state.value(call.args[0]), beta=beta, threshold=threshold)
 
 
-@dataclass(frozen=True)
-class Greater:
-    """x > bound: has no form of its own, only a place in softplus."""
-
-    x: Value
-    bound: float
-
-
 @rule("greater")
 def _greater(state: Lowering, call: Any) -> Greater:
     bound = state.value(call.args[1])
@@ -403,14 +430,13 @@ def _greater(state: Lowering, call: Any) -> Greater:
 @rule("where")
 def _where(state: Lowering, call: Any) -> Value:
     """where(beta * x > threshold, x, softplus(beta * x) / beta), as PyTorch's exporter writes softplus"""
-    condition, x, y = (state.value(a) for a in call.args)
-    made = {n.output.name: n for n in state.builder.nodes}
-    beta, node = 1.0, made.get(y.name)
+    condition, x, y = state.operand(call.args[0]), state.value(call.args[1]), state.value(call.args[2])
+    beta, node = 1.0, state.producer.get(y.name)
     if node and node.op == "divide" and isinstance(node.inputs[1], Const) and node.inputs[1].type.size == 1:
-        beta, node = float(node.inputs[1].data.item()), made.get(node.inputs[0].name)
+        beta, node = float(node.inputs[1].data.item()), state.producer.get(node.inputs[0].name)
     found = node is not None and node.op == "nn.softplus" and isinstance(condition, Greater)
     require(found and node.inputs[0] == condition.x, "only in softplus")  # type: ignore[union-attr]
-    scaled = made.get(condition.x.name)
+    scaled = state.producer.get(condition.x.name)
     by_beta = scaled and scaled.op == "multiply" and scaled.inputs[0] == x
     require(condition.x == x if beta == 1.0 and not by_beta else bool(by_beta), "only in softplus")
     return state.call("nn.softplus", x, beta=number(beta), threshold=number(condition.bound))
@@ -686,8 +712,11 @@ def _pool(state: Lowering, call: Any) -> Value:
     if "max" in call.op.name:
         y = state.call("nn.max_pool2d", picture, pool_size=size, strides=strides, padding=padding)
     else:
-        include = bool(attrs.count_include_pad) and any(padding)
-        require(not include or padding == given, "average pooling with ceil_mode and count_include_pad")
+        include = bool(attrs.count_include_pad) and any(given)
+        if include and padding != given:  # the model's own padding counts, that of ceil_mode does not
+            around = ((0, 0, 0), (given[0], given[2], 0), (given[1], given[3], 0), (0, 0, 0))
+            picture = state.call("pad", picture, pad_width=around)
+            padding, include = (0, 0, end[0] - given[2], end[1] - given[3]), False
         y = state.call(
             "nn.avg_pool2d", picture, pool_size=size, strides=strides, padding=padding, count_include_pad=include
         )

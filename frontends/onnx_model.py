@@ -8,7 +8,7 @@ Other options fold batch norm into the convolutions before we see it: that is an
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,23 @@ def read_onnx(path: Path) -> Any:
 
     try:
         model = onnx.load_model_from_string(path.read_bytes())
+        if not model.graph.node:
+            raise ValueError("it holds no graph")
+        missing = {place for place in _data_files(model) if not (path.parent / place).is_file()}
+        if missing:
+            what = f"the model's weights are in {', '.join(sorted(missing))}, which is not there"
+            fix = "put that file beside the model, or export with external_data=False"
+            raise TTEError("TTE-E020", what, where=str(path), fix=fix)
         onnx.load_external_data_for_model(model, str(path.parent))
     except (DecodeError, OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as problem:
         raise _invalid(problem, str(path)) from problem
     return model
+
+
+def _data_files(model: Any) -> Iterator[str]:
+    """The files beside the model that hold data of its tensors."""
+    for tensor in model.graph.initializer:
+        yield from (entry.value for entry in tensor.external_data if entry.key == "location")
 
 
 def import_onnx_model(given: Any, name: str) -> Graph:
@@ -418,6 +431,8 @@ def _unsupported(model: Any) -> list[Unsupported]:
             and any(node.output[1] in n.input for n in model.graph.node)
         ):
             why = "its mask is used"
+        if node.op_type == "ConvTranspose" and _attribute(node, "output_shape", None):
+            why = "output_shape: export with pads and output_padding"
         if node.op_type not in SUPPORTED or why:
             operands = ", ".join(describe(i) for i in node.input if i)
             found.append(

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,15 +48,16 @@ def import_module(module: Any, example_inputs: Sequence[Any] | None, name: str) 
     import torch
 
     refuse_training_mode(module)
-    if not example_inputs:
+    arrays = (torch.Tensor, np.ndarray)
+    given = (example_inputs,) if isinstance(example_inputs, arrays) else example_inputs
+    if not given or not isinstance(given, tuple | list) or not all(isinstance(x, arrays) for x in given):
+        what = f"{type(module).__name__} needs example inputs: a module alone does not say what it takes"
         raise TTEError(
             "TTE-E021",
-            f"{type(module).__name__} needs example inputs: a module alone does not say what it takes",
+            f"example_inputs is no tuple of tensors: {type(given).__name__}" if given else what,
             fix="give example_inputs=(x,) with a tensor of the shape that the device will see, batch 1",
         )
-    if isinstance(example_inputs, torch.Tensor):
-        example_inputs = (example_inputs,)
-    inputs = tuple(x if isinstance(x, torch.Tensor) else torch.as_tensor(x) for x in example_inputs)
+    inputs = tuple(torch.as_tensor(x) for x in given)
     for x in inputs:
         if x.ndim and x.shape[0] != 1:
             raise _batch_error(tuple(x.shape))
@@ -301,7 +303,12 @@ def _type(node: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export warns about its own insides."""
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """torch.export warns about its own insides, and logs them."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

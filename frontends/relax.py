@@ -64,8 +64,10 @@ def import_exported_program(program: Any, path: Callable[[Any], str]) -> tuple[A
         def create_convert_map(self) -> dict[str, Callable[[Any], Any]]:
             own = {
                 "_native_batch_norm_legit_no_training.default": self.batch_norm,
-                "hardtanh.default": self.clip,
-                "clamp.default": self.clip,
+                "hardtanh.default": self.hardtanh,
+                "clamp.default": self.clamp,
+                "clamp_min.default": self.clamp,
+                "clamp_max.default": lambda n: self.limit("minimum", self.env[n.args[0]], n.args[1]),
                 "max_pool2d.default": self.max_pool,
                 "max_pool1d.default": self.max_pool,
                 "adaptive_max_pool2d.default": self.adaptive_max_pool,
@@ -114,11 +116,17 @@ def import_exported_program(program: Any, path: Callable[[Any], str]) -> tuple[A
             y = self.emit("nn.batch_norm", self.env[x], *tensors, axis=1, epsilon=eps, training=False)
             return [self.block_builder.emit(y[0])]
 
-        def clip(self, node: Any) -> Any:
-            hard = node.target.__name__.startswith("hardtanh")
-            low, high = arguments(node, (-1.0 if hard else None), (1.0 if hard else None), names=("min", "max"))
-            low, high = -math.inf if low is None else low, math.inf if high is None else high
+        def hardtanh(self, node: Any) -> Any:
+            low, high = arguments(node, -1.0, 1.0)
             return self.emit("clip", self.env[node.args[0]], float(low), float(high))
+
+        def clamp(self, node: Any) -> Any:
+            """Not clip: their gradients differ at the bounds."""
+            low, high = arguments(node, None, None, names=("min", "max"))
+            return self.limit("minimum", self.limit("maximum", self.env[node.args[0]], low), high)
+
+        def limit(self, name: str, x: Any, bound: float | None) -> Any:
+            return x if bound is None else self.emit(name, x, relax.const(float(bound), "float32"))
 
         def max_pool(self, node: Any) -> Any:
             size, stride, padding, dilation, ceil = arguments(node, None, (), 0, 1, False)

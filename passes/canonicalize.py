@@ -311,18 +311,18 @@ def _rsqrt(state: Rewriter, node: Node) -> Value | None:
 
 
 def _clip(state: Rewriter, node: Node) -> Value | None:
-    """clip(clip(x)), clip(relu(x)), clip from 0 up"""
+    """clip(clip(x)), clip(relu(x)), clip from 0 up; not where they differ in the gradient at their bounds"""
     if node.op != "clip":
         return None
-    low, high = float(node.attrs["min"]), float(node.attrs["max"])  # type: ignore[arg-type]
-    if low == 0.0 and high == math.inf:
+    low, high, inclusive = float(node.attrs["min"]), float(node.attrs["max"]), node.attrs["inclusive"]  # type: ignore[arg-type]
+    if low == 0.0 and high == math.inf and not inclusive:
         return state.call("nn.relu", node.inputs[0])
     inner = state.made_by(node.inputs[0], "clip", "nn.relu")
-    if inner is None:
+    if inner is None or inner.attrs.get("inclusive", False) != inclusive:
         return None
     limits = (0.0, math.inf) if inner.op == "nn.relu" else (inner.attrs["min"], inner.attrs["max"])
     low, high = max(low, float(limits[0])), min(high, float(limits[1]))  # type: ignore[arg-type]
-    return state.call("clip", inner.inputs[0], min=low, max=high) if low < high else None
+    return state.call("clip", inner.inputs[0], min=low, max=high, inclusive=inclusive) if low < high else None
 
 
 def _relu6_of(state: Rewriter, value: Value) -> Value | None:
@@ -375,8 +375,46 @@ def _silu(state: Rewriter, node: Node) -> Value | None:
     return None
 
 
+def _product(state: Rewriter, values: Sequence[Value], depth: int = 4) -> tuple[float, list[str]]:
+    """The number and the names of the values in a product of products."""
+    number, names = 1.0, list[str]()
+    for value in values:
+        inner = state.made_by(value, "multiply") if depth else None
+        if (found := _number(value)) is not None:
+            number *= found
+        elif inner:
+            factor, rest = _product(state, inner.inputs, depth - 1)
+            number, names = number * factor, names + rest
+        else:
+            names.append(value.name)
+    return number, sorted(names)
+
+
+def _gelu_tanh(state: Rewriter, node: Node) -> Value | None:
+    """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), multiplied in any order"""
+
+    def is_product(values: Sequence[Value], number: float, factors: Sequence[Value]) -> bool:
+        (a, names), (b, others) = _product(state, values), _product(state, factors)
+        return math.isclose(a, number * b, rel_tol=1e-6) and names == others
+
+    if node.op != "multiply":
+        return None
+    halves = [inner for v in node.inputs if (inner := state.made_by(v, "multiply"))]
+    for gate in (v for product in (node, *halves) for v in product.inputs):
+        one = state.made_by(gate, "add")
+        tanh = state.made_by(one.inputs[0], "tanh") if one and _is(one.inputs[1], 1.0) else None
+        scaled = state.made_by(tanh.inputs[0], "multiply") if tanh else None
+        if scaled is None or not _is(scaled.inputs[1], math.sqrt(2 / math.pi)):
+            continue
+        total = state.made_by(scaled.inputs[0], "add")
+        for x, cubic in (total.inputs, total.inputs[::-1]) if total else ():
+            if is_product((cubic,), 0.044715, (x, x, x)) and is_product(node.inputs, 0.5, (x, gate)):
+                return state.call("nn.gelu", x, approximate="tanh")
+    return None
+
+
 RULES: Sequence[Rule] = (
     _drop_identity, _merge_reshapes, _reshape_last, _merge_transposes, _pad_last, _merge_slices, _reduce_then_reshape,
     _constant_second, _short_constant, _merge_factors, _dense, _bias, _padding, _global_pool, _rsqrt, _clip,
-    _hard_sigmoid, _hard_swish, _silu,
+    _hard_sigmoid, _hard_swish, _silu, _gelu_tanh,
 )  # fmt: skip

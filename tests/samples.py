@@ -224,6 +224,7 @@ for name, (kind, function) in UNARY.items():
 add("clip", Operand((4, 5), "wide"), torch=F.relu6, min=0.0, max=6.0)
 add("clip", (4, 5), torch=lambda x: torch.clamp(x, max=0.5), max=0.5)
 add("clip", (4, 5), torch=lambda x: torch.clamp(x, min=-0.5), min=-0.5)
+add("clip", (4, 5), torch=lambda x: torch.clamp(x, -0.5, 0.7), min=-0.5, max=0.7, inclusive=True)
 add("nn.leaky_relu", (4, 5), torch=lambda x: F.leaky_relu(x, 0.2), alpha=0.2)
 add("nn.gelu", Operand((3, 9), "wide"), torch=lambda x: F.gelu(x, approximate="tanh"), approximate="tanh")
 add("nn.softplus", Operand((40,), "wide"), torch=lambda x: F.softplus(x, 2.0, 3.0), beta=2.0, threshold=3.0)
@@ -397,6 +398,16 @@ add("pad", (2, 3), torch=spread, pad_width=((1, 0, 1), (0, 0, 2)))
 add("broadcast_to", (3, 1), torch=lambda x: x.expand(2, 3, 4), shape=(2, 3, 4))
 add("broadcast_to", (1, 1, 1, 3), torch=lambda x: x.expand(1, 4, 5, 3), shape=(1, 4, 5, 3))
 add("take", (2, 4, 3), torch=lambda x: x[:, [2, 0, 3, 1]], axis=1, indices=(2, 0, 3, 1))
+for axis, indices in ((1, (2, 0)), (2, (0, 1, 1, 2)), (0, (1, 1, 1))):
+
+    def pick(x: Tensor, axis=axis, indices=indices) -> Tensor:  # type: ignore[no-untyped-def]
+        return x.index_select(axis, torch.tensor(indices))
+
+    add("take", (2, 4, 3), torch=pick, axis=axis, indices=indices)
+    picked = [len(indices) if d == axis else n for d, n in enumerate((2, 4, 3))]
+    gradient = input_gradient(pick, (2, 4, 3))
+    add("take_grad", tuple(picked), torch=gradient, axis=axis, indices=indices, size=(2, 4, 3)[axis])
+add("take", (40000,), torch=lambda x: x[[39999, 7]], axis=0, indices=(39999, 7))
 
 # --- reductions, normalisation ---------------------------------------------------------------------------------------
 

@@ -166,6 +166,16 @@ def test_without_a_compiler_nothing_pretends(ir: Path, monkeypatch: pytest.Monke
     assert memory["static_ram_bytes"] == memory["arena_bytes"] + memory["trained_bytes"]
 
 
+def test_without_a_compiler_for_this_computer_there_is_no_selftest(
+    ir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tte.artifact.host_compiler", lambda: None)
+    tte.compile(ir, update_scheme="last-layer", target="host", name="net").export(tmp_path / "p")
+    texts = {f.name: f.read_text() for f in (tmp_path / "p").rglob("*") if f.suffix in (".c", ".h", ".txt")}
+    assert "net_weights.c" in texts["CMakeLists.txt"] and "net_weights.c" in texts
+    assert not any("selftest(void)" in text or "_selftest.c" in text for text in texts.values())
+
+
 def symbols(elf: Path) -> set[str]:
     """Global symbols that a file defines."""
     with elf.open("rb") as file:

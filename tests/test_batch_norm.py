@@ -11,6 +11,7 @@ from tte.ir import Const, Graph, evaluate, verify
 from tte.passes.batch_norm import fold_batch_norm
 from tte.passes.canonicalize import canonicalize
 from tte.passes.layout import to_nhwc
+from tte.scheme import find_layers
 
 
 def simplified(module: nn.Module, shape: tuple[int, ...]) -> Graph:
@@ -84,7 +85,8 @@ def test_without_affine_parameters_the_bias_is_the_layers() -> None:
     bias = constants(simplified(module, (1, 4, 3, 3)))["0.bias"]
     assert bias.origin is not None and bias.origin.name == "0.bias" and bias.origin.scale is not None
     module = nn.Sequential(nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6, affine=False))
-    assert constants(simplified(module, (1, 4, 3, 3)))["0.bias"].origin is None
+    found = constants(simplified(module, (1, 4, 3, 3)))
+    assert "0.bias" not in found and [layer.bias for layer in find_layers(simplified(module, (1, 4, 3, 3)))] == [None]
 
 
 class TwoReaders(nn.Module):
@@ -120,3 +122,28 @@ def test_where_it_cannot_be_folded(module: nn.Module) -> None:
     assert gamma.origin is not None and gamma.origin.scale is not None and beta.origin is not None
     np.testing.assert_allclose(gamma.data, gamma.origin.scale * norm.weight.detach().numpy(), rtol=1e-6)
     np.testing.assert_array_equal(beta.data, norm.bias.detach().numpy())
+
+
+class Fork(nn.Module):
+    """A folded batch norm with two readers, one of which is another batch norm (a residual network v2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.first, self.second = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(self.conv(x))
+        return y + self.second(y)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Fork(),
+        nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.BatchNorm2d(4)),
+        nn.Sequential(nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)),
+    ],
+    ids=["fork", "chain", "chain behind a layer"],
+)
+def test_several_batch_norms(module: nn.Module) -> None:
+    simplified(module, (1, 4, 5, 5))

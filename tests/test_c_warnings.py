@@ -56,3 +56,47 @@ def test_no_warnings(projects: list[Path], compiler: str, flags: str, tmp_path: 
             arguments = [*command, *FLAGS[flags], include, "-c", source, "-o", tmp_path / "out.o"]
             result = subprocess.run(arguments, capture_output=True, text=True, check=False)
             assert (result.returncode, result.stderr) == (0, ""), source.name
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++", "zig"])
+def test_the_header_is_cpp_too(projects: list[Path], compiler: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ziglang", "c++"] if compiler == "zig" else [compiler]
+    if not (find_spec("ziglang") if compiler == "zig" else shutil.which(compiler)):
+        pytest.skip(f"{compiler} is not installed")
+    for project in projects:
+        source = tmp_path / "main.cpp"
+        source.write_text(f'#include "{project.name}.h"\nstatic_assert(sizeof({project.name}_result_t) == 12, "");\n')
+        flags = ["-std=c++11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{project / 'Core' / 'Inc'}"]
+        result = subprocess.run(
+            [*command, *flags, "-c", source, "-o", tmp_path / "out.o"], capture_output=True, text=True, check=False
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("flag", ["-ffast-math", "-ffinite-math-only", "-fassociative-math"])
+def test_flags_that_change_the_results_are_refused(projects: list[Path], flag: str, tmp_path: Path) -> None:
+    if not shutil.which("gcc"):
+        pytest.skip("gcc is not installed")
+    flags = [flag, "-fno-signed-zeros", "-fno-trapping-math", f"-I{projects[0] / 'Core' / 'Inc'}"]
+    for source in projects[0].glob("Core/Src/*.c"):
+        command = ["gcc", *flags, "-c", source, "-o", tmp_path / "out.o"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode and "fast-math and what it consists of" in result.stderr, source.name
+
+
+MAIN = """
+#include "whole.h"
+int main(void) { return whole_init() ? 1 : whole_selftest(); }
+"""
+
+
+def test_cmake_builds_the_library(projects: list[Path], tmp_path: Path) -> None:
+    if not shutil.which("cmake") or not shutil.which("cc"):
+        pytest.skip("cmake or cc is not installed")
+    (tmp_path / "main.c").write_text(MAIN)
+    lists = ["cmake_minimum_required(VERSION 3.13)", "project(firmware C)", f'add_subdirectory("{projects[0]}" model)']
+    lists += ["add_executable(firmware main.c)", "target_link_libraries(firmware PRIVATE whole)"]
+    (tmp_path / "CMakeLists.txt").write_text("\n".join(lists))
+    for command in (["cmake", "-S", ".", "-B", "out"], ["cmake", "--build", "out"], ["out/firmware"]):
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import networks
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tte.cli import app
+import tte
+from tte.artifact import Artifact
+from tte.cli import app, main
+from tte.weights import require_writable
 
 COMMANDS = ("analyze", "compile", "run", "verify", "state", "ops", "targets")
 
@@ -49,6 +53,11 @@ def test_ops_lists_every_operator() -> None:
     rows = json.loads(call("ops", "--json").stdout)["ops"]
     assert [row["name"] for row in rows] == sorted(OPS)
     assert next(row for row in rows if row["name"] == "nn.conv2d")["differentiable"] is True
+    root = Path(__file__).parent.parent
+    imports = "".join((root / file).read_text() for file in ("frontends/lower.py", "passes/canonicalize.py"))
+    imported = {row["name"] for row in rows if f'"{row["name"]}"' in imports}
+    assert {row["name"] for row in rows if row["use"] == "model"} == imported - {"cast"}  # named, not imported
+    assert {row["name"] for row in rows if row["use"] == "loss"} >= {"nn.mse", "nn.cross_entropy"}
     assert "nn.conv2d_weight_grad" in call("ops").stdout
 
 
@@ -68,6 +77,45 @@ def test_a_mistake_is_three_lines_on_stderr(tmp_path: Path, command: tuple[str, 
     assert "missing.onnx" in where
     assert fix.strip().startswith("fix:")
     assert not list(tmp_path.iterdir())
+
+
+def onnx_model(path: Path) -> Path:
+    import onnx
+    import torch
+
+    torch.onnx.export(torch.nn.Linear(3, 2), (torch.zeros(1, 3),), path, dynamo=False)
+    external = onnx.load(path)
+    onnx.save(external, path, save_as_external_data=True, location="w.data", size_threshold=0)
+    return path
+
+
+NO_MODELS = {
+    "folder": (lambda path: path.mkdir(), "a folder is not a model"),
+    "empty.onnx": (lambda path: path.touch(), "it holds no graph"),
+    "empty.pt2": (lambda path: path.touch(), "exported program"),
+    "weights.pt": (lambda path: path.touch(), "torch.export.save"),
+    "lost.onnx": (lambda path: onnx_model(path).with_name("w.data").unlink(), "w.data, which is not there"),
+}
+
+
+@pytest.mark.parametrize(("name", "make", "text"), [(name, *rest) for name, rest in NO_MODELS.items()], ids=NO_MODELS)
+def test_what_is_no_model(name: str, make: Callable[[Path], object], text: str, tmp_path: Path) -> None:
+    make(tmp_path / name)
+    result = call("analyze", tmp_path / name)
+    what, where, fix = result.stderr.splitlines()
+    assert result.returncode == 1 and "TTE-E020" in what and name in where and text in what + fix
+
+
+def test_example_inputs() -> None:
+    import torch
+
+    module, x = torch.nn.Linear(3, 2).eval(), torch.zeros(1, 3)
+    for given in (x, x.numpy(), [x], (x,)):
+        assert tte.analyze(module, given).layers[0].shape == (1, 2)
+    for wrong in ("x", {"x": x}, (1, 3), ()):
+        with pytest.raises(tte.TTEError) as caught:
+            tte.analyze(module, wrong)
+        assert caught.value.code == "TTE-E021" and "example_inputs=(x,)" in caught.value.fix
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +151,21 @@ def test_from_model_to_trained_weights(model: Path, tmp_path: Path) -> None:
     blob.write_bytes(b"TTES")
     assert "TTE-E060" in call("state", blob, "--build", build, "-o", saved).stderr
     assert "TTE-E060" in call("state", tmp_path / "nothing", "--build", build, "-o", saved).stderr
+
+
+def test_a_scheme_that_is_there_is_not_overwritten(model: Path, tmp_path: Path) -> None:
+    scheme = tmp_path / "scheme.yaml"
+    scheme.write_text("mine")
+    result = CliRunner().invoke(app, ["analyze", str(model), "--write-scheme", str(scheme)])
+    assert isinstance(result.exception, tte.TTEError) and result.exception.code == "TTE-E045"
+    assert scheme.read_text() == "mine" and "layer" not in result.stdout
+
+
+def test_a_wrong_head_is_named_with_its_line(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("train: full\nhead:\n  classes: 3\n  layer: heat\n")
+    with pytest.raises(tte.TTEError) as caught:
+        tte.compile(model, update_scheme=tmp_path / "s.yaml")
+    assert caught.value.where.endswith("s.yaml:4, head.layer") and "did you mean head?" in caught.value.fix
 
 
 def test_compile_prints_the_report_as_json(model: Path, tmp_path: Path) -> None:
@@ -153,7 +216,100 @@ def test_our_own_bugs_are_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(result.exception, AttributeError)
 
 
+USAGE = {
+    "bogus": ("no such command 'bogus'", "tte --help"),
+    "run": ("missing argument 'build'", "tte run --help"),
+    "run b": ("missing option '--data'", "tte run --help"),
+    "run b --data d --fooo": ("no such option: --fooo", "tte run --help"),
+    "run b --data d --epochs 0": ("'--epochs'", "tte run --help"),
+    "run b --data d --host --emulator qemu": ("without an emulator", "one of them"),
+}
+
+
+@pytest.mark.parametrize(("line", "texts"), USAGE.items(), ids=USAGE)
+def test_usage_errors_are_three_lines_too(
+    line: str, texts: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tte", *line.split()])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    what, where, fix = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 1 and what.startswith("error[TTE-E059]")
+    assert texts[0] in what.lower() and where.startswith("  where: ") and texts[1] in fix
+
+
+@pytest.mark.parametrize(("line", "text"), [("--version", f"tte {tte.__version__}\n"), ("", "Usage: ")])
+def test_without_a_command(
+    line: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tte", *line.split()])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert not caught.value.code and text in capsys.readouterr().out
+
+
 def test_epochs_and_steps_exclude_each_other() -> None:
     result = call("run", "build", "--data", "d.npz", "--epochs", "1", "--steps", "2")
     assert result.returncode == 1
     assert "TTE-E059" in result.stderr
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": -1}, {"epochs": 0}, {"epochs": 1, "steps": 1}], ids=str)
+def test_counts_below_1_are_refused(options: dict[str, int], model: Path) -> None:
+    artifact = tte.compile(model, update_scheme="last-layer", target="host")
+    with pytest.raises(tte.TTEError) as caught:
+        artifact.run(model.parent / "data.npz", runner="host", **options)
+    assert caught.value.code == "TTE-E059"
+
+
+@pytest.mark.parametrize("place", ["no/w.npz", "file/w.npz", "folder"])
+def test_a_place_for_the_weights_is_found_before_training(place: str, tmp_path: Path) -> None:
+    """There is not even a project: the first thing that is looked at is the place."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("in the way")
+    arguments = ["run", str(tmp_path / "build"), "--data", "d.npz", "--save", str(tmp_path / place)]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, tte.TTEError) and result.exception.code == "TTE-E062"
+    require_writable(tmp_path / "file")
+    require_writable(tmp_path / "new")
+
+
+SAMPLES = np.zeros((4, 8, 8, 2), np.float32)
+LABELS = np.arange(4)
+MISFITS = {
+    "other axes": (SAMPLES.transpose(0, 3, 1, 2), LABELS, "transpose x"),
+    "flat": (SAMPLES.reshape(4, -1), LABELS, "reshape x to (-1, 8, 8, 2)"),
+    "one sample": (SAMPLES[0], LABELS[:1], "x[None]"),
+    "another size": (SAMPLES[:, 1:], LABELS, "samples of 128 elements, not 112"),
+    "a number": (np.float32(1), LABELS, "samples of 128"),
+    "no samples": (SAMPLES[:0], LABELS[:0], "at least one"),
+    "one-hot": (SAMPLES, np.eye(5)[:4], "argmax"),
+    "too few labels": (SAMPLES, LABELS[:3], "one target per sample"),
+    "one label": (SAMPLES, np.int64(1), "one target per sample"),
+    "labels as floats": (SAMPLES, LABELS / 2, "integers"),
+}
+
+
+@pytest.fixture(scope="module")
+def head_only(model: Path) -> Artifact:
+    return tte.compile(model, update_scheme="last-layer", target="host")
+
+
+@pytest.mark.parametrize(("x", "y", "fix"), MISFITS.values(), ids=MISFITS)
+def test_data_that_do_not_fit_are_told_what_to_do(head_only: Artifact, x: np.ndarray, y: np.ndarray, fix: str) -> None:
+    with pytest.raises(tte.TTEError) as caught:
+        head_only.run({"x": x, "y": y}, runner="host")
+    assert caught.value.code == "TTE-E057" and fix in caught.value.fix
+
+
+@pytest.mark.parametrize("rate", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_learning_rate_is_a_number_above_0(head_only: Artifact, rate: float) -> None:
+    with pytest.raises(tte.TTEError, match="learning rate") as caught:
+        head_only.run({"x": SAMPLES, "y": LABELS}, runner="host", rate=rate)
+    assert caught.value.code == "TTE-E059"
+
+
+def test_missing_data_are_missing(head_only: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(tte.TTEError, match="no such file") as caught:
+        head_only.run(tmp_path / "d.npz", runner="host")
+    assert "check the path" in caught.value.fix

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import SAMPLES, Sample
+from samples import SAMPLES, Operand, Sample
 
 from tte.ir import OPS, Builder, Graph, InvalidType, Param, TensorType, Value, evaluate, tensor_type, verify
 from tte.ops.resize import resize_taps
@@ -95,6 +95,30 @@ def test_gradient_agrees_with_autograd(sample: Sample) -> None:
         close(mine, reference.numpy(), 2e-5)
 
 
+BENDS = [
+    ("nn.relu", {}, F.relu),
+    ("nn.leaky_relu", {"alpha": 0.2}, lambda x: F.leaky_relu(x, 0.2)),
+    ("nn.hard_sigmoid", {}, F.hardsigmoid),
+    ("nn.hard_swish", {}, F.hardswish),
+    ("abs", {}, torch.abs),
+    ("clip", {"min": 0.0, "max": 6.0}, F.relu6),
+    ("clip", {"min": -1.0, "max": 3.0}, lambda x: F.hardtanh(x, -1.0, 3.0)),
+    ("clip", {"min": 0.0, "max": 3.0, "inclusive": True}, lambda x: torch.clamp(x, 0.0, 3.0)),
+    ("clip", {"min": -1.0, "inclusive": True}, lambda x: torch.clamp(x, min=-1.0)),
+    ("clip", {"max": 6.0, "inclusive": True}, lambda x: torch.clamp(x, max=6.0)),
+]
+
+
+@pytest.mark.parametrize(("op", "attrs", "function"), BENDS)
+def test_gradient_where_a_function_bends(op: str, attrs: dict, function) -> None:
+    x = np.asarray([-6, -3, -1, 0, 1, 3, 6, 7], np.float32)
+    sample = Sample(op, (Operand(x.shape),), function, attrs)
+    ours = evaluate(differentiate(gradient_graph(sample, [x])), []).outputs[1]
+    tensor = to_torch(x).requires_grad_()
+    (theirs,) = torch.autograd.grad((function(tensor) ** 2).sum(), tensor)
+    close(ours, theirs.numpy(), 1e-6)
+
+
 def smooth(sample: Sample) -> bool:
     return sample.op not in ("sign", "nn.l1") and sample.operands[0].kind != "integer" and "dtype" not in sample.attrs
 
@@ -158,6 +182,8 @@ REFUSED = [
     ("pad", (T((4,)),), {"pad_width": ((1, -1, 0),)}, "at least 0"),
     ("broadcast_to", (T((4,)),), {"shape": (3,)}, "does not broadcast"),
     ("take", (T((4,)),), {"axis": 0, "indices": (4,)}, "outside of axis"),
+    ("take_grad", (T((4,)),), {"axis": 0, "indices": (0, 1), "size": 4}, "does not fit"),
+    ("take_grad", (T((2,)),), {"axis": 0, "indices": (0, 4), "size": 4}, "outside of 4"),
     ("sum", (T((4,)),), {"axis": (1,)}, "not an axis"),
     ("mean", (T((4,)),), {"axis": ()}, "distinct axes"),
     ("nn.cross_entropy", (T((1, 4)), T((1,))), {}, "labels must be int32"),

@@ -118,8 +118,9 @@ def test_nan_never_passes(where: str, forked: tte.Artifact, monkeypatch: pytest.
 
     def poisoned(*arguments: Any, **options: Any) -> Trajectory:
         right = follow(*arguments, **options)
-        bad = {n: {k: v * np.nan for k, v in getattr(right, n).items()} for n in ("gradients", "values")}
-        bad["losses"] = [*right.losses[:-1], float("nan")]  # type: ignore[assignment]
+        bad: dict[str, Any] = {"values": {name: v * np.nan for name, v in right.values.items()}}
+        bad["gradients"] = [{name: v * np.nan for name, v in step.items()} for step in right.gradients]
+        bad["losses"] = [*right.losses[:-1], float("nan")]
         return replace(right, **{n: v for n, v in bad.items() if where in (n, "everything")})
 
     monkeypatch.setattr(tte.proof, "follow", poisoned)
@@ -199,6 +200,27 @@ def test_a_gradient_of_zero_is_no_error_but_a_missing_one_is(monkeypatch: pytest
     assert wrong_tensors(Normed().eval()) == {"first.weight"}
 
 
+def test_behind_a_head_of_zeros_gradients_are_of_a_later_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first has none, right or wrong."""
+    scheme = {"train": "full", "head": {"layer": "head", "classes": 3}}
+    example = (torch.zeros(1, 2, 6, 6),)
+    assert tte.compile(Normed().eval(), example, scheme, target="host").verify(steps=3)["ok"]
+    monkeypatch.setitem(OPS, "nn.conv2d", replace(OPS["nn.conv2d"], grad=scaled(1)))
+    rows = tte.compile(Normed().eval(), example, scheme, target="host").verify(steps=3)["tensors"]
+    errors = {row["name"]: row["gradient_error"] for row in rows}
+    assert errors["first.weight"] > 5e-4 > errors["head.weight"]
+
+
+def test_the_mean_in_a_bias_is_no_error() -> None:
+    """A batch norm's mean that is folded into a bias makes it large, and its rounding larger than the user's bias."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8)
+    norm.running_mean.normal_(0, 1e4)
+    norm.bias.data.normal_(0, 1e-2)
+    net = nn.Sequential(nn.Conv2d(2, 8, 3), norm, nn.Flatten(), nn.Linear(128, 3)).eval()
+    assert tte.compile(net, (torch.zeros(1, 2, 6, 6),), "bias-only", target="host").verify(steps=3)["ok"]
+
+
 def outputs_classes(*behind: nn.Module) -> nn.Module:
     """(1, 2, 6, 6) -> (1, 5, 1, 1) and further."""
     torch.manual_seed(0)
@@ -217,3 +239,21 @@ def test_an_output_with_other_axes_than_classes_is_refused(model: nn.Module) -> 
     with pytest.raises(tte.TTEError, match="axis 1") as caught:
         tte.compile(model.eval(), (torch.zeros(1, 2, 6, 6),), target="host")
     assert caught.value.code == "TTE-E042" and "(1, classes)" in caught.value.fix
+
+
+@pytest.mark.parametrize("indices", [[2, 0], [0, 1, 1, 3]], ids=str)
+def test_elements_that_are_picked_behind_a_trained_layer(indices: list[int]) -> None:
+    class Picked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Conv2d(2, 4, 3), nn.Conv2d(len(indices), 3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.relu(self.first(x))[:, indices]).mean((2, 3))
+
+    part = {"layer": "second", "weight": {"in_channels": 1, "select": [1]}}
+    for train in ("full", [{"layer": "first", "weight": "all", "bias": True}, part]):
+        scheme = {"train": train}
+        artifact = tte.compile(Picked().eval(), (torch.zeros(1, 2, 6, 6),), update_scheme=scheme, target="host")
+        assert artifact.verify(steps=3)["ok"]

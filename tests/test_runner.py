@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -323,6 +325,36 @@ def test_high_water_marks_move(small: Artifact, tmp_path: Path) -> None:
         used.append(run_training(board, samples, steps=1).stack_bytes)
         board.close()
     assert 1024 <= np.subtract(used[1], used[0]) < 1024 + 64
+
+
+def test_an_interrupt_stops_the_emulator(small: Artifact, tmp_path: Path) -> None:
+    """It comes while C runs, and is seen at the next callback, which must not swallow it."""
+    slow = break_step(small.build, tmp_path / "b", "for (volatile uint32_t i = 0; i < 20000000u; i++) {}")
+    board = start(slow, "unicorn-zig")
+    x = draw_samples(slow, 1).x[0]
+    assert board.init() == OK
+    timer = threading.Timer(0.1, signal.raise_signal, (signal.SIGINT,))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        board.train_step(x, None)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    timer.join()
+    board.close()
+
+
+@pytest.mark.parametrize("place", ["host", "unicorn-zig", "qemu-zig"])
+def test_a_closed_board_says_so(small: Artifact, place: str) -> None:
+    board = start(small.build, place)
+    assert board.init() == OK
+    board.close()
+    board.close()
+    for call in (board.init, board.save_state, board.selftest, lambda: board.load_state(b"TTES")):
+        with pytest.raises(TTEError, match="closed"):
+            call()
+
+
+def test_public_names_are_listed() -> None:
+    assert set(tte.__all__) <= set(dir(tte)) and not [name for name in tte.__all__ if not hasattr(tte, name)]
 
 
 FITTING = {

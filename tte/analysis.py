@@ -70,7 +70,7 @@ class Analysis:
 
 def analyze(model: Any, example_inputs: Sequence[Any] | None = None) -> Analysis:
     """The layers of a model; arguments as for ``tte.compile``. Raises TTEError."""
-    graph = lower(model, None if example_inputs is None else tuple(example_inputs))
+    graph = lower(model, example_inputs)
     passable, layers = _passable(graph), find_layers(graph)
     extra = _extra_bits(graph, {layer.name: _all_of(layer) for layer in layers})
     return Analysis(graph, tuple(_row(graph, layer, passable, extra) for layer in layers))
@@ -118,7 +118,8 @@ def _learned_bits(layer: Layer, entry: Learned, node: Node) -> int:
 
 
 def _all_of(layer: Layer) -> Learned:
-    return Learned(layer.name, layer.weight and layer.weight.name, layer.bias and layer.bias.name)
+    weight, bias = (stored.name if stored else None for stored in (layer.weight, layer.bias))
+    return Learned(layer.name, weight, bias)
 
 
 def _row(graph: Graph, layer: Layer, passable: set[str], extra: Mapping[str, int]) -> LayerRow:

@@ -37,6 +37,8 @@ def read_npz(path: Path | str, code: str, fix: str) -> dict[str, np.ndarray]:
             if isinstance(archive, np.ndarray):
                 raise ValueError("one array without a name (.npy)")
             return {key: archive[key] for key in archive.files}
+    except FileNotFoundError as problem:
+        raise TTEError(code, "there is no such file", where=str(path), fix=f"check the path; or {fix}") from problem
     except DAMAGE as problem:
         reason = (problem.strerror if isinstance(problem, OSError) else None) or str(problem) or type(problem).__name__
         first = reason.splitlines()[0]

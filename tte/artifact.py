@@ -5,7 +5,7 @@ import json
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tte.report import Measured, make_report, render_html
 from tte.runner.board import Board, require_ok
 from tte.runner.build import Build
 from tte.runner.host import HostBoard, open_host
-from tte.runner.toolchain import Firmware, build_firmware, find_toolchains
+from tte.runner.toolchain import Firmware, build_firmware, find_toolchains, host_compiler
 from tte.runner.train import Data, RunResult, open_board, train
 from tte.saved import pack_weights
 from tte.scheme import UpdateScheme
@@ -75,7 +75,7 @@ def compile(
     pipeline = Pipeline(Path(dump_ir) if dump_ir else None, find_passes(disable_passes))
     compiled = compile_graphs(
         model,
-        None if example_inputs is None else tuple(example_inputs),
+        example_inputs,
         scheme,
         board,
         c_name(name or default_name(model)),
@@ -216,18 +216,21 @@ class Artifact:
     @cached_property
     def _files(self) -> dict[str, bytes]:
         """The project without its report. With a compiler for this computer the self-test is part of it."""
-        texts = emit(self.compiled.programs, self.compiled.interface)
+        interface = replace(self.compiled.interface, selftest=host_compiler() is not None)
+        texts = emit(self.compiled.programs, interface)
         texts["model.ir"] = str(self.compiled.source)
         texts["scheme.resolved.yaml"] = self.compiled.resolved.to_yaml()
         files = {path: text.encode() for path, text in texts.items()}
         files["model.npz"] = _npz({c.name: c.data for c in self.compiled.source.consts})
         params = [p for p, _ in self.compiled.train.graph.updates]
         files["weights.npz"] = _npz(pack_weights(params, self.compiled.originals))
+        if not interface.selftest:
+            return files
         # Its own golden values come from a run without it.
-        placeholder = emit_selftest(self.compiled.interface, 0, {"output": 0, "state": 0})
+        placeholder = emit_selftest(interface, 0, {"output": 0, "state": 0})
         self._write(files | {path: text.encode() for path, text in placeholder.items()})
         steps, golden = self._golden()
-        selftest = emit_selftest(self.compiled.interface, steps, golden)
+        selftest = emit_selftest(interface, steps, golden)
         return files | {path: text.encode() for path, text in selftest.items()}
 
     def _write(self, files: Mapping[str, bytes]) -> Build:

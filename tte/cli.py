@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 
@@ -17,7 +17,7 @@ from tte.errors import TTEError
 app = typer.Typer(
     name="tte",
     help="Compile a trained model into a C project that fine-tunes it on a microcontroller.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -33,14 +33,35 @@ Scheme = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
+# typer does not say where this class lives: in click, or in a copy of its own.
+UsageError: Any = typer.BadParameter.__base__
+
+
 def main() -> NoReturn:
     """Entry point: a TTEError is three lines on stderr and exit status 1; anything else is our bug and a traceback."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except UsageError as problem:
+        command = problem.ctx.command_path if problem.ctx else "tte"
+        what = " ".join(problem.format_message().split()).rstrip(".")
+        print(TTEError("TTE-E059", what, where=command, fix=f"see `{command} --help`"), file=sys.stderr)
     except TTEError as problem:
         print(problem, file=sys.stderr)
-        sys.exit(1)
-    sys.exit(0)
+    sys.exit(1)
+
+
+@app.callback()
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    if version:
+        from tte import __version__
+
+        print(f"tte {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -52,6 +73,8 @@ def analyze(
     """List the layers of a model: names for a scheme, shapes, parameters, cost, and what can learn."""
     import tte
 
+    if write_scheme and write_scheme.exists():
+        raise _unwritable(write_scheme, "there is a file already")
     analysis = tte.analyze(model)
     if write_scheme:
         _write(write_scheme, analysis.scheme_yaml())
@@ -141,7 +164,7 @@ def run(
     epochs: Annotated[int | None, typer.Option(min=1, help="passes over the data (default 1)")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="training steps, instead of epochs")] = None,
     eval_: Annotated[Path | None, typer.Option("--eval", help=".npz to measure before and after on")] = None,
-    emulator: Annotated[str, typer.Option(help="unicorn or qemu")] = "unicorn",
+    emulator: Annotated[str | None, typer.Option(help="unicorn (default) or qemu")] = None,
     host: Annotated[bool, typer.Option("--host", help="run the same C on this computer: fast")] = False,
     lr: Annotated[float | None, typer.Option(help="learning rate, instead of the scheme's")] = None,
     seed: Annotated[int, typer.Option(help="order of the samples")] = 0,
@@ -149,10 +172,13 @@ def run(
     json_: Json = False,
 ) -> None:
     """Build the firmware and train it on an emulated microcontroller, or on this computer."""
-    if epochs and steps:
-        raise TTEError("TTE-E059", "--epochs and --steps exclude each other", fix="give one of them")
     from tte.runner import train
+    from tte.weights import require_writable
 
+    if host and emulator:
+        raise TTEError("TTE-E059", "--host runs without an emulator", where="--emulator", fix="give one of them")
+    if save:
+        require_writable(save)
     with _progress_bar("training") as show:
         result = train(
             build,
@@ -160,7 +186,7 @@ def run(
             epochs=epochs,
             steps=steps,
             evaluation=eval_,
-            runner="host" if host else emulator,
+            runner="host" if host else emulator or "unicorn",
             rate=lr,
             seed=seed,
             progress=show,
@@ -223,13 +249,23 @@ def state(
 
 @app.command()
 def ops(json_: Json = False) -> None:
-    """List the operators of the language: what a model may be made of, and what training adds."""
+    """List the operators of the language: what a model may be made of, the losses, and what tte itself adds."""
     import tte.ops  # noqa: F401  fills the table
-    from tte.ir import OPS
+    from tte.ir import OPS, Op
+    from tte.scheme import Loss
+
+    losses = {f"nn.{name}" for name in get_args(Loss.model_fields["name"].annotation)}
+
+    def use(op: Op) -> str:
+        """A batch norm is imported, too, but folded or taken apart before anything is differentiated."""
+        if op.name in losses:
+            return "loss"
+        return "model" if op.grad is not None or op.name == "nn.batch_norm" else "internal"
 
     rows: list[dict[str, Any]] = [
         {
             "name": op.name,
+            "use": use(op),
             "kind": op.kind,
             "differentiable": op.grad is not None,
             "attributes": list(op.attributes),
@@ -239,8 +275,10 @@ def ops(json_: Json = False) -> None:
     ]
     if json_:
         return _print_json({"ops": rows})
-    table = [(r["name"], r["kind"], r["differentiable"], ", ".join(r["attributes"]), r["doc"]) for r in rows]
-    _print_table("operators", ("name", "kind", "gradient", "attributes", ""), table)
+    rows.sort(key=lambda r: ("model", "loss", "internal").index(r["use"]))
+    table = [(r["name"], r["use"], r["kind"], r["differentiable"], ", ".join(r["attributes"]), r["doc"]) for r in rows]
+    title = "operators; use: what models are made of, losses, and what only tte adds (gradients, updates, formats)"
+    _print_table(title, ("name", "use", "kind", "gradient", "attributes", ""), table)
 
 
 @app.command()
@@ -374,13 +412,14 @@ def _save_weights(path: Path, state: bytes, build: Path, model: Path | None = No
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text)
+        with path.open("x") as file:
+            file.write(text)
     except OSError as problem:
-        raise _unwritable(path, problem) from problem
+        raise _unwritable(path, str(problem.strerror)) from problem
 
 
-def _unwritable(path: Path, problem: OSError) -> TTEError:
-    return TTEError("TTE-E045", f"cannot write: {problem.strerror}", where=str(path), fix="choose another place")
+def _unwritable(path: Path, why: str) -> TTEError:
+    return TTEError("TTE-E045", f"cannot write: {why}", where=str(path), fix="choose another place")
 
 
 if __name__ == "__main__":

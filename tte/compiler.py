@@ -119,7 +119,7 @@ class Compiled:
         return StateLayout.of(self.programs)
 
 
-def lower(model: Any, example_inputs: tuple[Any, ...] | None = None, pipeline: Pipeline | None = None) -> Graph:
+def lower(model: Any, example_inputs: Sequence[Any] | None = None, pipeline: Pipeline | None = None) -> Graph:
     """The forward graph of a model in the form that schemes are resolved against."""
     pipeline = pipeline or Pipeline()
     graph = verify(import_model(model, example_inputs))
@@ -144,7 +144,7 @@ def _simplify(graph: Graph, pipeline: Pipeline) -> Graph:
 
 def compile_graphs(
     model: Any,
-    example_inputs: tuple[Any, ...] | None,
+    example_inputs: Sequence[Any] | None,
     scheme: UpdateScheme,
     target: Target,
     name: str,
@@ -160,7 +160,11 @@ def compile_graphs(
     forward = _simplify(prepared, pipeline)
     given = {id(c) for c in forward.consts}
     if scheme.head is not None:
-        forward = verify(replace_head(forward, scheme.head.layer, scheme.head.classes, scheme.head.init))
+        try:
+            forward = verify(replace_head(forward, scheme.head.layer, scheme.head.classes, scheme.head.init))
+        except TTEError as problem:  # the pass knows no files
+            where = scheme.where("head", "layer")
+            raise TTEError(problem.code, problem.what, where=where, fix=problem.fix) from problem
     replaced = [c for c in forward.consts if c.origin and id(c) not in given]
     source = forward
     resolved = resolve(scheme, forward)
@@ -197,6 +201,7 @@ def compile_graphs(
         target_name=target.name,
         learning_rate=scheme.optimizer.lr,
         input_layout=layout,
+        output_layout=own_layout(forward.outputs[0].type),
         model_hash=hash_model(forward, train),
         version=version,
         arena=arena,

@@ -23,11 +23,11 @@ Forward = Callable[[Mapping[str, Any], Any], Any]
 class Trajectory:
     """What training did, by the user's names and in the user's layouts.
 
-    losses: before each step; gradients: of the first step; values: after the last
+    losses: before each step; gradients: of each step; values: after the last
     """
 
     losses: list[float]
-    gradients: dict[str, np.ndarray]
+    gradients: list[dict[str, np.ndarray]]
     values: dict[str, np.ndarray]
 
 
@@ -52,12 +52,11 @@ def follow(
     values = {name: torch.from_numpy(array.astype(np.float64)) for name, array in tensors.items()}
     optimizer = torch.optim.SGD([values[name].requires_grad_() for name in masks], lr=rate)
     losses: list[float] = []
-    gradients: dict[str, np.ndarray] = {}
+    gradients: list[dict[str, np.ndarray]] = []
     for x, y in samples:
         optimizer.zero_grad()
         losses.append(backpropagate(forward, values, masks, loss, x, y, clip, ends_in_softmax))
-        if not gradients:
-            gradients = {name: values[name].grad.numpy().copy() for name in masks}
+        gradients.append({name: values[name].grad.numpy().copy() for name in masks})
         optimizer.step()
     return Trajectory(losses, gradients, {name: values[name].detach().numpy() for name in masks})
 
@@ -343,7 +342,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     ).permute(0, 2, 3, 1),
     "nn.resize2d": _resize,
     "nn.relu": _call("relu"),
-    "clip": _call("clamp", "min", "max"),
+    "clip": lambda node, x: _call("clamp" if node.attrs["inclusive"] else "hardtanh", "min", "max")(node, x),
     "nn.leaky_relu": _call("leaky_relu", "alpha"),
     "nn.hard_sigmoid": _call("hardsigmoid"),
     "nn.hard_swish": _call("hardswish"),

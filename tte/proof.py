@@ -17,7 +17,7 @@ from tte.weights import export_weights
 if TYPE_CHECKING:
     from tte.artifact import Artifact
 
-# So huge that w - rate * g holds the digits of g alone: one step shows the gradient that the C computes.
+# So huge that w - rate * g holds the digits of g alone: a step shows the gradient that the C computes.
 HUGE_RATE = 2.0**40
 # Below this a loss is a difference of nearly equal float32 numbers: its error is measured relative to this.
 SMALL_LOSS = 1e-2
@@ -28,9 +28,9 @@ SMALL_TENSOR = 0.03
 def prove(artifact: "Artifact", steps: int, data: Any, tolerance: float) -> dict[str, Any]:
     """Compare with torch.autograd and torch.optim.SGD on the user's model in double precision.
 
-    Of every tensor that learns: the gradient of the first step, and the values after ``steps`` steps, both of the
-    generated C on this computer. Errors are relative, in the Euclidean norm over the elements that learn, see
-    ``_errors``. Losses are compared one by one, relative to at least SMALL_LOSS.
+    Of every tensor that learns: the gradient of the first step (see ``_choose_steps``), and the values after ``steps``
+    steps, both of the generated C on this computer. Errors are relative, in the Euclidean norm over the elements that
+    learn, see ``_errors``. Losses are compared one by one, relative to at least SMALL_LOSS.
     data: path or mapping with x and y; made up when None. Returns {"ok", "tensors": [...], "losses": {...}, ...}.
     """
     compiled, build = artifact.compiled, artifact.build
@@ -66,11 +66,17 @@ def prove(artifact: "Artifact", steps: int, data: Any, tolerance: float) -> dict
         samples=[(x if prepared else prepare_input(x, artifact.scheme.io.input), y) for x, y in pairs],
         ends_in_softmax=ends_in_softmax,
     )
-    _, stepped = _train(artifact, pairs[:1], params, HUGE_RATE)
-    gradients = {name: (compiled.originals[name].astype(np.float64) - w) / HUGE_RATE for name, w in stepped.items()}
-    losses, values = _train(artifact, pairs, params, artifact.scheme.optimizer.lr)
-    gradient_errors = _errors(gradients, theirs.gradients, masks)
-    weight_errors = _errors(values, theirs.values, masks)
+    rate = artifact.scheme.optimizer.lr
+    chosen = _choose_steps(theirs.gradients)
+    gradients: dict[str, np.ndarray] = {}
+    for step in set(chosen.values()):
+        _, stepped = _train(artifact, pairs[: step + 1], params, [*[rate] * step, HUGE_RATE])
+        for name in (name for name, s in chosen.items() if s == step):
+            gradients[name] = (compiled.originals[name].astype(np.float64) - stepped[name]) / HUGE_RATE
+    references = {name: theirs.gradients[step][name] for name, step in chosen.items()}
+    losses, values = _train(artifact, pairs, params, [rate] * steps)
+    gradient_errors = _errors(gradients, references, masks)
+    weight_errors = _errors(values, theirs.values, masks, _stored_sizes(params))
     rows = [
         {
             "name": name,
@@ -94,8 +100,21 @@ def prove(artifact: "Artifact", steps: int, data: Any, tolerance: float) -> dict
     }
 
 
+def _choose_steps(gradients: Sequence[Mapping[str, np.ndarray]]) -> dict[str, int]:
+    """Of each tensor the step whose gradient is looked at: the first, but where that one is zero the one with the
+    largest. Behind a head of zeros nothing has a gradient before the head has made a step."""
+    chosen = {}
+    for name, first in gradients[0].items():
+        sizes = [float(np.linalg.norm(gradient[name])) for gradient in gradients]
+        chosen[name] = int(np.argmax(sizes)) if not first.any() and np.isfinite(sizes).all() else 0
+    return chosen
+
+
 def _errors(
-    ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray]
+    ours: Mapping[str, np.ndarray],
+    theirs: Mapping[str, np.ndarray],
+    masks: Mapping[str, np.ndarray],
+    least: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Of each tensor: |ours - theirs| / max(|theirs|, floor), over the elements that learn.
 
@@ -103,15 +122,28 @@ def _errors(
     A gradient may be zero (of a bias in front of an instance norm) while the float32 numbers that are summed to it are
     as large as any: what is left is their rounding. With a tolerance of 1e-4 an error of 3e-6 times the largest
     gradient passes, 25 units in the last place; a missing gradient that is larger than that does not.
+    least: sizes of tensors whose float32 form is larger than they are.
     """
     sizes = {name: _rms(theirs[name][mask]) for name, mask in masks.items()}
     floor = SMALL_TENSOR * max(sizes.values())
     errors = {}
     for name, mask in masks.items():
         difference = _rms(ours[name][mask].astype(np.float64) - theirs[name][mask])
-        size = max(sizes[name], floor)
+        size = max(sizes[name], floor, (least or {}).get(name, 0.0))
         errors[name] = difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))
     return errors
+
+
+def _stored_sizes(params: Sequence[Param]) -> dict[str, float]:
+    """Root mean square of what is stored, in the units of the user's tensor: a bias into which the mean of a batch norm
+    was folded is that much larger than the user's own."""
+    squares: dict[str, list[np.ndarray]] = {}
+    for param in params:
+        assert param.origin is not None
+        scale = np.ones(1) if param.origin.scale is None else param.origin.scale
+        units = np.where(scale == 0, np.inf, scale)
+        squares.setdefault(param.origin.name, []).append((param.data / units).reshape(-1))
+    return {name: _rms(np.concatenate(parts)) for name, parts in squares.items()}
 
 
 def _rms(array: np.ndarray) -> float:
@@ -140,13 +172,16 @@ def _masks(params: Sequence[Param]) -> dict[str, np.ndarray]:
 
 
 def _train(
-    artifact: "Artifact", pairs: Sequence[tuple[np.ndarray, np.ndarray | None]], params: Sequence[Param], rate: float
+    artifact: "Artifact",
+    pairs: Sequence[tuple[np.ndarray, np.ndarray | None]],
+    params: Sequence[Param],
+    rates: Sequence[float],
 ) -> tuple[list[float], dict[str, np.ndarray]]:
     """Losses and trained tensors, the user's names and layouts, of the generated C."""
     board = artifact.host()
-    board.set_learning_rate(rate)
     losses = []
-    for i, (x, y) in enumerate(pairs):
+    for i, ((x, y), rate) in enumerate(zip(pairs, rates, strict=True)):
+        board.set_learning_rate(rate)
         step = board.train_step(x, y)
         require_ok(step.status, f"training step {i}")
         losses.append(step.loss)

@@ -136,7 +136,7 @@ class Channels(_Model):
     @model_validator(mode="after")
     def _counts(self) -> "Channels":
         if self.in_channels is None and isinstance(self.select, str):
-            raise ValueError("in_channels is missing: a fraction (0.25) or a number of input channels")
+            raise ValueError("in_channels is missing; add a fraction (0.25) or a number of input channels")
         if (
             isinstance(self.in_channels, int)
             and not isinstance(self.select, str)
@@ -159,7 +159,7 @@ class Rule(_Model):
     @model_validator(mode="after")
     def _says_something(self) -> "Rule":
         if not {"weight", "bias"} & self.model_fields_set:
-            raise ValueError("the rule says neither what happens to the weight nor to the bias")
+            raise ValueError("the rule says neither what the weight does nor the bias; add weight: all or bias: true")
         return self
 
 
@@ -333,8 +333,18 @@ _PLACES: dict[Place, type[BaseModel]] = {
 }
 
 
+_MISSING = {
+    "train": f"add `train: full` ({SHORT_FORMS}), or a list of rules",
+    "layer": "add the layer's name, as `tte analyze` lists it",
+    "classes": "add the number of classes of the new head",
+    "name": "add the name of the loss",
+}
+
+
 def _explain(problem: ValidationError, document: Document) -> TTEError:
-    error = problem.errors(include_url=False)[0]
+    errors = problem.errors(include_url=False)
+    # A misspelt key is the cause where another is missing.
+    error = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     path = tuple(p for p in error["loc"] if isinstance(p, int) or not p.startswith("<"))
     key = "update scheme" if not path else f"item {path[-1]}" if isinstance(path[-1], int) else path[-1]
     value, context, fix = error["input"], error.get("ctx", {}), "see docs/scheme.md for the format"
@@ -343,14 +353,17 @@ def _explain(problem: ValidationError, document: Document) -> TTEError:
         what = f"unknown key {show(key)}"
         fix = suggest(key, place.model_fields, "keys")
     elif error["type"] == "missing":
-        what = f"{key} is missing"
+        what, fix = f"{key} is missing", _MISSING.get(key, fix)
     elif error["type"] == "literal_error":
         what = f"{show(value)} is not a valid {key}"
-        fix = suggest(str(value)[:50], re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]], "values")
+        values = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
+        fix = suggest(str(value)[:50], values + ["{in_channels: 0.25}"] * (key == "weight"), "values")
     elif error["type"] == "value_error":
-        what = f"{key}: {context['error']}"
+        what, _, hint = str(context["error"]).partition("; ")
+        what, fix = what if path and isinstance(path[-1], int) else f"{key}: {what}", hint or fix
     else:
-        what = f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, not {show(value)}"
+        what = f"{error['msg'].replace('Input', str(key), 1)}, not {show(value)}"
+        fix = "values: true, false" if error["type"] == "bool_type" else fix
     return TTEError("TTE-E031", what, where=document.where(path), fix=fix)
 
 
@@ -697,7 +710,7 @@ def _choose(layer: Layer, wanted: Channels, where: str) -> tuple[int, ...]:
     if not 1 <= count <= layer.channels:
         raise TTEError(
             "TTE-E033",
-            f"{show(wanted.in_channels)} of the {layer.channels} input channels of {layer.name} are {show(count)}",
+            f"{layer.name} has {layer.channels} input channels: {show(wanted.in_channels)} of them cannot learn",
             where=where,
             fix=f"in_channels from 1 to {layer.channels}, or a fraction of at least {1 / layer.channels:.3g}",
         )

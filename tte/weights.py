@@ -1,5 +1,6 @@
 """Trained tensors on their way back: from our layouts to the user's names and layouts, to a file, into a module."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,14 @@ def _as_read(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
         rounded: np.ndarray = np.clip(np.rint(stored), -128, 127)
         return rounded
     return stored
+
+
+def require_writable(path: Path) -> None:
+    """Raises TTEError (E062) where a file could not be written there: before the work, not after it."""
+    target = path if path.exists() else path.parent
+    if path.is_dir() or not os.access(target, os.W_OK) or (target != path and not target.is_dir()):
+        what = "is a folder" if path.is_dir() else "is in no folder that exists and may be written to"
+        raise TTEError("TTE-E062", f"cannot write: {path.name} {what}", where=str(path), fix="choose another place")
 
 
 def save_weights(path: Path | str, weights: Mapping[str, np.ndarray]) -> None:

@@ -174,18 +174,30 @@ def _relu_grad(backward, dy, x):  # type: ignore[no-untyped-def]
 _register_unary("nn.relu", lambda x: np.maximum(x, _one(x, 0)), _relu_grad)
 
 
-def _clip(x: TensorType, *, min: float = -math.inf, max: float = math.inf) -> TensorType:
-    """y = x limited to [min, max]; relu6 is clip(0, 6). The gradient passes where min < y < max."""
+def _clip(x: TensorType, *, min: float = -math.inf, max: float = math.inf, inclusive: bool = False) -> TensorType:
+    """y = x limited to [min, max]; relu6 is clip(0, 6).
+
+    The gradient passes where min < x < max, as in torch.nn.functional.hardtanh and relu6; inclusive: where
+    min <= x <= max, as in torch.clamp. ONNX's Clip does not say which, and is read as hardtanh.
+    """
     require_float(x=x)
     require(min < max, f"min {min} must be less than max {max}")
     return x
 
 
-def _clip_grad(backward, dy, x, *, min, max):  # type: ignore[no-untyped-def]
-    return _masked(backward, dy, backward.output, min, max)
+def _clip_grad(backward, dy, x, *, min, max, inclusive):  # type: ignore[no-untyped-def]
+    if not inclusive:
+        return _masked(backward, dy, backward.output, min, max)
+    # At the bounds the output does not tell; between the next smaller and the next larger number lie the bounds, too.
+    lower, upper = (float(np.nextafter(np.float32(v), np.float32(d))) for v, d in ((min, -math.inf), (max, math.inf)))
+    return _masked(backward, dy, x, lower, upper)
 
 
-_register_unary("clip", lambda x, *, min, max: np.clip(x, _one(x, min), _one(x, max)), _clip_grad, _clip)
+def _clip_ref(x, *, min, max, inclusive):  # type: ignore[no-untyped-def]
+    return np.clip(x, _one(x, min), _one(x, max))
+
+
+_register_unary("clip", _clip_ref, _clip_grad, _clip)
 
 
 def _leaky_relu(x: TensorType, *, alpha: float = 0.01) -> TensorType:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from tte.ir import Op, TensorType, register
-from tte.ops.rules import require, require_axis
+from tte.ops.rules import require, require_axis, require_float
 
 
 def _reshape(x: TensorType, *, newshape: tuple[int, ...]) -> TensorType:
@@ -157,14 +157,33 @@ def _take(x: TensorType, *, axis: int, indices: tuple[int, ...]) -> TensorType:
     return x.with_shape((*x.shape[:axis], len(indices), *x.shape[axis + 1 :]))
 
 
-def _take_grad(backward, dy, x, *, axis, indices):  # type: ignore[no-untyped-def]
+def _take_rule(backward, dy, x, *, axis, indices):  # type: ignore[no-untyped-def]
     size = x.type.shape[axis]
-    assert sorted(indices) == list(range(size)), "only permutations are taken from something that learns"
-    return backward.call("take", dy, axis=axis, indices=tuple(int(i) for i in np.argsort(indices)))
+    if sorted(indices) == list(range(size)):
+        return backward.call("take", dy, axis=axis, indices=tuple(int(i) for i in np.argsort(indices)))
+    return backward.call("take_grad", dy, axis=axis, indices=indices, size=size)
 
 
 def _take_ref(x, *, axis, indices):  # type: ignore[no-untyped-def]
     return np.take(x, indices, axis)
 
 
-register(Op("take", _take, _take_ref, _take_grad))
+register(Op("take", _take, _take_ref, _take_rule))
+
+
+def _take_grad(g: TensorType, *, axis: int, indices: tuple[int, ...], size: int) -> TensorType:
+    """The adjoint of take: zeros, ``size`` of them along ``axis``, with g's element j added to element indices[j]"""
+    require_float(g=g)
+    require_axis(axis, g.rank)
+    require(len(indices) == g.shape[axis], f"axis {axis} of {g.shape} does not fit {len(indices)} indices")
+    require(all(0 <= i < size for i in indices), f"an index is outside of {size} elements")
+    return g.with_shape((*g.shape[:axis], size, *g.shape[axis + 1 :]))
+
+
+def _take_grad_ref(g, *, axis, indices, size):  # type: ignore[no-untyped-def]
+    y = np.zeros((*g.shape[:axis], size, *g.shape[axis + 1 :]), g.dtype)
+    np.add.at(y, (slice(None),) * axis + (list(indices),), g)
+    return y
+
+
+register(Op("take_grad", _take_grad, _take_grad_ref))

@@ -55,6 +55,12 @@ def require_ok(status: int, what: str) -> None:
         raise TTEError("TTE-E055", f"{what} returned {name}", fix=fix)
 
 
+def require_open(is_open: bool) -> None:
+    """Raises TTEError (E055) after ``close``."""
+    if not is_open:
+        raise TTEError("TTE-E055", "the board was closed", fix="open another: it begins with the initial parameters")
+
+
 def unpack_state(blob: bytes, build: Build) -> dict[str, np.ndarray]:
     """The trained tensors in a saved state. Raises TTEError (E060) for something else than a state of this project."""
     payload = blob[STATE_HEADER:-4]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tte.errors import TTEError
-from tte.runner.board import Step, check_sample, require_ok
+from tte.runner.board import Step, check_sample, require_ok, require_open
 from tte.runner.build import Build
 from tte.runner.toolchain import build_host
 
@@ -38,8 +38,10 @@ class HostBoard:
         # A private copy: loading the same file twice would share the model's state.
         self._library = _load_privately(library)
         self._target = np.empty(0)
+        self._open = True
 
     def _call(self, name: str, *arguments: Any) -> Any:
+        require_open(self._open)
         return self._library[f"{self.build.name}_{name}"](*arguments)
 
     def init(self) -> int:
@@ -102,7 +104,7 @@ class HostBoard:
         return None
 
     def close(self) -> None:
-        pass
+        self._open = False
 
 
 def _load_privately(library: Path) -> ctypes.CDLL:

@@ -49,7 +49,7 @@ class QemuBoard(StreamBoard):
         self._commands = os.open(folder / "commands", os.O_RDWR)
         self._results = os.open(folder / "results", os.O_RDWR)
 
-    def exchange(self, command: bytes, size: int) -> bytes:
+    def _exchange(self, command: bytes, size: int) -> bytes:
         import select
 
         while command:
@@ -78,7 +78,7 @@ class QemuBoard(StreamBoard):
             where=str(self.firmware.elf),
         )
 
-    def close(self) -> None:
+    def _close(self) -> None:
         self._process.kill()
         self._process.wait()
         os.close(self._commands)

@@ -6,22 +6,32 @@ from pathlib import Path
 
 import numpy as np
 
-from tte.runner.board import STATE_HEADER, Step, check_sample, require_ok
+from tte.runner.board import STATE_HEADER, Step, check_sample, require_ok, require_open
 from tte.runner.build import Build
 
 
 class StreamBoard:
-    """Speaks the harness's protocol over ``exchange``, which a subclass provides."""
+    """Speaks the harness's protocol over ``_exchange``, which a subclass provides."""
 
     build: Build
     state_file: Path
+    is_open = True
     instructions_per_tick = Fraction(1)
 
     def exchange(self, command: bytes, size: int) -> bytes:
         """Send a command and return the ``size`` bytes of its result."""
+        require_open(self.is_open)
+        return self._exchange(command, size)
+
+    def _exchange(self, command: bytes, size: int) -> bytes:
         raise NotImplementedError
 
     def close(self) -> None:
+        if self.is_open:
+            self.is_open = False
+            self._close()
+
+    def _close(self) -> None:
         raise NotImplementedError
 
     def _status(self, command: bytes) -> int:
@@ -68,6 +78,7 @@ class StreamBoard:
         return result[4:-4]
 
     def load_state(self, blob: bytes) -> int:
+        require_open(self.is_open)
         self.state_file.write_bytes(blob)
         return self._status(b"D" + struct.pack("<I", len(blob)))
 

@@ -153,17 +153,23 @@ def _link(build: Build, board: Target, toolchain: str, options: Sequence[str]) -
     return Firmware(elf, version, board, *_sizes(elf), timer=timer)
 
 
+def host_compiler(sanitize: bool = False) -> list[str] | None:
+    """The command of the C compiler for this computer: zig, or (with sanitizers always) the system's."""
+    if not sanitize and importlib.util.find_spec("ziglang") is not None:
+        return _zig()
+    system = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+    return [system] if system else None
+
+
 def build_host(build: Build, sanitize: bool = False) -> Path:
     """The project as a shared library for this computer: the same C, the same bits.
 
     sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer, by the system's compiler.
     Raises TTEError: E051 no compiler, E052 the compiler refuses the code.
     """
-    system = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
-    has_zig = importlib.util.find_spec("ziglang") is not None
-    if (sanitize and not system) or not (system or has_zig):
+    command = host_compiler(sanitize)
+    if command is None:
         raise TTEError("TTE-E051", "no C compiler for this computer", fix="pip install 'tte[emulate]', or install gcc")
-    command = _zig() if has_zig and not sanitize else [str(system)]
     flags = [*FLAGS, "-march=native", "-fPIC", f"-I{build.include}"]
     if sanitize:
         flags += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

@@ -1,6 +1,7 @@
 """The training loop: shows the samples of a file to a board, one by one, and keeps the books."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,21 +66,25 @@ def check_data(arrays: dict[str, np.ndarray], build: Build, path: Path | str) ->
         raise _bad(path, f"has no array x, only {sorted(arrays)}", "save it with numpy.savez(path, x=..., y=...)")
     x = arrays["x"]
     sample = build.input.shape[1:]
-    if x.ndim < 1 or len(x) == 0 or x.shape[1:] != sample:
-        raise _bad(
-            path, f"x is {x.shape}, the model's input ({build.input_layout}) wants (N, {_list(sample)})", "reshape x"
-        )
+    if x.ndim < 1 or x.shape[1:] != sample:
+        what = f"x is {x.shape}, the model's input ({build.input_layout}) wants ({_list(('N', *sample))})"
+        raise _bad(path, what, _refit("x", x.shape, sample))
+    if len(x) == 0:
+        raise _bad(path, "there are no samples: x has length 0", "give at least one sample")
     x = _numbers(path, "x", x, build.input.dtype)
     if build.target is None:
         return Data(x, None)
     if "y" not in arrays:
         raise _bad(path, f"has no array y, only {sorted(arrays)}", "add the labels or targets as y")
     y = arrays["y"]
-    if len(y) != len(x):
-        raise _bad(path, f"{len(x)} samples but {len(y)} targets", "give one target per sample")
+    if y.shape[:1] != x.shape[:1]:
+        raise _bad(path, f"x has {len(x)} samples, y is {y.shape}", "give one target per sample")
     sample = build.target.sample
     if y.shape[1:] not in (sample, build.target.shape, (build.target.size,)):
-        raise _bad(path, f"y is {y.shape}, the model wants ({_list(('N', *sample))})", "reshape y, or swap its axes")
+        what = f"y is {y.shape}, the model wants ({_list(('N', *sample))})"
+        if build.classes is not None and y.shape[1:] == (*sample, build.classes):
+            raise _bad(path, f"{what}: class numbers, not one-hot rows", "save y.argmax(axis=-1)")
+        raise _bad(path, what, _refit("y", y.shape, sample))
     y = y.reshape(len(y), *sample)
     if build.classes is not None:
         if y.dtype.kind not in "iub":
@@ -108,6 +113,18 @@ def _numbers(path: Path | str, name: str, array: np.ndarray, dtype: np.dtype[Any
 
 def _bad(path: Path | str, what: str, fix: str) -> TTEError:
     return TTEError("TTE-E057", what, where=str(path), fix=fix)
+
+
+def _refit(name: str, given: Sequence[int], sample: Sequence[int]) -> str:
+    """How samples of another shape may become what the model wants."""
+    if sorted(given[1:]) == sorted(sample):
+        return f"transpose {name}: its axes are in another order"
+    size = math.prod(sample)
+    if given[:1] and math.prod(given[1:]) == size:
+        return f"reshape {name} to ({_list((-1, *sample))}), if its elements are in that order"
+    if tuple(given) == tuple(sample):
+        return f"give {name} one more axis in front: {name}[None] is a single sample"
+    return f"give samples of {size} elements, not {math.prod(given[1:])}"
 
 
 def _list(shape: Sequence[object]) -> str:
@@ -220,6 +237,14 @@ def train(
     progress: Progress | None = None,
 ) -> RunResult:
     """Train the project in ``folder``: files or arrays of data in, the books out. See ``run_training``."""
+    if epochs is not None and steps is not None:
+        raise TTEError("TTE-E059", "epochs and steps exclude each other", where="--epochs", fix="give one of them")
+    if rate is not None and not 0 < rate <= 1e6:
+        what = f"the learning rate is {rate:g}"
+        raise TTEError("TTE-E059", what, where="--lr", fix="a number above 0, and at most 1e6")
+    for name, count in (("epochs", epochs), ("steps", steps)):
+        if count is not None and count < 1:
+            raise TTEError("TTE-E059", f"{name} is {count}", where=f"--{name}", fix="train for at least 1")
     build = Build.open(folder)
 
     def read(source: Path | str | dict[str, np.ndarray]) -> Data:

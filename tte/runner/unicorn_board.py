@@ -2,8 +2,12 @@
 
 import ctypes
 import importlib.util
+import signal
 import struct
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -116,7 +120,7 @@ class UnicornBoard(StreamBoard):
                 counts[name] = counts.get(name, 0) + executed
         return counts
 
-    def exchange(self, command: bytes, size: int) -> bytes:
+    def _exchange(self, command: bytes, size: int) -> bytes:
         self._input += command
         self._run()
         result = bytes(self._output[:size])
@@ -124,7 +128,7 @@ class UnicornBoard(StreamBoard):
         del self._output[:size]
         return result
 
-    def close(self) -> None:
+    def _close(self) -> None:
         for file in self._files.values():
             file.close()
         self._folder.cleanup()
@@ -135,7 +139,8 @@ class UnicornBoard(StreamBoard):
 
         self._waiting = False
         try:
-            self._engine.emu_start(self._pc | 1, 0xFFFFFFFE)
+            with _interruptible(self._engine):
+                self._engine.emu_start(self._pc | 1, 0xFFFFFFFE)
         except unicorn.UcError as problem:
             self._fault = self._fault or f"{problem} at {self._where()}"
         self._pc = self._engine.reg_read(self._registers.UC_ARM_REG_PC)
@@ -221,3 +226,26 @@ class UnicornBoard(StreamBoard):
         assert operation == 0x20, f"semihosting operation {operation:#x}"
         self._exit = self._words(block, 2)[1]
         return None
+
+
+@contextmanager
+def _interruptible(engine: Any) -> Iterator[None]:
+    """Ctrl-C stops the engine and is raised behind it: raised inside of a callback, C would swallow it."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    interrupted = False
+
+    def stop(*_: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        engine.emu_stop()
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if interrupted:
+            raise KeyboardInterrupt
