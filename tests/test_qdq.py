@@ -106,9 +106,8 @@ def island(
     nodes, stored = [], []
     for i, (scale, zero) in enumerate(grids):
         stored += [numpy_helper.from_array(np.float32(scale), f"s{i}"), numpy_helper.from_array(dtype(zero), f"z{i}")]
-    names = [f"x{i}" for i in range(operands)] if operands > 1 else ["x"]
-    if operands > 1:
-        nodes.append(helper.make_node("Split", ["x"], names, axis=1))
+    names = [f"x{i}" for i in range(operands)]
+    nodes.append(helper.make_node("Split", ["x"], names, axis=1))  # also in one part
     for i in range(operands):
         nodes.append(helper.make_node("QuantizeLinear", [names[i], f"s{i}", f"z{i}"], [f"q{i}"]))
         nodes.append(helper.make_node("DequantizeLinear", [f"q{i}", f"s{i}", f"z{i}"], [f"d{i}"]))
