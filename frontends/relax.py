@@ -78,6 +78,7 @@ def import_exported_program(program: Any, path: Callable[[Any], str]) -> tuple[A
                 "index.Tensor": self.index,
                 "upsample_nearest2d.vec": self.resize,
                 "upsample_bilinear2d.vec": self.resize,
+                "_unsafe_view.default": self._reshape,
                 "square.default": lambda n: self.emit("multiply", self.env[n.args[0]], self.env[n.args[0]]),
             }
             table = super().create_convert_map() | own

@@ -539,6 +539,11 @@ def by_hand(node: onnx.NodeProto, shape: tuple[int, ...], **constants: np.ndarra
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
 
 
+def test_pixel_shuffle() -> None:
+    module, x = nn.PixelShuffle(2), torch.randn(1, 8, 3, 4)
+    assert largest_error(import_model(module, (x,)), module, x) == 0.0
+
+
 def test_split_into_one() -> None:
     node = onnx.helper.make_node("Split", ["x", "sizes"], ["a"], axis=1)
     graph = simplify(import_model(by_hand(node, ROW, sizes=np.asarray([12]))))
