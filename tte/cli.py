@@ -133,7 +133,9 @@ def compile_model(
 @app.command()
 def run(
     build: Annotated[Path, typer.Argument(help="folder written by `tte compile`")],
-    data: Annotated[Path, typer.Option(help=".npz with x: (N, ...) in the model's own layout, y: labels or targets")],
+    data: Annotated[
+        Path, typer.Option(help=".npz with x: (N, ...) in the layout of the project's input, y: labels or targets")
+    ],
     epochs: Annotated[int | None, typer.Option(min=1, help="passes over the data (default 1)")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="training steps, instead of epochs")] = None,
     eval_: Annotated[Path | None, typer.Option("--eval", help=".npz to measure before and after on")] = None,
