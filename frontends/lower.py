@@ -549,10 +549,10 @@ def _section(state: Lowering, x: Value, axis: int, start: int, stop: int, step: 
 
 
 @rule("split")
-def _split(state: Lowering, call: Any) -> Value | tuple[Value, ...]:
-    x: Value = state.value(call.args[0])
-    if not hasattr(call.ty, "fields"):
-        return x  # in one part
+def _split(state: Lowering, call: Any) -> Any:
+    x = state.value(call.args[0])
+    if not hasattr(call.ty, "fields"):  # into one part: no tuple
+        return x
     axis = int(call.attrs.axis) % x.type.rank
     sizes = [tensor_type_of(t).shape[axis] for t in call.ty.fields]
     starts = np.cumsum([0, *sizes]).tolist()
@@ -735,7 +735,10 @@ def _adaptive(state: Lowering, call: Any) -> Value:
 def _resize(state: Lowering, call: Any) -> Value:
     x, attrs = state.value(call.args[0]), call.attrs
     require(str(attrs.layout) == "NCHW", f"layout {attrs.layout}")
-    coordinate = str(attrs.coordinate_transformation_mode).replace("pytorch_half_pixel", "half_pixel")
+    size, coordinate = result_shape(call)[2:], str(attrs.coordinate_transformation_mode)
+    if coordinate == "pytorch_half_pixel":  # of one row it takes the first; PyTorch itself takes the middle
+        require(1 not in size or size == x.type.shape[2:], "pytorch_half_pixel to one row or column")
+        coordinate = "half_pixel"
     method = {"nearest_neighbor": "nearest", "linear": "linear"}.get(str(attrs.method), "")
     require(
         bool(method) and coordinate in ("half_pixel", "align_corners", "asymmetric"), f"{attrs.method} {coordinate}"
@@ -743,7 +746,6 @@ def _resize(state: Lowering, call: Any) -> Value:
     if method == "nearest":
         rounding = "floor" if coordinate == "asymmetric" else "round_prefer_floor"
         require(str(attrs.rounding_method) == rounding, f"nearest {coordinate} with {attrs.rounding_method}")
-    size = result_shape(call)[2:]
     y = state.call("nn.resize2d", _picture(state, x), size=size, method=method, coordinate=coordinate)
     return _unpicture(state, y, 4)
 

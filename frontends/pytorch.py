@@ -26,9 +26,10 @@ SUPPORTED = frozenset(
     sign.default square.default pow.Tensor_Scalar add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Tensor rsub.Scalar
     mul.Tensor mul.Scalar div.Tensor div.Scalar reciprocal.default maximum.default minimum.default
     max_pool1d.default max_pool2d.default avg_pool1d.default avg_pool2d.default adaptive_avg_pool1d.default
-    adaptive_avg_pool2d.default adaptive_max_pool2d.default view.default reshape.default flatten.using_ints
-    unflatten.int permute.default transpose.int cat.default chunk.default split.Tensor split_with_sizes.default
-    slice.Tensor select.int index_select.default narrow.default stack.default pad.default constant_pad_nd.default
+    adaptive_avg_pool2d.default adaptive_max_pool2d.default view.default _unsafe_view.default reshape.default
+    flatten.using_ints unflatten.int permute.default transpose.int cat.default chunk.default split.Tensor
+    split_with_sizes.default slice.Tensor select.int index_select.default narrow.default stack.default pad.default
+    constant_pad_nd.default
     upsample_nearest2d.vec upsample_bilinear2d.vec mean.dim mean.default sum.default sum.dim_IntList softmax.int
     log_softmax.int _native_batch_norm_legit_no_training.default
     dropout.default layer_norm.default group_norm.default instance_norm.default

@@ -81,6 +81,7 @@ def import_exported_program(program: Any, path: Callable[[Any], str]) -> tuple[A
                 "quantize_per_tensor.default": self.quantize,
                 "dequantize_per_tensor.default": self.dequantize,
                 "dequantize_per_channel.default": self.dequantize,
+                "_unsafe_view.default": self._reshape,
                 "square.default": lambda n: self.emit("multiply", self.env[n.args[0]], self.env[n.args[0]]),
             }
             table = super().create_convert_map() | own

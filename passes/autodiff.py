@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tte.errors import TTEError
-from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value, rewrite
+from tte.ir import Builder, Const, Graph, Node, Param, Value, rewrite
 
 LOSSES = ("nn.cross_entropy", "nn.mse", "nn.l1", "nn.huber", "nn.bce_with_logits")
 
@@ -23,11 +23,6 @@ class Part:
     axis: int
     start: int
     stop: int
-
-    def type_of(self, type: TensorType) -> TensorType:
-        shape = list(type.shape)
-        shape[self.axis] = self.stop - self.start
-        return type.with_shape(tuple(shape))
 
 
 Wanted = Whole | Part

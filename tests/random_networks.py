@@ -121,6 +121,11 @@ class Network(nn.Module):
                 "shared",
                 "turn",
                 "block",
+                "divide",
+                "center",
+                "gate",
+                "line",
+                "constant",
             )  # fmt: skip
         )
         size, stride = (r.randint(1, 3), r.randint(1, 3)), (r.randint(1, 2), r.randint(1, 2))
@@ -128,20 +133,24 @@ class Network(nn.Module):
             padding, dilation = r.choice((0, 1, (1, 0), (2, 1))), r.choice((1, 1, 2))
             self.add(nn.Conv2d(c, r.randint(1, 6), size, stride, padding, dilation, bias=r.random() < 0.7), k)
         elif kind == "depthwise":
-            self.add(nn.Conv2d(c, c * r.randint(1, 3), size, stride, 1, groups=c), k)
+            k = self.add(nn.ZeroPad2d([r.randint(0, 2) for _ in range(4)]), k)
+            self.add(nn.Conv2d(c, c * r.randint(1, 3), size, stride, 1, r.randint(1, 2), groups=c), k)
         elif kind == "grouped":
             self.add(nn.Conv2d(c, 2 * r.randint(1, 2), size, stride, 1, groups=2), k)
         elif kind == "transposed":
             groups = r.choice((1, 1, c))
             out = r.randint(1, 3) * groups
-            self.add(nn.ConvTranspose2d(c, out, size, stride, r.choice((0, 1)), groups=groups), k)
+            more = [r.randint(0, s - 1) for s in stride]
+            padding, dilation = r.choice((0, 1)), r.randint(1, 2)
+            self.add(nn.ConvTranspose2d(c, out, size, stride, padding, more, groups, dilation=dilation), k)
         elif kind == "max":
             window, padding = r.choice((2, 3, (2, 3))), r.choice((0, 1))
             self.add(nn.MaxPool2d(window, r.randint(1, 2), padding, ceil_mode=r.random() < 0.5), k)
         elif kind == "average":
-            self.add(nn.AvgPool2d(r.choice((2, 3)), r.randint(1, 2), 1, r.random() < 0.5, r.random() < 0.5), k)
+            window, step, padding = r.choice((2, 3, (3, 2))), r.randint(1, 3), r.choice((0, 1))
+            self.add(nn.AvgPool2d(window, step, padding, r.random() < 0.5, r.random() < 0.5), k)
         elif kind == "adaptive":
-            self.add(nn.AdaptiveAvgPool2d(r.choice((1, 2, 3, (1, 2)))), k)
+            self.add(nn.AdaptiveAvgPool2d((r.randint(1, 4), r.randint(1, 4))), k)
         elif kind == "norm":
             self.add(nn.BatchNorm2d(c), k)
         elif kind == "act":
@@ -155,10 +164,13 @@ class Network(nn.Module):
             start = r.randint(0, c - 1)
             self.add(Call(lambda x: x[:, start:, :, 1:], f"{kind} {start}"), k)
         elif kind == "pad":
-            self.add(nn.ConstantPad2d([r.randint(0, 2) for _ in range(4)], r.choice((0.0, 0.5))), k)
+            self.add(nn.ConstantPad2d([r.randint(-1, 2) for _ in range(4)], r.choice((0.0, 0.5))), k)
         elif kind == "resize":
-            mode = r.choice(("nearest", "bilinear"))
-            self.add(Call(lambda x: F.interpolate(x, scale_factor=2, mode=mode), f"{kind} {mode}"), k)
+            options: dict[str, Any] = r.choice(
+                ({"mode": "nearest"}, {"mode": "bilinear", "align_corners": r.random() < 0.5})
+            )
+            options |= r.choice(({"scale_factor": 2}, {"size": (r.randint(1, 9), r.randint(1, 9))}))
+            self.add(Call(lambda x: F.interpolate(x, **options), f"{kind} {options}"), k)
         elif kind == "excite":
             squeezed = self.add(nn.Conv2d(c, 2, 1), self.add(nn.AdaptiveAvgPool2d(1), k))
             gate = self.add(nn.Sigmoid(), self.add(nn.Conv2d(2, c, 1), self.add(nn.ReLU(), squeezed)))
@@ -169,7 +181,27 @@ class Network(nn.Module):
             first = self.add(nn.Conv2d(c, c, 3, padding=1), k)
             self.steps.append((self.steps[-1][0], (self.add(nn.Tanh(), first),)))
         elif kind == "turn":
-            self.add(Call(lambda x: x.permute(0, 1, 3, 2), kind), k)
+            axes = r.sample((1, 2, 3), 3)
+            self.add(Call(lambda x: x.permute(0, *axes), f"{kind} {axes}"), k)
+        elif kind == "divide":
+            around = r.choice(((1,), (2, 3), (1, 3)))
+            wide = self.add(nn.Conv2d(c, c, 1), k)
+            self.add(Call(lambda x, y: x / (y.abs().mean(around, keepdim=True) + 1), f"{kind} {around}"), k, wide)
+        elif kind == "center":
+            around = r.choice(((1,), (2, 3), (1, 2, 3), (-1,)))
+            self.add(Call(lambda x: x - x.mean(around, keepdim=True), f"{kind} {around}"), k)
+        elif kind == "gate":
+            axis = r.choice((1, 2, -1))
+            self.add(Call(lambda x: x * x.softmax(axis) - x.log_softmax(axis), f"{kind} {axis}"), k)
+        elif kind == "line":
+            groups, options = r.choice((1, c)), {"padding": r.randint(0, 2), "dilation": r.randint(1, 2)}
+            line = self.add(
+                nn.Conv1d(c, 2 * groups, 3, stride[0], groups=groups, **options), self.add(nn.Flatten(2), k)
+            )
+            self.add(Call(lambda x: x.unsqueeze(2), kind), line)
+        elif kind == "constant":
+            ones = torch.ones(1, 1, h, w)
+            self.add(Call(lambda x: torch.cat((x.clamp(-0.5, 0.5), ones, x), 1), kind), k)
         else:
             wide = self.add(nn.ReLU(), self.add(nn.Conv2d(c, 4, 1), k))
             deep = self.add(nn.ReLU6(), self.add(nn.Conv2d(4, 4, 3, padding=1, groups=4), wide))

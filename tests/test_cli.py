@@ -98,6 +98,7 @@ NO_MODELS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("name", "make", "text"), [(name, *rest) for name, rest in NO_MODELS.items()], ids=NO_MODELS)
 def test_what_is_no_model(name: str, make: Callable[[Path], object], text: str, tmp_path: Path) -> None:
     make(tmp_path / name)

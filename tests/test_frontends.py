@@ -528,6 +528,37 @@ def test_files(tmp_path: Path) -> None:
     assert refusal(tmp_path / "e.onnx").code == "TTE-E020"
 
 
+def by_hand(node: onnx.NodeProto, shape: tuple[int, ...], **constants: np.ndarray) -> onnx.ModelProto:
+    """ReLU(node(x)) as ONNX."""
+    node.output[:] = ["a"]
+    values = [onnx.helper.make_tensor_value_info(n, 1, s) for n, s in (("x", shape), ("y", [None] * len(shape)))]
+    weights = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = onnx.helper.make_graph(
+        [node, onnx.helper.make_node("Relu", ["a"], ["y"])], "g", values[:1], values[1:], weights
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_pixel_shuffle() -> None:
+    module, x = nn.PixelShuffle(2), torch.randn(1, 8, 3, 4)
+    assert largest_error(import_model(module, (x,)), module, x) == 0.0
+
+
+def test_split_into_one() -> None:
+    node = onnx.helper.make_node("Split", ["x", "sizes"], ["a"], axis=1)
+    graph = simplify(import_model(by_hand(node, ROW, sizes=np.asarray([12]))))
+    assert [n.op for n in graph.nodes] == ["nn.relu"]
+
+
+def test_forms_that_only_onnx_has_are_refused() -> None:
+    weight = np.ones((6, 2, 3, 3), np.float32)
+    node = onnx.helper.make_node("ConvTranspose", ["x", "w"], ["a"], strides=[2, 2], output_shape=[17, 18])
+    assert "output_shape" in refusal(by_hand(node, PICTURE, w=weight)).where
+    mode = {"mode": "linear", "coordinate_transformation_mode": "pytorch_half_pixel"}
+    node = onnx.helper.make_node("Resize", ["x", "", "", "size"], ["a"], **mode)
+    assert "one row" in refusal(by_hand(node, PICTURE, size=np.asarray([1, 6, 1, 4]))).where
+
+
 def test_old_opset(tmp_path: Path) -> None:
     proto = onnx.load(export(nn.Linear(12, 3), torch.zeros(ROW), tmp_path / "m.onnx", dynamo=False))
     proto.opset_import[0].version = 5

@@ -400,6 +400,27 @@ def test_saved_states_become_the_users_own_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_weights_of_another_parametrisation_are_refused(tmp_path: Path) -> None:
+    """The exporter folds the batch norm: its convolution is not the module's. A new head is nobody's yet."""
+    torch.manual_seed(0)
+    module, x = Normed().eval(), torch.randn(1, 2, 6, 6)
+    torch.onnx.export(module, (x,), tmp_path / "m.onnx", dynamo=True, verbose=False)
+    head = {"train": "last-layer", "head": {"layer": "head", "classes": 7}}
+    for source, scheme, code in ((tmp_path / "m.onnx", LEARN_FAST, "TTE-E065"), (module, head, None)):
+        example = None if isinstance(source, Path) else (x,)
+        artifact = tte.compile(source, example, scheme, target="host", name="net")
+        assert run_state(learned(artifact).save_state(), artifact, tmp_path, "-o", tmp_path / "w.npz") is None
+        loaded = copy.deepcopy(module)
+        if code is None:
+            loaded.head = torch.nn.Linear(64, 7)
+            tte.load_weights(loaded, tmp_path / "w.npz")
+            continue
+        with pytest.raises(tte.TTEError) as caught:
+            tte.load_weights(loaded, tmp_path / "w.npz")
+        assert caught.value.code == code
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_states_that_cannot_be_turned_into_a_model(fits: Artifact, tmp_path: Path) -> None:
     torch.onnx.export(torch.nn.Linear(6, 5), (torch.zeros(1, 6),), tmp_path / "m.onnx", dynamo=False)
     (tmp_path / "bad.onnx").write_bytes(b"no model")

@@ -12,7 +12,7 @@ from tte.arrays import read_npz
 from tte.errors import TTEError
 from tte.ir import Builder, Const, Graph, Origin, TensorType, Value, evaluate
 from tte.passes.batch_norm import fold_batch_norm
-from tte.weights import export_weights, load_weights, save_weights
+from tte.weights import checksum, export_weights, load_weights, save_weights
 
 RNG = np.random.default_rng(0)
 
@@ -129,6 +129,26 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     assert refuse(module, tmp_path / "nowhere.npz").code == "TTE-E061"
     with pytest.raises(TTEError):
         save_weights(tmp_path / "no" / "folder.npz", {})
+
+
+def test_only_the_module_that_was_compiled(tmp_path: Path) -> None:
+    module, path = torch.nn.Linear(3, 2), tmp_path / "w.npz"
+    before = {name: checksum(tensor.detach().numpy()) for name, tensor in module.named_parameters()}
+    save_weights(path, {"weight": normal(2, 3), "bias": normal(2)}, before)
+    assert sorted(np.load(path).files) == ["bias", "weight"]
+    for _ in range(2):  # what is there already is no mistake
+        load_weights(module, path)
+    with torch.no_grad():
+        module.bias += 1
+    error = refuse(module, path)
+    assert error.code == "TTE-E065" and "1 of 2" in error.what and "bias" in error.what
+    load_weights(module, path, strict=False)
+    assert np.array_equal(module.bias.detach().numpy(), np.load(path)["bias"])
+    save_weights(path, {"bias": normal(2)}, {})  # a new head: there is nothing to compare
+    load_weights(module, path)
+    save_weights(path, {"weight_bias": normal(2)}, {"weight_bias": 0})
+    error = refuse(module, path)
+    assert error.code == "TTE-E063" and "--model" in error.fix
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

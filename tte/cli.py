@@ -160,7 +160,9 @@ def quantize(
 @app.command()
 def run(
     build: Annotated[Path, typer.Argument(help="folder written by `tte compile`")],
-    data: Annotated[Path, typer.Option(help=".npz with x: (N, ...) in the model's own layout, y: labels or targets")],
+    data: Annotated[
+        Path, typer.Option(help=".npz with x: (N, ...) in the layout of the project's input, y: labels or targets")
+    ],
     epochs: Annotated[int | None, typer.Option(min=1, help="passes over the data (default 1)")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="training steps, instead of epochs")] = None,
     eval_: Annotated[Path | None, typer.Option("--eval", help=".npz to measure before and after on")] = None,
@@ -168,7 +170,10 @@ def run(
     host: Annotated[bool, typer.Option("--host", help="run the same C on this computer: fast")] = False,
     lr: Annotated[float | None, typer.Option(help="learning rate, instead of the scheme's")] = None,
     seed: Annotated[int, typer.Option(help="order of the samples")] = 0,
-    save: Annotated[Path | None, typer.Option(help="write the trained weights (.npz, the model's own names)")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="write the trained weights: .npz, the model's own names and layouts, or .onnx")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="for --save new.onnx: the .onnx file that was compiled")] = None,
     json_: Json = False,
 ) -> None:
     """Build the firmware and train it on an emulated microcontroller, or on this computer."""
@@ -177,6 +182,7 @@ def run(
 
     if host and emulator:
         raise TTEError("TTE-E059", "--host runs without an emulator", where="--emulator", fix="give one of them")
+    _require_pair(save, model, "--save")
     if save:
         require_writable(save)
     with _progress_bar("training") as show:
@@ -192,7 +198,7 @@ def run(
             progress=show,
         )
     if save:
-        _save_weights(save, result.state, build)
+        _save_weights(save, result.state, build, model)
     if json_:
         return _print_json(result.to_dict())
     _print_run(result.to_dict())
@@ -233,9 +239,7 @@ def state(
     json_: Json = False,
 ) -> None:
     """Turn a saved state of a device into weights with the model's own names and layouts."""
-    if (output.suffix == ".onnx") != (model is not None):
-        what = "an .onnx file is a copy of the model with other weights; an .npz holds weights alone"
-        raise TTEError("TTE-E059", what, where="--model", fix="give --model model.onnx -o new.onnx, or -o weights.npz")
+    _require_pair(output, model, "-o")
     try:
         content = blob.read_bytes()
     except OSError as problem:
@@ -396,17 +400,24 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _require_pair(output: Path | None, model: Path | None, option: str) -> None:
+    if (output is not None and output.suffix == ".onnx") != (model is not None):
+        what = "an .onnx file is a copy of the model with other weights; an .npz holds weights alone"
+        fix = f"give --model model.onnx {option} new.onnx, or {option} weights.npz"
+        raise TTEError("TTE-E059", what, where="--model", fix=fix)
+
+
 def _save_weights(path: Path, state: bytes, build: Path, model: Path | None = None) -> dict[str, list[int]]:
     """Write what a state holds, with the model's own names and layouts, as an .npz or into a copy of ``model`` (ONNX);
     return the shapes."""
-    from tte.saved import read_state, write_onnx
+    from tte.saved import original_checksums, read_state, write_onnx
     from tte.weights import save_weights
 
     weights = read_state(state, build)
     if model:
         write_onnx(path, weights, model)
     else:
-        save_weights(path, weights)
+        save_weights(path, weights, original_checksums(build))
     return {name: list(array.shape) for name, array in weights.items()}
 
 

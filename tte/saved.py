@@ -1,6 +1,6 @@
 """From the bytes that a device saved back to the user's own tensors: the file weights.npz of a project."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,18 @@ from tte.errors import TTEError
 from tte.ir import Origin, Param
 from tte.runner.board import unpack_state
 from tte.runner.build import Build
-from tte.weights import export_weights
+from tte.weights import checksum, export_weights
 
-INITIAL, INDEX, SCALE, ORIGINAL = "initial/", "index/", "scale/", "original/"
+INITIAL, INDEX, SCALE, ORIGINAL, HEAD = "initial/", "index/", "scale/", "original/", "head/"
 
 
-def pack_weights(params: Sequence[Param], originals: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What is needed to put trained tensors back: initial values, origins, and the user's tensors they belong to."""
+def pack_weights(
+    params: Sequence[Param], originals: Mapping[str, np.ndarray], replaced: Collection[str]
+) -> dict[str, np.ndarray]:
+    """What is needed to put trained tensors back: initial values, origins, and the user's tensors they belong to.
+
+    Those of a new head (``replaced``) are kept apart: no model has them.
+    """
     arrays: dict[str, np.ndarray] = {}
     for param in params:
         origin = param.origin
@@ -27,7 +32,8 @@ def pack_weights(params: Sequence[Param], originals: Mapping[str, np.ndarray]) -
         arrays[f"{INDEX}{param.name}//{origin.name}"] = origin.index
         if origin.scale is not None:
             arrays[SCALE + param.name] = origin.scale
-        arrays[ORIGINAL + origin.name] = originals.get(origin.name, np.zeros(origin.shape, param.data.dtype))
+        kind = HEAD if origin.name in replaced else ORIGINAL
+        arrays[kind + origin.name] = originals.get(origin.name, np.zeros(origin.shape, param.data.dtype))
     return arrays
 
 
@@ -37,8 +43,8 @@ def read_state(state: bytes, folder: Path | str) -> dict[str, np.ndarray]:
     state: what <name>_state_save wrote; folder: the project it ran. Raises TTEError (E050, E060, E061).
     """
     trained = unpack_state(state, Build.open(folder))
-    arrays = read_npz(Path(folder) / "weights.npz", "TTE-E061", "compile the model again")
-    originals = {k.removeprefix(ORIGINAL): v for k, v in arrays.items() if k.startswith(ORIGINAL)}
+    arrays = _read(folder)
+    originals = _select(arrays, ORIGINAL) | _select(arrays, HEAD)
     origins, initial = {}, {}
     for key, index in arrays.items():
         if key.startswith(INDEX):
@@ -47,6 +53,19 @@ def read_state(state: bytes, folder: Path | str) -> dict[str, np.ndarray]:
             initial[name] = arrays[INITIAL + name]
     known = {name: trained[name] for name in origins}
     return export_weights(known, initial, origins, originals)
+
+
+def original_checksums(folder: Path | str) -> dict[str, int]:
+    """Of the user's tensors that learn, as they were when the model was compiled. Raises TTEError (E061)."""
+    return {name: checksum(array) for name, array in _select(_read(folder), ORIGINAL).items()}
+
+
+def _read(folder: Path | str) -> dict[str, np.ndarray]:
+    return read_npz(Path(folder) / "weights.npz", "TTE-E061", "compile the model again")
+
+
+def _select(arrays: Mapping[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(kind): array for key, array in arrays.items() if key.startswith(kind)}
 
 
 def write_onnx(path: Path, weights: Mapping[str, np.ndarray], model: Path) -> None:

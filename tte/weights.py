@@ -1,7 +1,10 @@
 """Trained tensors on their way back: from our layouts to the user's names and layouts, to a file, into a module."""
 
 import os
-from collections.abc import Mapping
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,12 @@ from tte.arrays import read_npz
 from tte.document import suggest
 from tte.errors import TTEError
 from tte.ir import Origin
+
+COMMENT = "tte, CRC-32 of the tensors before the training"
+OTHER_MODEL = (
+    "load into the module as it was compiled. Exporters to ONNX fold batch norms into weights and rename tensors: then "
+    "compile the module itself or its .pt2, or write the weights into the .onnx file (--model model.onnx)"
+)
 
 
 def export_weights(
@@ -75,34 +84,68 @@ def require_writable(path: Path) -> None:
         raise TTEError("TTE-E062", f"cannot write: {path.name} {what}", where=str(path), fix="choose another place")
 
 
-def save_weights(path: Path | str, weights: Mapping[str, np.ndarray]) -> None:
-    """Write tensors into an .npz. Raises TTEError (E062) where that is not possible."""
+def checksum(array: np.ndarray) -> int:
+    """CRC-32 of a tensor as float32."""
+    return zlib.crc32(np.ascontiguousarray(array, np.float32).tobytes())
+
+
+def save_weights(
+    path: Path | str, weights: Mapping[str, np.ndarray], checksums: Mapping[str, int] | None = None
+) -> None:
+    """Write tensors into an .npz. Raises TTEError (E062) where that is not possible.
+
+    checksums: of the same tensors before the training; they become the comment of the archive, which numpy passes over
+    """
+    marks = [f"{checksums[name]:08x}" if checksums and name in checksums else "-" for name in weights]
     try:
-        with Path(path).open("wb") as file:
+        with Path(path).open("w+b") as file:
             np.savez(file, **dict(weights))  # type: ignore[arg-type]
+            with zipfile.ZipFile(file, "a") as archive:
+                archive.comment = f"{COMMENT}: {' '.join(marks)}".encode()
     except OSError as problem:
         raise TTEError(
             "TTE-E062", f"cannot write: {problem.strerror}", where=str(path), fix="choose another place"
         ) from problem
 
 
-def load_weights(module: Any, path: Path | str) -> None:
+def read_checksums(path: Path | str, names: Iterable[str]) -> dict[str, int]:
+    """What ``save_weights`` wrote beside the tensors ``names``; nothing where another program wrote the file."""
+    with zipfile.ZipFile(path) as archive:
+        title, _, text = archive.comment.decode(errors="replace").partition(": ")
+    names, marks = list(names), text.split()
+    if title != COMMENT or len(marks) != len(names):
+        return {}
+    return {name: int(mark, 16) for name, mark in zip(names, marks, strict=True) if re.fullmatch("[0-9a-f]{8}", mark)}
+
+
+def load_weights(module: Any, path: Path | str, strict: bool = True) -> None:
     """Put trained weights into the torch.nn.Module they came from: all of them, or none when something does not fit.
 
     module: the model that was compiled, in the same state; its batch norms stay as they are (see ``export_weights``).
-    Parameters that are not in the file stay. Raises TTEError: E061 unreadable, E063 unknown name, E064 wrong shape.
+    strict: refuse a module whose tensors are neither those that were compiled nor, already, those of the file
+    Parameters that are not in the file stay. Raises TTEError: E061 unreadable, E063 unknown name, E064 wrong shape,
+    E065 not the module that was compiled.
     """
     import torch
 
     weights = read_npz(path, "TTE-E061", "give a file written by `tte run --save`")
+    checksums = read_checksums(path, weights)
     parameters = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
+    known = {
+        name: checksum(parameters[name].detach().float().cpu().numpy()) for name in checksums if name in parameters
+    }
+    others = [name for name, crc in known.items() if crc not in (checksums[name], checksum(weights[name]))]
+    if strict and others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        what = f"the module is not the model that was compiled: {len(others)} of {len(weights)} tensors differ: {shown}"
+        raise TTEError("TTE-E065", what, where=str(path), fix=OTHER_MODEL)
     for name, array in weights.items():
         if name not in parameters:
             raise TTEError(
                 "TTE-E063",
                 f"the module has no parameter {name!r}",
                 where=str(path),
-                fix=suggest(name, parameters, "parameters"),
+                fix=OTHER_MODEL if checksums else suggest(name, parameters, "parameters"),
             )
         shape = tuple(parameters[name].shape)
         if array.shape != shape:

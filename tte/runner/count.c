@@ -5,7 +5,6 @@
 
 typedef struct {
     uint32_t address, bytes, instructions;
-    uint64_t executed;
 } block_t;
 
 static block_t blocks[SLOTS];
@@ -15,7 +14,7 @@ static uint32_t origin, size;
 
 void count_reset(const uint8_t *flash, uint32_t flash_origin, uint32_t flash_size) {
     for (uint32_t i = 0; i < SLOTS; i++)
-        blocks[i] = (block_t){0, 0, 0, 0};
+        blocks[i] = (block_t){0, 0, 0};
     total = 0;
     code = flash;
     origin = flash_origin;
@@ -39,21 +38,14 @@ void count_block(void *engine, uint64_t address, uint32_t bytes, void *user) {
     uint32_t slot = (a * 2654435761u ^ bytes * 40503u) >> 18;
     while (blocks[slot].bytes != bytes || blocks[slot].address != a) {
         if (blocks[slot].bytes == 0) {
-            blocks[slot] = (block_t){a, bytes, count_instructions(a, bytes), 0};
+            blocks[slot] = (block_t){a, bytes, count_instructions(a, bytes)};
             break;
         }
         slot = (slot + 1) % SLOTS;
     }
-    blocks[slot].executed++;
     total += blocks[slot].instructions;
 }
 
 uint64_t count_total(void) {
     return total;
-}
-
-/* Executed instructions of the block in a slot; its address is written to *address. */
-uint64_t count_slot(uint32_t slot, uint32_t *address) {
-    *address = blocks[slot].address;
-    return blocks[slot].executed * blocks[slot].instructions;
 }

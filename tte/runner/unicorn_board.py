@@ -90,7 +90,6 @@ class UnicornBoard(StreamBoard):
 
         counter = ctypes.CDLL(str(build_counter(self.build)))
         counter.count_total.restype = ctypes.c_uint64
-        counter.count_slot.restype = ctypes.c_uint64
         counter.count_reset(self._flash, ctypes.c_uint32(board.flash.origin), ctypes.c_uint32(board.flash.size))
         handle = ctypes.c_size_t()
         uclib.uc_hook_add.restype = ctypes.c_int
@@ -105,20 +104,6 @@ class UnicornBoard(StreamBoard):
         )
         assert status == 0, status
         return counter
-
-    def profile(self) -> dict[str, int]:
-        """Executed instructions by function since the start."""
-        from bisect import bisect_right
-
-        starts = [s for s, _, _ in self._symbols]
-        counts: dict[str, int] = {}
-        address = ctypes.c_uint32()
-        for slot in range(1 << 14):
-            executed = self._counter.count_slot(ctypes.c_uint32(slot), ctypes.byref(address))
-            if executed:
-                name = self._symbols[bisect_right(starts, address.value) - 1][2]
-                counts[name] = counts.get(name, 0) + executed
-        return counts
 
     def _exchange(self, command: bytes, size: int) -> bytes:
         self._input += command
