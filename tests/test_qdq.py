@@ -17,6 +17,7 @@ from tte.compiler import lower
 from tte.ir import Graph, evaluate, verify
 from tte.ops.quantized import scale_to_int8
 from tte.passes.quantized import Settings, fixed_scale, lower_qdq
+from tte.saved import read_state, write_onnx
 
 # Its sums of two tensors and its averages round differently on other processors.
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="onnxruntime's bits on x86 are claimed")
@@ -94,6 +95,23 @@ def test_generated_c_agrees_with_onnxruntime(name: str, quantized: Any) -> None:
     host, run = tte.compile(model, update_scheme=scheme).host(), session(model)
     for x in qdq.inputs(qdq.RECIPES[name], 100):
         np.testing.assert_array_equal(host.infer(x[0]), run(x)[0])
+
+
+@x86
+def test_what_was_learned_goes_back_into_the_model(quantized: Any, tmp_path: Path) -> None:
+    """Trained integers in the place of the model's own: onnxruntime then answers as the device does, bit for bit."""
+    model, inputs = quantized("mcunet"), qdq.inputs(qdq.RECIPES["mcunet"], 8)
+    scheme = {"train": "last-k:6", "optimizer": {"lr": 0.001}, "quantized": {"requantize": "float"}}
+    artifact = tte.compile(model, update_scheme=scheme)
+    host = artifact.host()
+    for label, x in enumerate(inputs):
+        host.train_step(x[0], np.asarray([label]))
+    write_onnx(tmp_path / "trained.onnx", read_state(host.save_state(), artifact.build.folder), model)
+    before, after = session(model), session(tmp_path / "trained.onnx")
+    for x in inputs:
+        np.testing.assert_array_equal(host.infer(x[0]), after(x)[0])
+        assert (after(x)[0] != before(x)[0]).any()
+    assert len({after(x)[0].tobytes() for x in inputs}) > 4
 
 
 # --- single operators on every integer, with many scales --------------------------------------------------------------
