@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from tte.codegen.plan import Plan
-from tte.ir import OPS, Graph, inplace_inputs
+from tte.ir import OPS, Graph, Node, inplace_inputs
+from tte.ir.rows import Stream, find_stream, find_windows
 
 
 class PlanError(Exception):
@@ -28,6 +29,8 @@ def check_plan(graph: Graph, plan: Plan, scratch: Mapping[int, int] | None = Non
     untouchable = {id(memory.storage[v.name]) for v in (*graph.inputs, *graph.consts) if v.name in memory.storage}
     for i, node in enumerate(graph.nodes):
         at = f"node {i} ({node.op}, layer {node.layer or '-'})"
+        if stream := find_stream(node):
+            check_stream(node, stream, at)
         names = [v.name for v in node.inputs]
         for name in names:
             memory.read(name, at)
@@ -58,6 +61,45 @@ def check_plan(graph: Graph, plan: Plan, scratch: Mapping[int, int] | None = Non
     memory.tags |= {param.name: memory.tags[value.name] for param, value in graph.updates}
     for param in graph.params:
         memory.read(param.name, "end")
+
+
+def check_stream(node: Node, stream: Stream, at: str) -> None:
+    """Run a region row by row, as its C does, on rings in which every place remembers whose row it holds.
+
+    Raises PlanError where a row is read that is not there (any more), or a result is not complete.
+    """
+    assert node.body
+    nodes = node.body.nodes
+    makers = {v.name: k for k, member in enumerate(nodes) for v in member.outputs}
+    rings: dict[str, list[int]] = {name: [-1] * rows for name, rows in stream.rings.items()}
+    made = [0] * len(nodes)
+
+    def make(k: int) -> None:
+        row, windows = made[k], find_windows(nodes[k])
+        for demand in stream.demands[k]:
+            while made[demand.maker] < demand.end(row):
+                make(demand.maker)
+        for value, own in zip(nodes[k].inputs, windows or (), strict=True):
+            if value.name not in makers:
+                continue
+            for window in own:
+                first = row * window.stride - window.padding
+                for r in range(max(0, first), min(value.type.shape[1], first + window.size)):
+                    ring = rings.get(value.name)
+                    found = ring[r % len(ring)] if ring else r if made[makers[value.name]] > r else -1
+                    if found != r:
+                        raise PlanError(f"{at}: row {row} of %{k} reads row {r} of %{value.name}, but finds {found}")
+        for value in nodes[k].outputs:
+            if ring := rings.get(value.name):
+                ring[row % len(ring)] = row
+        made[k] += 1
+
+    for k in (len(nodes) - 1, *stream.rest):
+        while made[k] < nodes[k].output.type.shape[1]:
+            make(k)
+    for value in node.body.outputs:
+        if made[makers[value.name]] < value.type.shape[1]:
+            raise PlanError(f"{at}: only {made[makers[value.name]]} rows of %{value.name} are made")
 
 
 class _Memory:

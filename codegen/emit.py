@@ -14,6 +14,7 @@ import numpy as np
 from tte.codegen.plan import Plan
 from tte.codegen.schedule import CTYPES, Call, Kernel, schedule
 from tte.ir import OPS, Const, Graph, Node, Param, TensorType, Value
+from tte.ir.rows import expand_rows
 from tte.ops.quantized import add_terms, tflite_terms
 
 HERE = Path(__file__).parent
@@ -64,9 +65,9 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     bodies = []
     for program in programs:
         calls = schedule(program.graph)
-        for call in calls:
-            if call.kernel not in kernels:
-                kernels[call.kernel] = f"{interface.name}_k{len(kernels):02d}_{call.kernel.template}"
+        for kernel in (k for call in calls for k in (*call.kernel.parts, call.kernel)):
+            if kernel not in kernels:
+                kernels[kernel] = f"{interface.name}_k{len(kernels):02d}_{kernel.template}"
         bodies.append(_program(program, calls, kernels, layout, names))
     used = {call for body in bodies for call in body["constants"]}
     slots = []
@@ -152,6 +153,8 @@ def _program(
         node = graph.nodes[call.node]
         arguments = [storage.pointer(v) for v in call.inputs]
         arguments += [storage.pointer(v) for v in call.outputs]
+        if call.scratch:
+            arguments.append(f"ARENA(uint8_t, {program.plan.scratch[call.node]})")
         updated = [p.name for p, v in graph.updates if v in node.outputs]
         rows.append(
             {
@@ -222,6 +225,9 @@ class _Storage:
 
 
 def _comment(node: Node, updated: list[str]) -> str:
+    members = list(expand_rows(node))
+    if len(members) > 1:
+        return _safe(f"{members[0].layer or '-'} to {members[-1].layer or '-'}: row by row")
     what = " + ".join(n.op.removeprefix("nn.") for n in node.body.nodes) if node.body else node.op.removeprefix("nn.")
     update = f" -> {', '.join(updated)}" if updated else ""
     return _safe(f"{node.layer or '-'}: {what}{update}")
@@ -337,6 +343,7 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -
     result = []
     for kernel, name in kernels.items():
         function = {"name": name, "template": kernel.template} | kernel.arguments()
+        function["parts"] = [kernels[part] for part in kernel.parts]
         result.append(function | {"body": _kernel_body(environment, function)})
     return result
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tte.ir import OPS, Graph, Value
+from tte.ir import Graph, Value
 
 # Effort of CP-SAT in its own deterministic time (a unit is 20 to 60 s): the same plan on every machine, however slow.
 # Questions that are answered at all are answered within a few hundredths.
@@ -86,7 +86,7 @@ def plan_memory(
     ``hold_input`` the first lies at the arena's start up to its last use. Params and constants have storage of their
     own, also for results computed in place of a param.
     """
-    owners = find_owners(graph)
+    owners = graph.owners()
     held = graph.inputs[:1] if hold_input else ()
     buffers = find_buffers(graph, owners, scratch or {}, alignment, held)
     live = tuple(sum(b.size for b in buffers if b.birth <= i <= b.death) for i in range(len(graph.nodes)))
@@ -103,17 +103,6 @@ def plan_memory(
         scratch={i: offset[_scratch_name(i)] for i in scratch or {} if _scratch_name(i) in offset},
         live=live,
     )
-
-
-def find_owners(graph: Graph) -> dict[str, str]:
-    """Name of a value -> name of the value whose buffer it lives in, through views and in-place results."""
-    owners = {v.name: v.name for v in graph.values()}
-    for node in graph.nodes:
-        if node.body is None and OPS[node.op].kind == "view":
-            owners[node.output.name] = owners[node.inputs[0].name]
-        elif node.inplace is not None:
-            owners[node.output.name] = owners[node.inputs[node.inplace].name]
-    return owners
 
 
 def find_buffers(

@@ -3,10 +3,11 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tte.ir import OPS, Const, Graph, Node, TensorType, Value
+from tte.ir.rows import Stream, find_stream
 from tte.ops.resize import resize_taps
 
 CTYPES = {
@@ -30,10 +31,13 @@ class Kernel:
       acc     C type of the anchor's result
       tail    elementwise steps behind the anchor: {op, attrs, operands}; see ``_operand``
       args    pointers in the order of the call: {c, ctype, const}
+      rows    of a kernel that makes one row: pointer -> how many rows there are, where it is a ring
+    parts: kernels that it calls
     """
 
     template: str
     context: str
+    parts: tuple["Kernel", ...] = ()
 
     def arguments(self) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(self.context)
@@ -45,6 +49,7 @@ class Call:
     """A kernel applied to values: inputs (in the order of the pointers), then outputs.
 
     taken: the operand whose buffer the first output takes over; it is reached through the output's pointer.
+    scratch: it has memory of its own, by a last pointer.
     """
 
     node: int
@@ -52,6 +57,7 @@ class Call:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     taken: Value | None = None
+    scratch: bool = False
 
 
 def schedule(graph: Graph) -> list[Call]:
@@ -61,9 +67,42 @@ def schedule(graph: Graph) -> list[Call]:
     for i, node in enumerate(graph.nodes):
         if node.body is None and OPS[node.op].kind == "view":
             views[node.output.name] = views.get(node.inputs[0].name, node.inputs[0].name)
+        elif stream := find_stream(node):
+            calls.append(_stream(i, node, stream))
         else:
             calls.append(_call(i, node, views))
     return calls
+
+
+def _stream(index: int, node: Node, stream: Stream) -> Call:
+    """A kernel that calls others, row by row."""
+    assert node.body
+    outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True))
+    expressions = {v.name: f"y{i}" for i, v in enumerate(node.body.outputs)}
+    args: dict[str, Value] = {}
+    parts, steps = [], []
+    for member, demands in zip(node.body.nodes, stream.demands, strict=True):
+        call = _call(index, member, {}, outer, stream.rings)
+        arguments = []
+        for value in (*call.inputs, *call.outputs):
+            if value.name in outer and value.name not in expressions:
+                expressions[value.name] = f"a{len(args)}"
+                args[expressions[value.name]] = outer[value.name]
+            if value.name in stream.rings:
+                ctype, offset = CTYPES[value.type.dtype], stream.offsets[value.name]
+                expressions[value.name] = f"({ctype} *)(void *)(scratch + {offset})"
+            arguments.append(expressions[value.name])
+        parts.append(call.kernel)
+        height = member.output.type.shape[1]
+        needs = [{"maker": d.maker, "height": d.height} | asdict(d.window) for d in demands]
+        steps.append({"arguments": arguments, "height": height, "needs": needs})
+    pointers = [{"c": c, "ctype": CTYPES[v.type.dtype], "const": True} for c, v in args.items()]
+    pointers += [{"c": f"y{i}", "ctype": CTYPES[v.type.dtype], "const": False} for i, v in enumerate(node.outputs)]
+    if stream.rings:
+        pointers.append({"c": "scratch", "ctype": "uint8_t", "const": False})
+    context = {"args": pointers, "steps": steps, "rest": stream.rest, "rows": None}
+    kernel = Kernel("stream", json.dumps(context, sort_keys=True), tuple(parts))
+    return Call(index, kernel, tuple(args.values()), node.outputs, scratch=bool(stream.rings))
 
 
 @dataclass(frozen=True)
@@ -83,7 +122,15 @@ def _take_apart(node: Node) -> _Parts:
     return _Parts(weights, anchor, tuple(rest if anchor is None else rest[1:]))
 
 
-def _call(index: int, node: Node, views: Mapping[str, str]) -> Call:
+def _call(
+    index: int,
+    node: Node,
+    views: Mapping[str, str],
+    around: Mapping[str, Value] | None = None,
+    rings: Mapping[str, int] | None = None,
+) -> Call:
+    """``rings``: the kernel makes one row, and of these values there are so many rows; ``around``: what the operands of
+    a node inside of a region stand for."""
     parts = _take_apart(node)
     outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True)) if node.body else {}
     pointers: dict[str, Value] = {}  # C name -> value
@@ -104,6 +151,7 @@ def _call(index: int, node: Node, views: Mapping[str, str]) -> Call:
 
     def literal(value: Value) -> float | int | None:
         value = outer.get(value.name, value)
+        value = (around or {}).get(value.name, value)
         return value.data.item() if isinstance(value, Const) and value.type.size == 1 else None
 
     out = node.output.type
@@ -142,7 +190,8 @@ def _call(index: int, node: Node, views: Mapping[str, str]) -> Call:
         tail.append({"op": macro, "attrs": attrs, "operands": arguments, "name": f"t{k}", "ctype": ctype})
         names[step.output.name] = f"t{k}"
     if parts.anchor is None:
-        context["loops"] = _collapse(out.shape, operands)
+        shape = out.shape if rings is None else (1, 1, *out.shape[2:])
+        context["loops"] = _collapse(shape, operands)
     context["taps"] = _taps(parts.anchor)
     context["tail"] = tail
     context["out"] = _tensor(out)
@@ -150,6 +199,10 @@ def _call(index: int, node: Node, views: Mapping[str, str]) -> Call:
     args = [{"c": c, "ctype": CTYPES[v.type.dtype], "const": True} for c, v in pointers.items()]
     args += [{"c": f"y{i}", "ctype": CTYPES[v.type.dtype], "const": False} for i, v in enumerate(node.outputs)]
     context["args"] = args
+    context["rows"] = None
+    if rings is not None:
+        outputs = {f"y{i}": v for i, v in enumerate(node.outputs)}
+        context["rows"] = {c: rings[v.name] for c, v in (pointers | outputs).items() if v.name in rings}
     template = "elementwise_loop" if parts.anchor is None else _variant(parts.anchor)
     kernel = Kernel(template, json.dumps(context, sort_keys=True))
     return Call(index, kernel, tuple(pointers.values()), node.outputs, taken)

@@ -16,6 +16,7 @@ from tte.codegen.plan import plan_memory
 from tte.errors import TTEError
 from tte.frontends import import_model
 from tte.ir import Const, Graph, Origin, Param, verify
+from tte.ir.rows import find_stream
 from tte.passes.autodiff import differentiate
 from tte.passes.batch_norm import fold_batch_norm
 from tte.passes.canonicalize import canonicalize
@@ -31,6 +32,7 @@ from tte.passes.quantized import Settings, find_float_layers, keep_saturation_ma
 from tte.passes.reorder import reorder
 from tte.passes.select_updates import select_updates
 from tte.passes.simplify import eliminate_common_subexpressions, eliminate_dead_code, fold_constants
+from tte.passes.stream import stream_forward
 from tte.scheme import Resolved, UpdateScheme, resolve
 from tte.target import Target
 
@@ -54,6 +56,7 @@ SHRINK: tuple[Pass, ...] = (
     fuse_updates,
     fuse_elementwise,
     reorder,
+    stream_forward,
     work_in_place,
 )
 OPTIONAL = {p.__name__: p for p in (eliminate_common_subexpressions, *SHRINK[2:])}
@@ -66,11 +69,12 @@ class Pipeline:
     dump: Path | None = None
     disabled: tuple[str, ...] = ()
 
-    def run(self, graph: Graph, passes: Sequence[Pass], stage: str) -> Graph:
+    def run(self, graph: Graph, passes: Sequence[Pass], stage: str, floor: int = 0) -> Graph:
+        """floor: bytes of arena that other programs need anyway."""
         for number, apply in enumerate(passes):
             if apply.__name__ in self.disabled:
                 continue
-            graph = verify(apply(graph))
+            graph = verify(stream_forward(graph, floor) if apply is stream_forward else apply(graph))
             self.write(graph, f"{stage}.{number:02d}-{apply.__name__}")
         return graph
 
@@ -184,9 +188,11 @@ def compile_graphs(
     roles = {"train": train, "infer": forward, "evaluate": with_loss}
     programs = []
     for role, graph in roles.items():
-        small = pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}")
-        plan = plan_memory(small, hold_input=input_in_arena)
-        check_plan(small, plan)
+        floor = max((program.plan.lower_bound for program in programs), default=0)
+        small = pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}", floor)
+        scratch = {i: stream.nbytes for i, node in enumerate(small.nodes) if (stream := find_stream(node))}
+        plan = plan_memory(small, scratch, hold_input=input_in_arena)
+        check_plan(small, plan, scratch)
         programs.append(Program(role, small, plan))
     target_value = next((v for v in with_loss.inputs if v.name == "target"), None)
     given_layout = scheme.io.input.layout

@@ -11,6 +11,7 @@ from tte import __version__
 from tte.codegen.emit import Program
 from tte.codegen.plan import Plan
 from tte.ir import OPS, Graph, Node, Param, Value
+from tte.ir.rows import expand_rows
 from tte.runner.toolchain import Firmware
 
 SCHEMA_VERSION = 1
@@ -157,7 +158,12 @@ def list_layers(graph: Graph) -> list[dict[str, Any]]:
     """One record per layer of the user's model, in the order of execution; multiply-accumulates by phase."""
     layers: dict[str, dict[str, Any]] = {}
     learns = {p.name: _user_name(p) for p, _ in graph.updates}
-    for node, phase in zip(graph.nodes, find_phases(graph), strict=True):
+    members = [
+        (member, phase)
+        for node, phase in zip(graph.nodes, find_phases(graph), strict=True)
+        for member in expand_rows(node)
+    ]
+    for node, phase in members:
         new = {
             "name": node.layer,
             "op": "",
@@ -179,7 +185,7 @@ def list_layers(graph: Graph) -> list[dict[str, Any]]:
         for value in node.inputs:
             if value.name in learns and learns[value.name] not in layer["trained"]:
                 layer["trained"].append(learns[value.name])
-    owner = {v.name: node.layer for node in reversed(graph.nodes) for v in node.inputs}
+    owner = {v.name: node.layer for node, _ in reversed(members) for v in node.inputs}
     for const in graph.consts:
         if const.name in owner:
             layers[owner[const.name]]["const_bytes"] += const.type.nbytes
@@ -190,8 +196,8 @@ def main_op(node: Node) -> str:
     """The operator that gives a node its name: of a region, its anchor or else its first member."""
     if not node.body:
         return node.op
-    members = node.body.nodes
-    return next((n.op for n in members if OPS[n.op].kind in ("anchor", "opaque")), members[0].op)
+    members = [main_op(n) for n in node.body.nodes]
+    return next((op for op in members if OPS[op].kind in ("anchor", "opaque")), members[0])
 
 
 def _user_name(param: Param) -> str:

@@ -121,6 +121,16 @@ class Graph:
         """Name of a value -> the node that makes it."""
         return {v.name: node for node in self.nodes for v in node.outputs}
 
+    def owners(self) -> dict[str, str]:
+        """Name of a value -> name of the value whose buffer it lives in, through views and in-place results."""
+        owners = {v.name: v.name for v in self.values()}
+        for node in self.nodes:
+            if node.body is None and OPS[node.op].kind == "view":
+                owners[node.output.name] = owners[node.inputs[0].name]
+            elif node.inplace is not None:
+                owners[node.output.name] = owners[node.inputs[node.inplace].name]
+        return owners
+
     def last_use(self) -> dict[str, int]:
         """Name -> index of the last node that reads it; len(nodes) for what outlives the line (outputs, updates)."""
         last = {v.name: i for i, node in enumerate(self.nodes) for v in node.inputs}

@@ -16,6 +16,15 @@ class InvalidType(ValueError):
 
 
 @dataclass(frozen=True)
+class Window:
+    """Output row r reads the input rows from r * stride - padding, ``size`` of them (less those outside)."""
+
+    size: int
+    stride: int
+    padding: int
+
+
+@dataclass(frozen=True)
 class Op:
     """One operator.
 
@@ -30,6 +39,8 @@ class Op:
             "opaque":      has a kernel of its own, nothing is fused into it
     inplace the inputs whose buffer output 0 may take over when they die here
     macs    multiply-accumulates: (input types..., *, attributes) -> int
+    rows    (input types..., *, attributes) -> of each input the Window that an output row reads, None: all of it.
+            No rule: the operator does not go row by row, unless it is elementwise.
     """
 
     name: str
@@ -39,6 +50,7 @@ class Op:
     kind: str = "opaque"
     inplace: tuple[int, ...] = ()
     macs: Callable[..., int] | None = None
+    rows: Callable[..., tuple[Window | None, ...]] | None = None
 
     @property
     def attributes(self) -> dict[str, Any]:

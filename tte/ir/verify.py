@@ -75,6 +75,8 @@ def inplace_inputs(node: Node) -> tuple[int, ...]:
     """
     if not node.body:
         return OPS[node.op].inplace
+    if node.attrs["strategy"] == "rows":
+        return ()  # it writes its first row before it reads the last
     body = node.body
     target = body.outputs[0].type
     allowed = []

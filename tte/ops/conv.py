@@ -6,7 +6,7 @@ Activations are NHWC, weights OHWI (output channels, height, width, input channe
 
 import numpy as np
 
-from tte.ir import Op, TensorType, register
+from tte.ir import Op, TensorType, Window, register
 from tte.ops.rules import (
     read_numbers,
     require,
@@ -148,7 +148,11 @@ def conv2d_macs(x, w, b=None, *, strides, padding, dilation, groups):  # type: i
     return y.size * w.size // w.shape[0]
 
 
-register(Op("nn.conv2d", _conv2d, conv2d_ref, _conv2d_grad, kind="anchor", macs=conv2d_macs))
+def conv2d_rows(x, w, *b, strides, padding, dilation, **_):  # type: ignore[no-untyped-def]
+    return Window((w.shape[1] - 1) * dilation[0] + 1, strides[0], padding[0]), None, *(None for _ in b)
+
+
+register(Op("nn.conv2d", _conv2d, conv2d_ref, _conv2d_grad, kind="anchor", macs=conv2d_macs, rows=conv2d_rows))
 
 
 def _transposed_span(size: int, kernel: int, stride: int, padding: tuple[int, ...], dilation: int) -> int:

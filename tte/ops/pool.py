@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tte.ir import Op, TensorType, register
+from tte.ir import Op, TensorType, Window, register
 from tte.ops.rules import require, require_float, require_padding, require_pair, require_rank
 
 Pair = tuple[int, int]
@@ -91,7 +91,11 @@ def _max_pool2d_grad_rule(backward, dy, x, *, pool_size, strides, padding):  # t
     return backward.call("nn.max_pool2d_grad", dy, index, **window, input_size=x.type.shape[1:3])
 
 
-register(Op("nn.max_pool2d", _max_pool2d, _max_pool2d_ref, _max_pool2d_grad_rule, kind="anchor"))
+def pool_rows(x, *, pool_size, strides, padding, **_):  # type: ignore[no-untyped-def]
+    return (Window(pool_size[0], strides[0], padding[0]),)
+
+
+register(Op("nn.max_pool2d", _max_pool2d, _max_pool2d_ref, _max_pool2d_grad_rule, kind="anchor", rows=pool_rows))
 
 
 def _max_pool2d_argmax(
@@ -169,7 +173,7 @@ def _avg_pool2d_grad_rule(backward, dy, x, **attrs):  # type: ignore[no-untyped-
     return backward.call("nn.avg_pool2d_grad", dy, **attrs, input_size=x.type.shape[1:3])
 
 
-register(Op("nn.avg_pool2d", _avg_pool2d, _avg_pool2d_ref, _avg_pool2d_grad_rule, kind="anchor"))
+register(Op("nn.avg_pool2d", _avg_pool2d, _avg_pool2d_ref, _avg_pool2d_grad_rule, kind="anchor", rows=pool_rows))
 
 
 def _avg_pool2d_grad(

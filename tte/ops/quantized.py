@@ -11,9 +11,9 @@ import numpy as np
 
 from tte.ir import Op, TensorType, register
 from tte.ir.types import Quant
-from tte.ops.conv import Padding, Pair, conv2d_gradients, conv2d_macs, conv2d_ref, conv2d_type
+from tte.ops.conv import Padding, Pair, conv2d_gradients, conv2d_macs, conv2d_ref, conv2d_rows, conv2d_type
 from tte.ops.dense import dense_gradients, dense_macs, dense_ref, dense_type
-from tte.ops.pool import pooled_type, windows
+from tte.ops.pool import pool_rows, pooled_type, windows
 from tte.ops.reduce import reduced_shape, spread
 from tte.ops.rules import read_numbers, require
 
@@ -178,7 +178,7 @@ def _conv2d_macs(x, w, b=None, *, zero_point, **geometry):  # type: ignore[no-un
     return conv2d_macs(x, w, b, **geometry)
 
 
-register(Op("qnn.conv2d", _conv2d, _conv2d_ref, _conv2d_grad, kind="anchor", macs=_conv2d_macs))
+register(Op("qnn.conv2d", _conv2d, _conv2d_ref, _conv2d_grad, kind="anchor", macs=_conv2d_macs, rows=conv2d_rows))
 
 
 def _dense(x: TensorType, w: TensorType, b: TensorType | None = None, *, zero_point: int = 0) -> TensorType:
@@ -416,7 +416,7 @@ def _sum_pool2d_grad(backward, dy, x, *, pool_size, strides, padding, zero_point
     return backward.call("multiply", mean, backward.const(float(pool_size[0] * pool_size[1])))
 
 
-register(Op("qnn.sum_pool2d", _sum_pool2d, _sum_pool2d_ref, _sum_pool2d_grad, kind="anchor"))
+register(Op("qnn.sum_pool2d", _sum_pool2d, _sum_pool2d_ref, _sum_pool2d_grad, kind="anchor", rows=pool_rows))
 
 
 # --- storage of what learns ------------------------------------------------------------------------------------------

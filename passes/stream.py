@@ -1,0 +1,145 @@
+"""Runs parts of the forward program row by row, so that of what lies between two layers only a few rows exist."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tte.ir import Graph, Node, Value, rewrite
+from tte.ir.rows import find_windows, stream_rows
+from tte.passes.inplace import is_view, work_in_place
+
+ALIGNMENT = 4
+
+
+def stream_forward(graph: Graph, floor: int = 0) -> Graph:
+    """Put chains of nodes into regions that run by rows, where that lowers the peak: as few nodes as do it.
+
+    Comes behind ``reorder``: only neighbours are put together. No row is computed twice, so nothing is computed that
+    was not before, and every number is what it was. floor: bytes that are there anyway, in the arena of another program.
+    """
+    costs = _Costs(graph)
+    end = costs.forward
+    single = [costs.node(i) for i in range(len(graph.nodes))]
+    limit = max(floor, *single[end:], 0)
+    if max(single[:end], default=0) <= limit:
+        return graph
+    chains = {(a, b): cost for a, b in _chains(graph, end) if (cost := costs.chain(a, b)) is not None}
+    limit = max(limit, _least_peak(single[:end], chains))
+    nodes: list[Node] = []
+    at = 0
+    for a, b in _fewest(single[:end], chains, limit):
+        nodes += [*graph.nodes[at:a], _region(graph, a, b)]
+        at = b + 1
+    return rewrite(graph, [*nodes, *graph.nodes[at:]])
+
+
+def _chains(graph: Graph, end: int) -> list[tuple[int, int]]:
+    """First and last node of all runs of neighbours that can go by rows and of which each reads one before it."""
+    able = [_can_stream(node) for node in graph.nodes[:end]]
+    result = []
+    for a in range(end):
+        made: set[str] = set()
+        for b in range(a, end):
+            node = graph.nodes[b]
+            if not able[b] or (b > a and not made & {v.name for v in node.inputs}):
+                break
+            made |= {v.name for v in node.outputs}
+            if b > a:
+                result.append((a, b))
+    return result
+
+
+def _can_stream(node: Node) -> bool:
+    windows = find_windows(node)
+    return windows is not None and any(windows) and node.output.type.shape[1] > 1 and node.output.type.dtype != "bit"
+
+
+class _Costs:
+    """Bytes alive at a node, or while a chain of nodes runs by rows."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        placed = work_in_place(graph)
+        owners = placed.owners()
+        stored = {v.name for v in (*graph.inputs, *graph.params, *graph.consts)}
+        self.last = graph.last_use()
+        births = {v.name: i for i, node in enumerate(graph.nodes) for v in node.outputs}
+        deaths: dict[str, int] = {}
+        for name, end in self.last.items():
+            deaths[owners[name]] = max(end, deaths.get(owners[name], -1))
+        values = {v.name: v for v in graph.values()}
+        self.buffers = [
+            (births[name], deaths.get(name, births[name]), _align(values[name].type.nbytes))
+            for name in dict.fromkeys(owners.values())
+            if name not in stored
+        ]
+        self.viewed = {node.inputs[0].name for node in graph.nodes if is_view(node)}
+        needed = {v.name for v in graph.outputs}
+        forward = 0
+        for i in reversed(range(len(graph.nodes))):
+            if any(v.name in needed for v in graph.nodes[i].outputs):
+                needed |= {v.name for v in graph.nodes[i].inputs}
+                forward = max(forward, i + 1)
+        self.forward = forward
+
+    def node(self, i: int) -> int:
+        return sum(size for birth, death, size in self.buffers if birth <= i <= death)
+
+    def kept(self, a: int, b: int) -> list[Value]:
+        """What nodes a to b make that is read behind them."""
+        made = [v for node in self.graph.nodes[a : b + 1] for v in node.outputs]
+        return [v for v in made if self.last.get(v.name, -1) > b or v.name in self.viewed]
+
+    def chain(self, a: int, b: int) -> int | None:
+        kept = self.kept(a, b)
+        names = frozenset(v.name for v in kept)
+        nodes = self.graph.nodes[a : b + 1]
+        if any(v.type.dtype == "bit" and v.name not in names for node in nodes for v in node.outputs):
+            return None  # rows of bits share bytes
+        around = sum(size for birth, death, size in self.buffers if birth < a <= death)
+        return around + sum(_align(v.type.nbytes) for v in kept) + stream_rows(nodes, names).nbytes
+
+
+def _least_peak(single: Sequence[int], chains: dict[tuple[int, int], int]) -> int:
+    """The smallest maximum over the steps of any division of the line into nodes and chains."""
+    best = [0]
+    for b, cost in enumerate(single):
+        ways = [max(best[b], cost)]
+        ways += [max(best[a], chain) for (a, last), chain in chains.items() if last == b]
+        best.append(min(ways))
+    return best[-1]
+
+
+def _fewest(single: Sequence[int], chains: dict[tuple[int, int], int], limit: int) -> list[tuple[int, int]]:
+    """The chains of a division whose steps all stay within ``limit``, with the fewest nodes in chains."""
+    best: list[tuple[int, int, tuple[tuple[int, int], ...]] | None] = [(0, 0, ())]
+    for b, cost in enumerate(single):
+        before = best[b]
+        ways = [before] if before is not None and cost <= limit else []
+        for (a, last), chain in chains.items():
+            if last == b and chain <= limit and (start := best[a]) is not None:
+                ways.append((start[0] + b - a + 1, start[1] + 1, (*start[2], (a, b))))
+        best.append(min(ways, default=None))
+    found = best[-1]
+    assert found is not None, "a limit that some division has"
+    return list(found[2])
+
+
+def _region(graph: Graph, a: int, b: int) -> Node:
+    nodes = graph.nodes[a : b + 1]
+    last = graph.last_use()
+    made = {v.name for node in nodes for v in node.outputs}
+    outside: dict[str, Value] = {}
+    for node in nodes:
+        for value in node.inputs:
+            if value.name not in made:
+                outside.setdefault(value.name, value)
+    arguments = {name: Value(f"a{i}", v.type) for i, (name, v) in enumerate(outside.items())}
+    inner = tuple(replace(m, inputs=tuple(arguments.get(v.name, v) for v in m.inputs)) for m in nodes)
+    kept = [v for node in nodes for v in node.outputs if last.get(v.name, -1) > b]
+    kept = sorted(kept, key=lambda v: v is not nodes[-1].output)  # the last result is the first output
+    body = Graph("region", tuple(arguments.values()), nodes=inner, outputs=tuple(kept)).renumbered()
+    return Node("region", tuple(outside.values()), {"strategy": "rows"}, tuple(kept), nodes[-1].layer, body=body)
+
+
+def _align(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

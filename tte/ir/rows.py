@@ -1,0 +1,202 @@
+"""Row calculus: which rows of its operands an operator reads for one row of its result, and what follows from that.
+
+A row is an index of axis 1 of a (1, H, W, C) tensor. A chain of such operators may run row by row, each row made once,
+as soon as it is asked for; of a tensor inside the chain only a ring of rows exists at any time.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from tte.ir.graph import Node, Value
+from tte.ir.op import OPS, Window
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Row r of a node asks for the rows below ``min(height, r * stride - padding + size)`` of what ``maker`` makes."""
+
+    maker: int
+    window: Window
+    height: int
+
+    def end(self, row: int) -> int:
+        return min(self.height, row * self.window.stride - self.window.padding + self.window.size)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How a chain runs row by row.
+
+    demands  of each node, those that are ever unmet when they are made, in order
+    rest     nodes of which rows are left when the last node is done, in the order in which they are finished
+    rings    value name -> how many of its rows have to be kept
+    """
+
+    demands: tuple[tuple[Demand, ...], ...]
+    rest: tuple[int, ...]
+    rings: dict[str, int] = field(hash=False)
+    sizes: dict[str, int] = field(hash=False)
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Of each ring in the memory that all of them share."""
+        offsets, at = {}, 0
+        for name, rows in self.rings.items():
+            offsets[name] = at
+            at += _align(rows * self.sizes[name])
+        return offsets
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_align(rows * self.sizes[name]) for name, rows in self.rings.items())
+
+
+def find_windows(node: Node) -> tuple[tuple[Window, ...], ...] | None:
+    """Of each input the windows that a row reads, () for an input that is read whole; None: it does not go by rows."""
+    shapes = [v.type.shape for v in node.outputs]
+    if any(len(s) != 4 or s[0] != 1 or s[:2] != shapes[0][:2] for s in shapes):
+        return None
+    if node.body is None:
+        return _windows(node)
+    weights = [m for m in node.body.nodes if m.op == "concatenate" and m is not node.body.nodes[-1]]
+    members = [m for m in node.body.nodes if m not in weights]
+    found: dict[str, list[Window]] = {v.name: [] for v in node.body.inputs}
+    for member in members:
+        windows = _windows(member)
+        if windows is None or member.output.type.shape[:2] != shapes[0][:2]:
+            return None
+        for value, own in zip(member.inputs, windows, strict=True):
+            if value.name in found:
+                found[value.name] += own
+            elif value in (m.output for m in members) and own != (SAME,):
+                return None
+    return tuple(tuple(dict.fromkeys(found[v.name])) for v in node.body.inputs)
+
+
+SAME = Window(1, 1, 0)
+
+
+def _windows(node: Node) -> tuple[tuple[Window, ...], ...] | None:
+    definition = OPS.get(node.op)
+    if definition is None:
+        return None
+    if definition.rows:
+        windows = definition.rows(*(v.type for v in node.inputs), **node.attrs)
+        return tuple(() if w is None else (w,) for w in windows)
+    if definition.kind != "elementwise":
+        return None
+    shape = node.output.type.shape
+    result = []
+    for value in node.inputs:
+        own = value.type.shape
+        varies = len(own) == 4 and own[1] != 1
+        if varies and own != shape:
+            return None  # only what lies in memory as the result does
+        result.append((SAME,) if varies else ())
+    return tuple(result)
+
+
+def stream_rows(nodes: Sequence[Node], kept: frozenset[str]) -> Stream:
+    """Run the chain once in the mind. ``kept``: values that are needed whole, outside."""
+    return _stream(tuple(_Step.of(node, nodes) for node in nodes), kept)
+
+
+def find_stream(node: Node) -> Stream | None:
+    """How a node runs by rows; None if it does not."""
+    if node.body is None or node.attrs["strategy"] != "rows":
+        return None
+    return stream_rows(node.body.nodes, frozenset(v.name for v in node.body.outputs))
+
+
+def expand_rows(node: Node) -> Iterator[Node]:
+    """The nodes that a region runs by rows, reading what the region reads; another node is its own."""
+    if node.body is None or node.attrs["strategy"] != "rows":
+        yield node
+        return
+    outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True))
+    for member in node.body.nodes:
+        yield replace(member, inputs=tuple(outer.get(v.name, v) for v in member.inputs))
+
+
+@dataclass(frozen=True)
+class _Step:
+    outputs: tuple[tuple[str, int], ...]  # names, bytes of a row
+    height: int
+    reads: tuple[tuple[int, Window, str], ...]  # node, window, name of the value
+
+    @staticmethod
+    def of(node: Node, nodes: Sequence[Node]) -> "_Step":
+        makers = {v.name: i for i, other in enumerate(nodes) for v in other.outputs}
+        windows = find_windows(node)
+        assert windows is not None, f"{node.op} does not go by rows"
+        height = node.output.type.shape[1]
+        reads = [
+            (makers[value.name], window, value.name)
+            for value, own in zip(node.inputs, windows, strict=True)
+            if value.name in makers
+            for window in own
+        ]
+        return _Step(tuple((v.name, row_bytes(v)) for v in node.outputs), height, tuple(reads))
+
+
+def row_bytes(value: Value) -> int:
+    """Bytes of a row. (Rows of bits share bytes: they are kept whole.)"""
+    return value.type.nbytes // value.type.shape[1]
+
+
+@lru_cache(maxsize=4096)
+def _stream(steps: tuple[_Step, ...], kept: frozenset[str]) -> Stream:
+    made = [0] * len(steps)
+    written: list[list[int]] = [[] for _ in steps]  # event that makes row j
+    last: dict[str, list[int]] = {
+        name: [-1] * s.height for s in steps for name, _ in s.outputs
+    }  # event that reads it last
+    demands: list[dict[Demand, None]] = [{} for _ in steps]
+    clock = 0
+
+    def make(k: int) -> None:
+        nonlocal clock
+        row = made[k]
+        for maker, window, _ in steps[k].reads:
+            demand = Demand(maker, window, steps[maker].height)
+            while made[maker] < demand.end(row):
+                demands[k].setdefault(demand)
+                make(maker)
+        for maker, window, name in steps[k].reads:
+            start = max(0, row * window.stride - window.padding)
+            for i in range(start, Demand(maker, window, steps[maker].height).end(row)):
+                last[name][i] = clock
+        written[k].append(clock)
+        made[k] += 1
+        clock += 1
+
+    final = len(steps) - 1
+    for _ in range(steps[final].height):
+        make(final)
+    rest = []
+    for k in reversed(range(final)):
+        if made[k] < steps[k].height and any(name in kept for name, _ in steps[k].outputs):
+            rest.append(k)
+            while made[k] < steps[k].height:
+                make(k)
+    rings, sizes = {}, {}
+    for k, step in enumerate(steps):
+        for name, size in step.outputs:
+            if name not in kept:
+                rings[name], sizes[name] = _ring(written[k], last[name]), size
+    return Stream(tuple(tuple(d) for d in demands), tuple(rest), rings, sizes)
+
+
+def _ring(written: Sequence[int], last: Sequence[int]) -> int:
+    """The most rows from the first that is still read to the one that is written."""
+    most, first = 1, 0
+    for j, event in enumerate(written):
+        while first < j and last[first] < event:
+            first += 1
+        most = max(most, j - first + 1)
+    return most
+
+
+def _align(size: int) -> int:
+    return -(-size // 4) * 4
