@@ -14,7 +14,7 @@ def stream_forward(graph: Graph, floor: int = 0) -> Graph:
     """Put chains of nodes into regions that run by rows, where that lowers the peak: as few nodes as do it.
 
     Comes behind ``reorder``: only neighbours are put together. No row is computed twice, so nothing is computed that
-    was not before, and every number is what it was. floor: bytes that are there anyway, in the arena of another program.
+    was not before, and every number is what it was. floor: bytes that another program needs anyway.
     """
     costs = _Costs(graph)
     end = costs.forward

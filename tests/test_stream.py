@@ -112,7 +112,7 @@ def test_random_networks(seed: int) -> None:
     assert_same_bits(rows, layers)
 
 
-@pytest.mark.parametrize("train", ["last-layer", "last-k:5"])
+@pytest.mark.parametrize("train", ["last-layer", "last-k:3"])
 def test_integers_and_an_emulated_board(train: str, tmp_path: Path) -> None:
     """Saturation masks of what learns are kept whole, bit by bit."""
     model = qdq.quantize(qdq.RECIPES["mcunet"], tmp_path)

@@ -186,7 +186,7 @@ def compile_graphs(
     pipeline.write(gradients, "3-gradients")
     train = verify(attach_sgd(gradients, scheme.optimizer.lr, scheme.quantized.qas, scheme.quantized.rounding))
     roles = {"train": train, "infer": forward, "evaluate": with_loss}
-    programs = []
+    programs: list[Program] = []
     for role, graph in roles.items():
         floor = max((program.plan.lower_bound for program in programs), default=0)
         small = pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}", floor)
