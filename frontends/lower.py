@@ -80,7 +80,9 @@ class Unsupported:
     why: str = ""
 
     def __str__(self) -> str:
-        return f"{self.layer or 'the model itself'}: {self.operator}{self.types}" + (f": {self.why}" if self.why else "")
+        return f"{self.layer or 'the model itself'}: {self.operator}{self.types}" + (
+            f": {self.why}" if self.why else ""
+        )
 
 
 def refuse_unsupported(found: Sequence[Unsupported]) -> None:
