@@ -1,0 +1,66 @@
+"""Quantised models at their corners: what stands behind the last layer, numbers that are not finite, full sums."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import qdq
+import torch
+from torch import Tensor, nn
+
+import tte
+
+SHAPE = (1, 3, 8, 8)
+
+
+class Net(nn.Module):
+    """A convolution, the mean of its channels, a dense layer; ``last`` makes the output."""
+
+    def __init__(self, last: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.fc, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.fc(torch.relu(self.conv(x)).mean((2, 3))))
+
+
+def quantized(last: Callable[[Tensor], Tensor], folder: Path, **options: Any) -> Path:
+    return qdq.quantize(qdq.Recipe(lambda: Net(last), SHAPE, **options), folder)
+
+
+# --- a softmax at the end, and a new head ----------------------------------------------------------------------------
+
+SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda z: z.softmax(1),
+    "reshaped": lambda z: z.softmax(1).reshape(1, 5, 1, 1),
+    "of a picture": lambda z: z.reshape(1, 5, 1, 1).softmax(1).flatten(1),
+}
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("last", SOFTMAXES)
+def test_the_softmax_of_a_quantised_model_is_absorbed(last: str, clip: float | None, tmp_path: Path) -> None:
+    """The loss is the logarithm of the probability that the model itself gives, but for the rounding of that one."""
+    optimizer = {"lr": 0.01, "clip_loss_grad": clip}
+    artifact = tte.compile(
+        quantized(SOFTMAXES[last], tmp_path), update_scheme={"train": "last-layer", "optimizer": optimizer}
+    )
+    assert "qnn.quantize" in {n.op for n in artifact.compiled.forward.nodes[-4:]}
+    board = artifact.host()
+    x = qdq.inputs(qdq.Recipe(qdq.autoencoder, SHAPE), 1)[0][0]
+    p = board.infer(x).reshape(-1)
+    losses = np.asarray([board.evaluate(x, np.int32(c)).loss for c in range(5)])
+    np.testing.assert_allclose(np.exp(-losses), p, rtol=0, atol=0.51 / 256)
+    assert artifact.verify(steps=2)["ok"]
+
+
+@pytest.mark.parametrize("int8_head", [False, True])
+def test_nothing_behind_a_float_head_is_rounded(int8_head: bool, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((16, *SHAPE[1:])).astype(np.float32)
+    made = tte.quantize(Net(SOFTMAXES["softmax"]).eval(), {"x": x}, tmp_path / "m.onnx", int8_head=int8_head)
+    operators = [n.op_type for n in onnx.load(made.output).graph.node]
+    behind = operators[operators.index("Gemm") + 1 :]
+    assert ("QuantizeLinear" in behind) == int8_head and "Softmax" in behind
