@@ -9,6 +9,8 @@ import onnx
 import pytest
 import qdq
 import torch
+from onnx import TensorProto, helper, numpy_helper
+from test_qdq import session
 from torch import Tensor, nn
 
 import tte
@@ -64,3 +66,51 @@ def test_nothing_behind_a_float_head_is_rounded(int8_head: bool, tmp_path: Path)
     operators = [n.op_type for n in onnx.load(made.output).graph.node]
     behind = operators[operators.index("Gemm") + 1 :]
     assert ("QuantizeLinear" in behind) == int8_head and "Softmax" in behind
+
+
+# --- sums of more products than 32 bits hold at the worst ------------------------------------------------------------
+
+
+def dense(inputs: int, bias: int) -> onnx.ModelProto:
+    """x -> dense layer of ``inputs`` -> two numbers, all of it quantised."""
+    rng = np.random.default_rng(0)
+    stored = {
+        "xs": np.float32(0.02), "xz": np.int8(3), "fc.weight": rng.integers(-5, 6, (2, inputs)).astype(np.int8),
+        "ws": np.float32(0.01), "wz": np.int8(0), "fc.bias": np.asarray([1000, bias], np.int32),
+        "bs": np.float32(0.02) * np.float32(0.01), "bz": np.int32(0), "ys": np.float32(0.5), "yz": np.int8(0),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "xs", "xz"], ["d"]),
+        helper.make_node("DequantizeLinear", ["fc.weight", "ws", "wz"], ["wd"]),
+        helper.make_node("DequantizeLinear", ["fc.bias", "bs", "bz"], ["bd"]),
+        helper.make_node("Gemm", ["d", "wd", "bd"], ["y"], transB=1),
+        helper.make_node("QuantizeLinear", ["y", "ys", "yz"], ["r"]),
+        helper.make_node("DequantizeLinear", ["r", "ys", "yz"], ["out"]),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, (1, s)) for n, s in (("x", inputs), ("out", 2))]
+    tensors = [numpy_helper.from_array(np.asarray(v), k) for k, v in stored.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def learn(**rule: Any) -> dict[str, Any]:
+    return {"loss": "mse", "train": [{"layer": "fc", **rule}]}
+
+
+@pytest.mark.parametrize("inputs", [65_000, 66_000])
+def test_what_is_frozen_cannot_reach_further_than_it_does(inputs: int) -> None:
+    model = dense(inputs, -1000)
+    board = tte.compile(model, update_scheme=learn(bias=True)).host()
+    x = np.random.default_rng(1).standard_normal((1, inputs)).astype(np.float32)
+    np.testing.assert_array_equal(board.infer(x[0]).reshape(1, 2), session(model.SerializeToString())(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "bias", "rule"),
+    [(66_000, 0, {"weight": "all"}), (66_000, 0, {"weight": "all", "bias": True}), (60_000, 2**30, {"weight": "all"})],
+)
+def test_sums_that_32_bits_do_not_hold_are_refused(inputs: int, bias: int, rule: Any) -> None:
+    with pytest.raises(tte.TTEError, match="32 bits do not hold") as problem:
+        tte.compile(dense(inputs, bias), update_scheme=learn(**rule))
+    assert (problem.value.code, problem.value.where) == ("TTE-E080", "fc")

@@ -422,11 +422,6 @@ register(Op("qnn.sum_pool2d", _sum_pool2d, _sum_pool2d_ref, _sum_pool2d_grad, ki
 # --- storage of what learns ------------------------------------------------------------------------------------------
 
 
-def reach(w: TensorType) -> int:
-    """The largest sum of |w| |x - z| that int8 operands can give an accumulator: 32 bits must hold it and the bias."""
-    return 255 * 128 * (w.size // w.shape[0])
-
-
 def _round(w: TensorType, *, low: int = LOW, high: int = HIGH, zero_point: int = 0, mask: bool = False) -> Any:
     """clamp(round(w)), halves to even: the integers of a weight that is stored as a float in units of its scale."""
     require(w.dtype == "float32", f"w must be float32, not {w.dtype}")
