@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from tte.errors import TTEError
-from tte.frontends.lower import Imported, Unsupported, Weight, lower, refuse_nonfinite, refuse_unsupported
+from tte.frontends.lower import (
+    Imported,
+    Unsupported,
+    Weight,
+    lower,
+    refuse_nonfinite,
+    refuse_quantization,
+    refuse_unsupported,
+)
 from tte.frontends.relax import GIVEN, import_onnx, translate_errors
 from tte.ir import Graph
 
@@ -448,9 +456,6 @@ def _check_quantization(model: Any) -> None:
     constants = {t.name: t for t in model.graph.initializer}
     grids: dict[str, tuple[float, int]] = {}
 
-    def refuse(what: str, tensor: str, fix: str) -> TTEError:
-        return TTEError("TTE-E080", f"quantisation that tte does not compute: {what}", where=tensor, fix=fix)
-
     for node in model.graph.node:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
@@ -458,7 +463,7 @@ def _check_quantization(model: Any) -> None:
         stored = node.op_type == "DequantizeLinear" and tensor in constants
         given = [name for name in node.input[1:] if name]
         if any(name not in constants for name in given):
-            raise refuse("a scale or zero point that the model computes", tensor, "quantise statically")
+            raise refuse_quantization("a scale or zero point that the model computes", tensor, "quantise statically")
         scale, *zeros = (onnx.numpy_helper.to_array(constants[name]) for name in given)
         types = [zeros[0].dtype] if zeros else []
         kind = constants[tensor].data_type if stored else _attribute(node, "output_dtype", 0)
@@ -466,27 +471,22 @@ def _check_quantization(model: Any) -> None:
         dtype = str(types[0]) if types else "uint8"
         zero = zeros[0] if zeros else np.zeros(1, np.int8)
         if _attribute(node, "block_size", 0):
-            raise refuse("scales per block", tensor, "quantise per channel or per tensor")
+            raise refuse_quantization("scales per block", tensor, "quantise per channel or per tensor")
         if not (np.isfinite(scale) & (scale > 0)).all():
             wrong = scale[~(np.isfinite(scale) & (scale > 0))].reshape(-1)[0]
-            raise refuse(f"the scale {wrong:g}; scales are above 0 and finite", tensor, "calibrate again")
+            raise refuse_quantization(f"the scale {wrong:g}; scales are above 0 and finite", tensor, "calibrate again")
         if stored:
-            if dtype not in ("int8", "int32"):
-                raise refuse(f"weights of {dtype}", tensor, "quantise weights to int8, biases to int32")
-            if zero.any():
-                what = f"asymmetric weights, with zero point {zero.reshape(-1)[np.flatnonzero(zero)[0]]}"
-                raise refuse(what, tensor, "quantise weights symmetrically, with zero point 0")
             continue
         if dtype not in ("int8", "uint8"):
-            raise refuse(f"activations of {dtype}", tensor, "quantise activations to int8 or uint8")
+            raise refuse_quantization(f"activations of {dtype}", tensor, "quantise activations to int8 or uint8")
         if scale.size > 1 or zero.size > 1:
-            raise refuse("activations with a scale per channel", tensor, "quantise activations per tensor")
+            raise refuse_quantization("activations with a scale per channel", tensor, "quantise activations per tensor")
         grid = (float(scale.item()), int(zero.item()))
         if node.op_type == "QuantizeLinear":
             grids[node.output[0]] = grid
         elif grids.get(tensor, grid) != grid:
             what = f"quantised with scale and zero point {grids[tensor]}, but dequantised with {grid}"
-            raise refuse(what, tensor, "export the model again")
+            raise refuse_quantization(what, tensor, "export the model again")
 
 
 def _scales(node: Any, constants: Any) -> Any:

@@ -65,7 +65,11 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_networks_agree_with_onnxruntime(name: str, quantized: Any) -> None:
     model = quantized(name)
     graph, run = integers(model), session(model)
-    allowed = {"pools": {"nn.avg_pool2d"}, "swish": {"nn.hard_swish", "sigmoid", "multiply", "nn.leaky_relu", "mean"}}
+    allowed = {
+        "pools": {"nn.avg_pool2d"},
+        "swish": {"nn.hard_swish", "sigmoid", "multiply", "nn.leaky_relu", "mean"},
+        "numbers": {"multiply", "add", "mean"},
+    }
     assert float_operators(graph) == allowed.get(name.removesuffix("-uint8"), set())
     for x in qdq.inputs(qdq.RECIPES[name], 100):
         np.testing.assert_array_equal(evaluate(graph, [x]).outputs[0], run(x)[0])
@@ -85,6 +89,13 @@ def test_what_a_float_head_reads_agrees_with_onnxruntime(quantized: Any, tmp_pat
         ours, theirs = evaluate(graph, [x]).outputs, run(x)
         np.testing.assert_array_equal(ours[1], theirs[1])
         np.testing.assert_allclose(ours[0], theirs[0], rtol=0, atol=1e-6 * np.abs(theirs[0]).max())
+
+
+def test_constants_that_no_layer_reads_are_numbers(quantized: Any) -> None:
+    """They have zero points as activations have, and do not learn; weights beside them do."""
+    artifact = tte.compile(quantized("numbers"), update_scheme="full")
+    learned = {p.origin.name for p in artifact.compiled.forward.params if p.origin}
+    assert len(learned) == 5 and not learned & {"gain_quantized", "offset_quantized", "dense.bias_quantized"}
 
 
 @x86
