@@ -14,7 +14,10 @@ from test_qdq import session
 from torch import Tensor, nn
 
 import tte
+from tte.ir import evaluate
+from tte.runner.board import STATUS
 
+NONFINITE = STATUS.index("NONFINITE")
 SHAPE = (1, 3, 8, 8)
 
 
@@ -66,6 +69,48 @@ def test_nothing_behind_a_float_head_is_rounded(int8_head: bool, tmp_path: Path)
     operators = [n.op_type for n in onnx.load(made.output).graph.node]
     behind = operators[operators.index("Gemm") + 1 :]
     assert ("QuantizeLinear" in behind) == int8_head and "Softmax" in behind
+
+
+# --- NaN -------------------------------------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """Float operators between quantised ones, and one that looks away from half of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.hardswish(self.conv(torch.relu(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+NETWORKS = {"plain": lambda: Net(lambda z: z), "gated": Gated}
+
+
+@pytest.mark.parametrize("storage", ["int8_sr", "fp32"])
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("excluded", [(), ("Conv",)], ids=["all", "float convolution"])
+def test_nan_is_found_before_anything_is_written(name: str, storage: str, excluded: Any, tmp_path: Path) -> None:
+    model = qdq.quantize(qdq.Recipe(NETWORKS[name], SHAPE, excluded=excluded), tmp_path)
+    scheme = {"train": "full", "optimizer": {"lr": 0.01}, "quantized": {"weight_storage": storage}}
+    artifact = tte.compile(model, update_scheme=scheme)
+    board = artifact.host()
+    good = np.random.default_rng(0).standard_normal(SHAPE[1:]).astype(np.float32)
+    before, blob = board.evaluate(good, np.int32(1)), board.save_state()
+    for position in (0, 77, good.size - 1):
+        bad = good.copy()
+        bad.reshape(-1)[position] = np.nan
+        for step in (board.evaluate, board.train_step):
+            assert step(bad, np.int32(1)).status == NONFINITE
+        assert board.save_state() == blob
+        graph = artifact.compiled.forward
+        np.testing.assert_array_equal(
+            board.infer(bad).reshape(-1), evaluate(graph, [bad.reshape(graph.inputs[0].type.shape)]).outputs[0][0]
+        )
+    assert board.evaluate(good, np.int32(1)) == before
+    assert board.train_step(good, np.int32(1)).status == 0
 
 
 # --- sums of more products than 32 bits hold at the worst ------------------------------------------------------------
