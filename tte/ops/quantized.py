@@ -22,7 +22,7 @@ INT32 = np.dtype(np.int32)
 
 
 def _limits(low: int, high: int, zero_point: int, scale: float) -> None:
-    require(LOW <= low < high <= HIGH, f"limits {low} and {high} are not inside of int8")
+    require(LOW <= low <= high <= HIGH, f"limits {low} and {high} are not inside of int8")
     require(LOW <= zero_point <= HIGH, f"the zero point {zero_point} is outside of int8")
     require(0 < scale < float("inf"), f"the scale must be positive and finite, not {scale}")
 
