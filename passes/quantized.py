@@ -313,7 +313,7 @@ class _State:
             return False
         if bias.origin is None or bias.origin.quantized is None:
             return True
-        return np.allclose(_channel_grid(bias), scales, rtol=1e-5)
+        return np.allclose(_channel_grid(bias), scales, rtol=1e-5, atol=0)
 
     def bias(self, value: Value, scales: np.ndarray, limit: int, step: float) -> Value:
         """The bias as int32 in units of the accumulators, whose sums have room beside it up to ``limit``.

@@ -10,7 +10,7 @@ import pytest
 import qdq
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from test_qdq import session
+from test_qdq import conv_model, session
 from torch import Tensor, nn
 
 import tte
@@ -111,6 +111,56 @@ def test_nan_is_found_before_anything_is_written(name: str, storage: str, exclud
         )
     assert board.evaluate(good, np.int32(1)) == before
     assert board.train_step(good, np.int32(1)).status == 0
+
+
+# --- limits that meet ------------------------------------------------------------------------------------------------
+
+MEETING: dict[str, tuple[str, list[float], int]] = {
+    "relu above the grid": ("Relu", [], 127),
+    "clip between two integers": ("Clip", [0.0, 0.01], -4),
+    "clip below the grid": ("Clip", [-3.0, 0.0], -128),
+    "clip above the grid": ("Clip", [3.0, 9.0], 127),
+}
+
+
+@pytest.mark.parametrize("mode", ["fixed", "float", "tflite"])
+@pytest.mark.parametrize("case", MEETING)
+def test_limits_that_meet_on_one_integer_are_constants(case: str, mode: str) -> None:
+    op, limits, zero = MEETING[case]
+    model = conv_model(y_zero=np.int8(zero), z_zero=np.int8(zero))
+    nodes = list(model.graph.node)
+    conv = next(n for n in nodes if n.op_type == "Conv")
+    conv.output[0] = "c"
+    names = [f"limit{i}" for i in range(len(limits))]
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.float32(v), n) for n, v in zip(names, limits, strict=True)
+    )
+    del model.graph.node[:]
+    at = nodes.index(conv) + 1
+    model.graph.node.extend([*nodes[:at], helper.make_node(op, ["c", *names], ["y"]), *nodes[at:]])
+    scheme = {"loss": "mse", "train": [{"layer": "conv", "weight": "all"}], "quantized": {"requantize": mode}}
+    board = tte.compile(model, update_scheme=scheme).host()
+    x = np.random.default_rng(0).standard_normal((1, 2, 5, 5)).astype(np.float32)
+    theirs = session(model.SerializeToString())(x)[0]
+    np.testing.assert_array_equal(board.infer(x[0]).reshape(theirs.shape), theirs)
+    assert board.train_step(x[0], np.ones(theirs.shape[1:], np.float32)).status == 0
+
+
+@pytest.mark.parametrize("factor", [1.0, 8.0])
+def test_biases_in_small_units_are_not_taken_for_others(factor: float) -> None:
+    """s_x s_w is 1e-9 here: a unit of another layer's is as near to it as zero is."""
+    bias = np.asarray([100_000, -90_000, 50_000, -20_000], np.int32)
+    small = {"x_scale": 1e-4, "y_scale": 1e-5, "z_scale": 1e-5}
+    model = conv_model(
+        w_scale=np.full(4, 1e-5, np.float32), b_scale=np.full(4, factor * 1e-9, np.float32),
+        **{k: np.float32(v) for k, v in small.items()}, **{"conv.bias": bias},
+    )  # fmt: skip
+    scheme = {"loss": "mse", "train": [{"layer": "conv", "bias": True}]}
+    artifact = tte.compile(model, update_scheme=scheme)
+    assert bool(artifact.compiled.notes) == (factor != 1.0)
+    x = np.random.default_rng(0).standard_normal((1, 2, 5, 5)).astype(np.float32) * np.float32(1e-2)
+    theirs = session(model.SerializeToString())(x)[0]
+    np.testing.assert_allclose(artifact.host().infer(x[0]).reshape(theirs.shape), theirs, rtol=0, atol=1.01e-5)
 
 
 # --- sums of more products than 32 bits hold at the worst ------------------------------------------------------------
