@@ -270,6 +270,16 @@ REFUSED = {
     "scale that is NaN": ({"w_scale": np.asarray([1, np.nan, 1, 1], F)}, "conv.weight", "the scale nan"),
     "infinite scale": ({"b_scale": np.asarray([1, 1, np.inf, 1], F)}, "conv.bias", "the scale inf"),
     "pairs that disagree": ({"z_scale": F(0.1)}, "y_q", "dequantised with"),
+    "input not quantised": ({"without": ("x_q",)}, "x", "DequantizeLinear of what is float32"),
+    "input not dequantised": ({"without": ("x_d",)}, "x_q", "Conv of what is int8, without DequantizeLinear"),
+    "weights not dequantised": ({"without": ("w_d",)}, "conv.weight", "Conv of what is int8"),
+    "biases not dequantised": ({"without": ("b_d",)}, "conv.bias", "Conv of what is int32"),
+    "result not quantised": ({"without": ("y_q",)}, "y", "DequantizeLinear of what is float32"),
+    "result not dequantised": ({"without": ("out",)}, "y_q", "the model's output is int8"),
+    "a scale too few": ({"w_scale": np.full(3, 0.01, F)}, "conv.weight", "3 scales for 4 channels, which are axis 0"),
+    "no scale": ({"w_scale": np.zeros(0, F)}, "conv.weight", "0 scales for 4 channels"),
+    "no scale of activations": ({"x_scale": np.zeros(0, F)}, "x", "0 scales, but 1 zero points"),
+    "a zero point too few": ({"w_zero": np.zeros(3, np.int8)}, "conv.weight", "4 scales, but 3 zero points"),
 }
 
 
