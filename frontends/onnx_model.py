@@ -48,7 +48,9 @@ FOLDED = frozenset(
 FOLD_LIMIT = 4096
 # Of these, activations, weights and biases are made; what else has an int32 is a setting.
 INTEGERS = {"int8", "uint8", "int16", "uint16", "int32"}
-MOVES = frozenset("Reshape Flatten Transpose Concat Split Slice Gather Squeeze Unsqueeze Identity MaxPool".split())
+MOVES = frozenset(
+    "Reshape Flatten Transpose Concat Split Slice Gather Squeeze Unsqueeze Expand Pad Identity MaxPool".split()
+)
 NOTHING: Mapping[str, str] = {}
 AXES, MAX_RANK = {"axis", "axes", "batch_dims", "perm", "start"}, 16  # attributes that name dimensions
 CONTROL_FLOW = {"If", "Loop", "Scan"}
