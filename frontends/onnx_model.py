@@ -421,11 +421,16 @@ def _resolve_padding(model: Any) -> None:
 
 
 def _unsupported(model: Any) -> list[Unsupported]:
+    """Operators that tte does not have. Raises TTEError TTE-E080 where a model is quantised in another form."""
     import onnx
 
     types = {v.name: v for v in (*model.graph.input, *model.graph.value_info)}
     constants = {t.name: t for t in model.graph.initializer}
     found = []
+    if integer := sorted({n.op_type for n in model.graph.node if re.match(r"QLinear|QGemm|\w+Integer$", n.op_type)}):
+        what = f"operators on integers: {', '.join(integer)}"
+        fix = "quantise the float model statically, as pairs: QuantFormat.QDQ of onnxruntime, or `tte quantize`"
+        raise refuse_quantization(what, model.graph.name or "ONNX model", fix)
 
     def describe(name: str) -> str:
         if name in constants:

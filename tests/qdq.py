@@ -200,8 +200,8 @@ def export(recipe: Recipe, path: Path) -> None:
     torch.onnx.export(model, (torch.zeros(recipe.shape),), str(path), dynamo=False, opset_version=17)
 
 
-def quantize(recipe: Recipe, folder: Path) -> Path:
-    """The network as onnxruntime quantises it."""
+def quantize(recipe: Recipe, folder: Path, form: Any = None) -> Path:
+    """The network as onnxruntime quantises it; form: its QuantFormat, pairs by default."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -220,7 +220,7 @@ def quantize(recipe: Recipe, folder: Path) -> Path:
         given,
         result,
         Reader(),
-        quant_format=QuantFormat.QDQ,
+        quant_format=form or QuantFormat.QDQ,
         per_channel=recipe.per_channel,
         activation_type=QuantType.QUInt8 if recipe.unsigned else QuantType.QInt8,
         weight_type=QuantType.QInt8,

@@ -91,6 +91,20 @@ def test_what_a_float_head_reads_agrees_with_onnxruntime(quantized: Any, tmp_pat
         np.testing.assert_allclose(ours[0], theirs[0], rtol=0, atol=1e-6 * np.abs(theirs[0]).max())
 
 
+@pytest.mark.parametrize("form", ["static", "dynamic"])
+def test_operators_on_integers_are_refused_with_the_form_that_is_not(form: str, tmp_path: Path) -> None:
+    from onnxruntime.quantization import QuantFormat, quantize_dynamic
+
+    if form == "static":
+        model = qdq.quantize(qdq.RECIPES["autoencoder"], tmp_path, QuantFormat.QOperator)
+    else:
+        qdq.export(qdq.RECIPES["autoencoder"], tmp_path / "float.onnx")
+        quantize_dynamic(tmp_path / "float.onnx", model := tmp_path / "int8.onnx")
+    with pytest.raises(tte.TTEError, match="operators on integers: (QGemm|MatMulInteger)") as problem:
+        tte.analyze(model)
+    assert problem.value.code == "TTE-E080" and "QuantFormat.QDQ" in str(problem.value.fix)
+
+
 def test_constants_that_no_layer_reads_are_numbers(quantized: Any) -> None:
     """They have zero points as activations have, and do not learn; weights beside them do."""
     artifact = tte.compile(quantized("numbers"), update_scheme="full")
