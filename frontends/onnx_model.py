@@ -333,6 +333,9 @@ def _fold_once(model: Any, weights: set[str]) -> bool:
             del node.input[1:]
             left.append(node)
             continue
+        elif node.op_type == "QuantizeLinear" and all(i in known for i in inputs):
+            refuse_nonfinite(value(inputs[0]), inputs[0])  # float weights in front of their pair
+            result = np.asarray(ReferenceEvaluator(node).run(None, {i: value(i) for i in inputs})[0])
         elif node.op_type == "Constant":
             result = np.asarray(ReferenceEvaluator(node).run(None, {})[0])
         elif (

@@ -1,6 +1,7 @@
 """Quantised models: the arithmetic of onnxruntime bit for bit, exact rounding without floats, refusals."""
 
 import platform
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,19 @@ def test_what_a_float_head_reads_agrees_with_onnxruntime(quantized: Any, tmp_pat
         ours, theirs = evaluate(graph, [x]).outputs, run(x)
         np.testing.assert_array_equal(ours[1], theirs[1])
         np.testing.assert_allclose(ours[0], theirs[0], rtol=0, atol=1e-6 * np.abs(theirs[0]).max())
+
+
+@x86
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_float_weights_behind_a_pair_are_integers(per_channel: bool, tmp_path: Path) -> None:
+    """onnxruntime's AddQDQPairToWeight."""
+    options = {"AddQDQPairToWeight": True}
+    recipe = replace(qdq.RECIPES["ds-cnn"], per_channel=per_channel, options=options)
+    model = qdq.quantize(recipe, tmp_path)
+    graph, run = integers(model), session(model)
+    assert float_operators(graph) == set()
+    for x in qdq.inputs(recipe, 20):
+        np.testing.assert_array_equal(evaluate(graph, [x]).outputs[0], run(x)[0])
 
 
 @pytest.mark.parametrize("form", ["static", "dynamic"])
