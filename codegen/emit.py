@@ -17,6 +17,9 @@ from tte.ir import OPS, Const, Graph, Node, Param, TensorType, Value
 from tte.ir.rows import expand_rows
 from tte.ops.quantized import add_terms, tflite_terms
 
+# What makes integers of floats: a NaN would not reach the loss.
+NAN_ENDS = ("qnn_quantize", "qnn_round")
+
 HERE = Path(__file__).parent
 RUNTIME = HERE.parent / "runtime_c"
 
@@ -77,7 +80,7 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     context = {
         "api": interface,
         "programs": bodies,
-        "functions": _functions(environment, kernels),
+        **_functions(environment, kernels),
         "weights": [_array(names[c.name], c) for c in constants if names[c.name] in used] + slots,
         "state": layout,
         "slots": slots,
@@ -329,7 +332,7 @@ def _description(interface: Interface, layout: StateLayout, programs: Sequence[P
 def emit_kernels(kernels: Mapping[Kernel, str], prefix: str) -> dict[str, str]:
     """Only the kernels, under the given names: file name -> text, all for one folder."""
     environment = _environment(prefix)
-    context = {"functions": _functions(environment, kernels)}
+    context = _functions(environment, kernels)
     files = {
         path.format(m=prefix): environment.get_template(template).render(context)
         for template, path in FILES.items()
@@ -338,14 +341,14 @@ def emit_kernels(kernels: Mapping[Kernel, str], prefix: str) -> dict[str, str]:
     return {Path(path).name: text for path, text in files.items()}
 
 
-def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -> list[dict[str, Any]]:
-    """What the templates print of each kernel: its name, arguments and body."""
+def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -> dict[str, Any]:
+    """What the templates print of each kernel: its name, arguments and body; and whether any looks for NaN."""
     result = []
     for kernel, name in kernels.items():
         function = {"name": name, "template": kernel.template} | kernel.arguments()
         function["parts"] = [kernels[part] for part in kernel.parts]
         result.append(function | {"body": _kernel_body(environment, function)})
-    return result
+    return {"functions": result, "finds_nan": any(s["op"] in NAN_ENDS for f in result for s in f["tail"])}
 
 
 def _math(prefix: str) -> dict[str, str]:
@@ -378,7 +381,7 @@ def _environment(prefix: str) -> jinja2.Environment:
         "index_type": _index_type,
         "json": lambda v: json.dumps(v, indent=2),
     }
-    environment.globals |= {"p": prefix, "P": prefix.upper(), "ctypes": CTYPES}
+    environment.globals |= {"p": prefix, "P": prefix.upper(), "ctypes": CTYPES, "nan_ends": NAN_ENDS}
     return environment
 
 

@@ -18,6 +18,8 @@ from tte.ir import Builder, Const, Graph, InvalidType, Node, Origin, TensorType,
 NHWC, NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 # Names in the IR that users' tensors must not take.
 RESERVED = {"x", "target", "lr"}
+LAYERS = {"nn.conv1d", "nn.conv2d", "nn.conv1d_transpose", "nn.conv2d_transpose", "matmul"}
+MOVES = {"dequantize", "permute_dims", "reshape", "flatten", "squeeze", "expand_dims"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class Unsupported:
     why: str = ""
 
     def __str__(self) -> str:
-        return f"{self.layer or 'model'}: {self.operator}{self.types}" + (f": {self.why}" if self.why else "")
+        return f"{self.layer or 'the model itself'}: {self.operator}{self.types}" + (
+            f": {self.why}" if self.why else ""
+        )
 
 
 def refuse_unsupported(found: Sequence[Unsupported]) -> None:
@@ -108,11 +112,16 @@ def refuse_nonfinite(array: np.ndarray, name: str) -> None:
         )
 
 
+def refuse_quantization(what: str, tensor: str, fix: str) -> TTEError:
+    return TTEError("TTE-E080", f"quantisation that tte does not compute: {what}", where=tensor, fix=fix)
+
+
 @dataclass
 class Lowering:
-    """The state of one translation: Relax variables and what they became."""
+    """The state of one translation: Relax variables and what they became; ``operands``: what layers read."""
 
     imported: Imported
+    operands: set[str]
     builder: Builder = field(default_factory=Builder)
     env: dict[str, Any] = field(default_factory=dict)
     producer: dict[str, Node] = field(default_factory=dict)
@@ -163,21 +172,32 @@ class Lowering:
             self.builder.const(data, name, Origin(weight.name, data.shape, index))
         return self.builder.consts[name]
 
-    def quantized_weight(self, variable: str, call: Any) -> Const:
-        """The reals that the user's integers stand for; the origin keeps the integers for ``lower_qdq``."""
+    def quantized_weight(self, variable: str, call: Any, layer: bool) -> Const:
+        """The reals that the user's integers stand for; the origin keeps the integers for ``lower_qdq``.
+
+        layer: a convolution or matrix product reads it. What none reads is quantised as activations are, with any zero
+        point: a number that does not learn.
+        """
         weight = self.imported.weights[variable]
         name = constant_name(weight.name)
         if name in self.builder.consts:
             return self.builder.consts[name]
         scale, zero = (_constant(self, a) for a in call.args[1:3])
         integers = np.asarray(weight.data, order="C")
-        require(integers.dtype in (np.int8, np.int32), f"weights of {integers.dtype}; only int8, biases int32")
-        require(not zero.any(), "asymmetric weights; quantise weights with zero point 0")
         require(bool((np.isfinite(scale) & (scale > 0)).all()), "a scale that is zero, negative or not finite")
         shape = [1] * integers.ndim
         if scale.size > 1:
             shape[int(call.attrs.axis) % max(1, integers.ndim)] = scale.size
         full = np.broadcast_to(scale.astype(np.float64).reshape(shape), integers.shape)
+        if not layer and integers.dtype != np.int32:
+            zeros = zero.astype(np.int64).reshape(shape if zero.size > 1 else ())
+            return self.builder.const(((integers - zeros) * full).astype(np.float32))
+        if integers.dtype not in (np.int8, np.int32):
+            fix = "quantise weights to int8, biases to int32"
+            raise refuse_quantization(f"weights of {integers.dtype}", weight.name, fix)
+        if zero.any():
+            what = f"asymmetric weights, with zero point {zero[zero != 0][0]}"
+            raise refuse_quantization(what, weight.name, "quantise weights symmetrically, with zero point 0")
         index = np.arange(integers.size, dtype=np.int64).reshape(integers.shape)
         origin = Origin(weight.name, integers.shape, index, np.array(full), integers.reshape(-1))
         return self.builder.const((integers * full).astype(np.float32), name, origin)
@@ -212,17 +232,17 @@ def lower(imported: Imported, name: str) -> Graph:
     Raises TTEError TTE-E024, listing every operator that is not in the table at once.
     """
     function = imported.function
-    state = Lowering(imported)
+    bindings = [b for block in function.body.blocks for b in block.bindings]
+    state = Lowering(imported, _operands(bindings))
     given = next(p for p in function.params if p.name == imported.input)
     source = Value("x", tensor_type_of(given.ty))
     state.env[given.name] = source
-    bindings = [b for block in function.body.blocks for b in block.bindings]
     layers = _layers(bindings, imported.layers)
     problems: list[Unsupported] = []
     for binding, layer in zip(bindings, layers, strict=True):
         state.layer = clean_layer(layer)
         variable, value = binding.var, binding.value
-        operator = value.op.name if type(value).__name__ == "Call" and hasattr(value.op, "name") else None
+        operator = _operator(value)
         try:
             if operator is None:
                 state.env[variable.name] = state.operand(value)
@@ -254,6 +274,20 @@ def lower(imported: Imported, name: str) -> Graph:
         raise TTEError("TTE-E023", what, where="model", fix="export the model that computes something")
     graph = Graph(name, inputs=(source,), consts=tuple(state.builder.consts.values()), outputs=(outputs[0],))
     return rewrite(graph, state.builder.nodes)
+
+
+def _operator(value: Any) -> str | None:
+    return value.op.name if type(value).__name__ == "Call" and hasattr(value.op, "name") else None
+
+
+def _operands(bindings: Sequence[Any]) -> set[str]:
+    """The variables that convolutions and matrix products read, moved or dequantised on the way perhaps."""
+    found: set[str] = set()
+    for binding in reversed(bindings):
+        operator = (_operator(binding.value) or "").removeprefix("relax.")
+        if operator in LAYERS or (binding.var.name in found and operator in MOVES):
+            found |= {argument.name for argument in binding.value.args if hasattr(argument, "name")}
+    return found
 
 
 def _layers(bindings: Sequence[Any], known: Mapping[str, str]) -> list[str]:
@@ -469,7 +503,7 @@ def _quantize(state: Lowering, call: Any) -> Value:
 def _dequantize(state: Lowering, call: Any) -> Value:
     source = call.args[0]
     if type(source).__name__ in ("Var", "DataflowVar") and source.name in state.imported.weights:
-        return state.quantized_weight(source.name, call)
+        return state.quantized_weight(source.name, call, source.name in state.operands)
     scale, zero_point = _grid(state, call)
     return state.call("qnn.dequantize", state.value(source), scale=scale, zero_point=zero_point)
 

@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from tte.errors import TTEError
-from tte.frontends.lower import Imported, Unsupported, Weight, lower, refuse_nonfinite, refuse_unsupported
+from tte.frontends.lower import (
+    Imported,
+    Unsupported,
+    Weight,
+    lower,
+    refuse_nonfinite,
+    refuse_quantization,
+    refuse_unsupported,
+)
 from tte.frontends.relax import GIVEN, import_onnx, translate_errors
 from tte.ir import Graph
 
@@ -38,6 +46,11 @@ FOLDED = frozenset(
     """.split()
 )
 FOLD_LIMIT = 4096
+# Of these, activations, weights and biases are made; what else has an int32 is a setting.
+INTEGERS = {"int8", "uint8", "int16", "uint16", "int32"}
+MOVES = frozenset(
+    "Reshape Flatten Transpose Concat Split Slice Gather Squeeze Unsqueeze Expand Pad Identity MaxPool".split()
+)
 NOTHING: Mapping[str, str] = {}
 AXES, MAX_RANK = {"axis", "axes", "batch_dims", "perm", "start"}, 16  # attributes that name dimensions
 CONTROL_FLOW = {"If", "Loop", "Scan"}
@@ -295,8 +308,7 @@ def _fold_once(model: Any, weights: set[str]) -> bool:
     graph = model.graph
     shapes = _shapes(model)
     known = {t.name: t for t in graph.initializer}
-    kinds = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
-    kinds |= {t.name: t.data_type for t in graph.initializer}
+    kinds = _kinds(model)
     arrays: dict[str, np.ndarray] = {}
 
     def value(name: str) -> np.ndarray:
@@ -321,6 +333,9 @@ def _fold_once(model: Any, weights: set[str]) -> bool:
             del node.input[1:]
             left.append(node)
             continue
+        elif node.op_type == "QuantizeLinear" and all(i in known for i in inputs):
+            refuse_nonfinite(value(inputs[0]), inputs[0])  # float weights in front of their pair
+            result = np.asarray(ReferenceEvaluator(node).run(None, {i: value(i) for i in inputs})[0])
         elif node.op_type == "Constant":
             result = np.asarray(ReferenceEvaluator(node).run(None, {})[0])
         elif (
@@ -345,13 +360,20 @@ def _fold_once(model: Any, weights: set[str]) -> bool:
     return folded
 
 
+def _kinds(model: Any) -> dict[str, int]:
+    """The ONNX element types that are known, by tensor."""
+    graph = model.graph
+    kinds = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    return kinds | {t.name: t.data_type for t in graph.initializer}
+
+
 def _infer_shapes(model: Any) -> None:
-    """Shapes of everything, from the input's alone: what the file says may be for another batch."""
+    """Types of everything, from the input's alone: what the file says may be for another batch."""
     import onnx
 
     del model.graph.value_info[:]
     for value in model.graph.output:
-        value.type.tensor_type.ClearField("shape")
+        value.ClearField("type")
     try:
         model.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True))
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as problem:
@@ -402,11 +424,16 @@ def _resolve_padding(model: Any) -> None:
 
 
 def _unsupported(model: Any) -> list[Unsupported]:
+    """Operators that tte does not have. Raises TTEError TTE-E080 where a model is quantised in another form."""
     import onnx
 
     types = {v.name: v for v in (*model.graph.input, *model.graph.value_info)}
     constants = {t.name: t for t in model.graph.initializer}
     found = []
+    if integer := sorted({n.op_type for n in model.graph.node if re.match(r"QLinear|QGemm|\w+Integer$", n.op_type)}):
+        what = f"operators on integers: {', '.join(integer)}"
+        fix = "quantise the float model statically, as pairs: QuantFormat.QDQ of onnxruntime, or `tte quantize`"
+        raise refuse_quantization(what, model.graph.name or "ONNX model", fix)
 
     def describe(name: str) -> str:
         if name in constants:
@@ -442,51 +469,70 @@ def _unsupported(model: Any) -> list[Unsupported]:
 
 
 def _check_quantization(model: Any) -> None:
-    """What tte asks of the scales and zero points of a quantised model. Raises TTEError TTE-E080, naming the tensor."""
+    """Pairs, scales and zero points of a quantised model. Raises TTEError TTE-E080, naming the tensor."""
     import onnx
 
     constants = {t.name: t for t in model.graph.initializer}
+    kinds = {name: onnx.TensorProto.DataType.Name(kind).lower() for name, kind in _kinds(model).items()}
     grids: dict[str, tuple[float, int]] = {}
-
-    def refuse(what: str, tensor: str, fix: str) -> TTEError:
-        return TTEError("TTE-E080", f"quantisation that tte does not compute: {what}", where=tensor, fix=fix)
-
+    pair = "quantise again: integers lie between QuantizeLinear and DequantizeLinear"
     for node in model.graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        tensor = node.input[0]
-        stored = node.op_type == "DequantizeLinear" and tensor in constants
-        given = [name for name in node.input[1:] if name]
-        if any(name not in constants for name in given):
-            raise refuse("a scale or zero point that the model computes", tensor, "quantise statically")
-        scale, *zeros = (onnx.numpy_helper.to_array(constants[name]) for name in given)
-        types = [zeros[0].dtype] if zeros else []
-        kind = constants[tensor].data_type if stored else _attribute(node, "output_dtype", 0)
-        types += [onnx.helper.tensor_dtype_to_np_dtype(kind)] if kind else []
-        dtype = str(types[0]) if types else "uint8"
-        zero = zeros[0] if zeros else np.zeros(1, np.int8)
-        if _attribute(node, "block_size", 0):
-            raise refuse("scales per block", tensor, "quantise per channel or per tensor")
-        if not (np.isfinite(scale) & (scale > 0)).all():
-            wrong = scale[~(np.isfinite(scale) & (scale > 0))].reshape(-1)[0]
-            raise refuse(f"the scale {wrong:g}; scales are above 0 and finite", tensor, "calibrate again")
-        if stored:
-            if dtype not in ("int8", "int32"):
-                raise refuse(f"weights of {dtype}", tensor, "quantise weights to int8, biases to int32")
-            if zero.any():
-                what = f"asymmetric weights, with zero point {zero.reshape(-1)[np.flatnonzero(zero)[0]]}"
-                raise refuse(what, tensor, "quantise weights symmetrically, with zero point 0")
-            continue
-        if dtype not in ("int8", "uint8"):
-            raise refuse(f"activations of {dtype}", tensor, "quantise activations to int8 or uint8")
-        if scale.size > 1 or zero.size > 1:
-            raise refuse("activations with a scale per channel", tensor, "quantise activations per tensor")
-        grid = (float(scale.item()), int(zero.item()))
-        if node.op_type == "QuantizeLinear":
-            grids[node.output[0]] = grid
-        elif grids.get(tensor, grid) != grid:
-            what = f"quantised with scale and zero point {grids[tensor]}, but dequantised with {grid}"
-            raise refuse(what, tensor, "export the model again")
+        dequantizes = node.op_type == "DequantizeLinear"
+        for tensor in node.input[: SETTINGS.get(node.op_type)]:
+            if dequantizes and kinds.get(tensor) == "float":
+                raise refuse_quantization("DequantizeLinear of what is float32", tensor, pair)
+            if kinds.get(tensor) in INTEGERS and not dequantizes and node.op_type not in MOVES:
+                what = f"{node.op_type} of what is {kinds[tensor]}, without DequantizeLinear"
+                raise refuse_quantization(what, tensor, pair)
+        if dequantizes or node.op_type == "QuantizeLinear":
+            _check_grid(node, constants, grids)
+    for output in model.graph.output:
+        if kinds.get(output.name) in INTEGERS:
+            what = f"the model's output is {kinds[output.name]}, without DequantizeLinear"
+            raise refuse_quantization(what, output.name, pair)
+
+
+def _check_grid(node: Any, constants: Mapping[str, Any], grids: dict[str, tuple[float, int]]) -> None:
+    """Scale and zero point of one node; ``grids``: those of activations that were quantised before."""
+    import onnx
+
+    tensor = node.input[0]
+    stored = node.op_type == "DequantizeLinear" and tensor in constants
+    given = [name for name in node.input[1:] if name]
+    if any(name not in constants for name in given):
+        raise refuse_quantization("a scale or zero point that the model computes", tensor, "quantise statically")
+    scale, *zeros = (onnx.numpy_helper.to_array(constants[name]) for name in given)
+    types = [zeros[0].dtype] if zeros else []
+    kind = constants[tensor].data_type if stored else _attribute(node, "output_dtype", 0)
+    types += [onnx.helper.tensor_dtype_to_np_dtype(kind)] if kind else []
+    dtype = str(types[0]) if types else "uint8"
+    zero = zeros[0] if zeros else np.zeros(scale.shape, np.int8)
+    if _attribute(node, "block_size", 0):
+        raise refuse_quantization("scales per block", tensor, "quantise per channel or per tensor")
+    if not (np.isfinite(scale) & (scale > 0)).all():
+        wrong = scale[~(np.isfinite(scale) & (scale > 0))].reshape(-1)[0]
+        raise refuse_quantization(f"the scale {wrong:g}; scales are above 0 and finite", tensor, "calibrate again")
+    axis = _attribute(node, "axis", 1)
+    channels = dict(enumerate(constants[tensor].dims)) if stored else {}
+    channels |= {d - len(channels): n for d, n in channels.items()}
+    if stored and scale.size != 1 and scale.shape != (channels.get(axis),):
+        what = f"{scale.size} scales for {channels.get(axis, 'no')} channels, which are axis {axis}"
+        raise refuse_quantization(what, tensor, "give every channel one scale")
+    if zero.size != scale.size:
+        what = f"{scale.size} scales, but {zero.size} zero points"
+        raise refuse_quantization(what, tensor, "give every scale one zero point")
+    if stored:
+        return
+    if dtype not in ("int8", "uint8"):
+        raise refuse_quantization(f"activations of {dtype}", tensor, "quantise activations to int8 or uint8")
+    if scale.size != 1:
+        raise refuse_quantization("activations with a scale per channel", tensor, "quantise activations per tensor")
+    grid = (float(scale.item()), int(zero.item()))
+    if node.op_type == "QuantizeLinear":
+        grids[node.output[0]] = grid
+    elif grids.get(tensor, grid) != grid:
+        what = f"quantised with scale and zero point {grids[tensor]}, but dequantised with {grid}"
+        raise refuse_quantization(what, tensor, "export the model again")
 
 
 def _scales(node: Any, constants: Any) -> Any:

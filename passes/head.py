@@ -1,5 +1,7 @@
 """Gives a model a new last layer with another number of outputs."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from tte.document import suggest
@@ -16,7 +18,8 @@ FOLLOWERS = frozenset(
 def replace_head(graph: Graph, layer: str, classes: int, init: str = "zero") -> Graph:
     """The graph whose dense layer or convolution ``layer`` is a new one with ``classes`` outputs, all zero.
 
-    The new weights keep the user's names; their origins have the user's layout with the new number of outputs.
+    The new weights keep the user's names; their origins have the user's layout with the new number of outputs. Of a
+    quantised head the new one is float32, to the end of the model, and its names are those from before quantisation.
     Raises TTEError (E036) if there is no such layer, or another one behind it depends on the number of outputs.
     """
     assert init == "zero"
@@ -41,6 +44,8 @@ def replace_head(graph: Graph, layer: str, classes: int, init: str = "zero") -> 
             new[node.output.name] = value
         elif inputs == node.inputs:
             builder.append(node)
+        elif node.op in ("qnn.quantize", "qnn.dequantize"):  # the grid of another classifier's results
+            new[node.output.name] = inputs[0]
         else:
             new[node.output.name] = _follow(builder, node, inputs, layer)
     # The new constants take the names of the old ones.
@@ -88,6 +93,8 @@ def _new_weight(builder: Builder, old: Const, classes: int) -> Const:
     data = np.zeros((classes, *old.type.shape[1:]), old.type.numpy)
     origin = old.origin
     if origin is not None:
+        if origin.quantized is not None:  # as onnxruntime names what it makes of fc.weight
+            origin = replace(origin, name=origin.name.removesuffix("_quantized"))
         places = np.unravel_index(origin.index, origin.shape)
         rows = np.arange(old.type.shape[0]).reshape(-1, *[1] * (old.type.rank - 1))
         candidates = (a for a, size in enumerate(origin.shape) if size == old.type.shape[0])

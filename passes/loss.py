@@ -10,6 +10,7 @@ from tte.ir import Builder, Graph, Node, TensorType, Value, rewrite
 from tte.scheme import Loss
 
 TARGET = "target"
+ROUNDING = ("qnn.quantize", "qnn.dequantize", "qnn.requantize")
 
 
 def append_loss(
@@ -76,13 +77,34 @@ def append_loss(
 
 
 def last_softmax(graph: Graph) -> Node | None:
-    """The softmax or log-softmax that makes the output; behind it at most a reshape that keeps its rows whole."""
+    """The softmax or log-softmax that makes the output; behind it at most a reshape that keeps its rows whole, and, of
+    quantised models, the rounding of the probabilities."""
     output, producer = graph.outputs[0], graph.producer()
     shape, node = output.type.shape, producer.get(output.name)
     classes = shape[1:2] if len(shape) > 2 else shape[-1:]
-    while node and node.op == "reshape" and node.inputs[0].type.shape[-1:] == classes:
+
+    def keeps_rows(node: Node) -> bool:
+        reshaped = node.op == "reshape" and node.inputs[0].type.shape[-1:] == classes
+        return reshaped or node.op in ROUNDING or (node.op == "qnn.sum" and not node.attrs["axis"])
+
+    while node and keeps_rows(node):
         node = producer.get(node.inputs[0].name)
     return node if node and node.op in ("nn.softmax", "nn.log_softmax") else None
+
+
+def skip_last_rounding(graph: Graph) -> Graph:
+    """The output as the last softmax makes it, in the same shape, but not rounded: what the loss is a function of."""
+    last, builder = last_softmax(graph), Builder()
+    behind: dict[str, Value] = {} if last is None else {last.output.name: last.output}
+    for node in graph.nodes:
+        source = behind.get(node.inputs[0].name) if node.inputs else None
+        if source is None:
+            builder.append(node)
+        elif node.op == "reshape":
+            behind[node.output.name] = builder.call("reshape", source, layer=node.layer, **node.attrs)
+        else:
+            behind[node.output.name] = source
+    return rewrite(graph, builder.nodes, outputs=tuple(behind.get(v.name, v) for v in graph.outputs))
 
 
 def _rows(type: TensorType) -> tuple[int, ...]:

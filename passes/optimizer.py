@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value, rewrite
-from tte.ops.quantized import reach
+from tte.passes.quantized import bias_limit
 
 LEARNING_RATE = "learning_rate"
 DEAD = 1e-6  # a weight's scale below this: the channel is zero whatever its integers are, and 1 / scale^2 is huge
@@ -38,7 +38,7 @@ def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: s
             if param.type.dtype != "float32":
                 attrs["rounding"] = rounding
                 if param.type.dtype == "int32":
-                    attrs["limit"] = 2**31 - 1 - reach(reader.inputs[1].type)
+                    attrs["limit"] = bias_limit(reader.inputs[1], producer)
                 updates.append((param, builder.call("qnn.sgd", param, gradient, rate, const, **attrs)))
                 continue
             gradient = builder.call("multiply", gradient, const, **attrs)

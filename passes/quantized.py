@@ -8,7 +8,7 @@ import numpy as np
 from tte.errors import TTEError
 from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value, rewrite
 from tte.ir.types import Quant
-from tte.ops.quantized import reach, tflite_scale
+from tte.ops.quantized import tflite_scale
 from tte.passes.autodiff import find_wanted
 from tte.passes.simplify import eliminate_dead_code
 
@@ -16,6 +16,8 @@ LOW, HIGH = -128, 127
 ACTIVATIONS = ("nn.relu", "clip")
 MOVES = ("reshape", "transpose", "slice", "pad", "concatenate")
 FRACTION = 20  # bits of fraction in integer additions
+NO_ROOM = "32 bits do not hold the sums of so many products"
+FLOAT_LAYER = "leave this layer in float32 when the model is quantised, or freeze its weights"
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,12 @@ class _State:
             return None
         x_scale, zero_point = _scale(x), _zero(x)
         scales = np.asarray(self.grid(weight))
-        b = None if bias is None else self.bias(bias, scales * x_scale, reach(weight.type))
-        if bias is not None and b is None:
+        if bias is not None and not self.has_unit(bias, scales * x_scale):
             return None
+        limit = bias_limit(weight, self.producer)
+        if limit < 0:
+            raise _refuse(NO_ROOM, self.layer, FLOAT_LAYER)
+        b = None if bias is None else self.bias(bias, scales * x_scale, limit, target.scale)
         w = self.weight(weight)
         attrs = dict(node.attrs) | {"zero_point": zero_point}
         acc = self.call(f"q{node.op}", x, w, *([b] if b else []), **attrs)
@@ -301,26 +306,47 @@ class _State:
         stored = self.stored[value.name] = _store(value, data, Quant(tuple(_channel_grid(value)), 0, 0))
         return self.call("qnn.round", stored) if stored.type.dtype == "float32" else stored
 
-    def bias(self, value: Value, scales: np.ndarray, reach: int) -> Value | None:
-        """The bias as int32 in units of the accumulators; ``reach``: how far the sum of products can go."""
-        shared = len(self.uses[value.name]) > 1  # several layers, each with its own units
-        if not isinstance(value, Const if shared else Param | Const):
-            return None
-        origin = value.origin
-        if origin is not None and origin.quantized is not None:
-            grid = np.broadcast_to(_channel_grid(value), scales.shape)
-            if not np.allclose(grid, scales, rtol=1e-5):
-                return None
+    def has_unit(self, bias: Value, scales: np.ndarray) -> bool:
+        """Whether a bias is real numbers, or integers in units of the accumulators."""
+        shared = len(self.uses[bias.name]) > 1  # several layers, each with its own units
+        if not isinstance(bias, Const if shared else Param | Const):
+            return False
+        if bias.origin is None or bias.origin.quantized is None:
+            return True
+        return np.allclose(_channel_grid(bias), scales, rtol=1e-5, atol=0)
+
+    def bias(self, value: Value, scales: np.ndarray, limit: int, step: float) -> Value:
+        """The bias as int32 in units of the accumulators, whose sums have room beside it up to ``limit``.
+
+        step: of the result. Channels that mean nothing have biases at the ends of int32: what they lose is less.
+        """
+        assert isinstance(value, Param | Const)
+        if value.origin is not None and value.origin.quantized is not None:
             integers = _integers(value).astype(np.int64)
         else:
             integers = np.rint(value.data.astype(np.float64) / scales).astype(np.int64)
-        # Sums stay inside of 32 bits. Only channels that mean nothing have biases this large.
-        limit = 2**31 - 1 - reach
+        if ((np.abs(integers) - limit) * scales > step / 2).any():
+            raise _refuse(NO_ROOM, self.layer, FLOAT_LAYER)
         data = np.clip(integers, -limit, limit).astype(np.int32)
-        if shared:
+        if len(self.uses[value.name]) > 1:
             value = replace(value, name=f"{value.name}.{self.layer}.{len(self.stored)}")
         self.stored[value.name] = _store(value, data, Quant(tuple(float(s) for s in scales), 0, 0))
         return self.stored[value.name]
+
+
+def bias_limit(weight: Value, producer: Mapping[str, Node]) -> int:
+    """How far a bias goes while the largest sum of |w| |x - z| still fits beside it into 32 bits; negative: nowhere."""
+    return 2**31 - 1 - _reach(weight, producer)
+
+
+def _reach(weight: Value, producer: Mapping[str, Node]) -> int:
+    """The largest sum of |w| |x - z| of any output. What learns may become whatever int8 holds."""
+    if (node := producer.get(weight.name)) is not None:
+        parts = [_reach(v, producer) for v in node.inputs]
+        return max(parts) if node.attrs.get("axis") == 0 else sum(parts)
+    if isinstance(weight, Const):
+        return 255 * int(np.abs(_integers(weight).astype(np.int64)).reshape(weight.type.shape[0], -1).sum(1).max())
+    return 255 * 128 * (weight.type.size // weight.type.shape[0])
 
 
 def fixed_scale(real: np.ndarray) -> tuple[np.ndarray, int]:

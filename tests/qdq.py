@@ -128,6 +128,19 @@ class DsCnn(nn.Module):
         return self.fc(self.blocks(self.stem(x)).flatten(1))
 
 
+class Numbers(nn.Module):
+    """Constants that are quantised as activations are: a scale, the bias of a dense layer that ONNX takes apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.dense, self.fc = conv(3, 8), nn.Linear(64, 12), nn.Linear(12, 5)
+        self.gain, self.offset = nn.Parameter(torch.rand(1, 8, 1, 1) + 0.5), nn.Parameter(torch.randn(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x) * self.gain + self.offset
+        return self.fc(F.relu(self.dense(x.flatten(2))).mean(1))
+
+
 def autoencoder() -> nn.Module:
     sizes = [96, 48, 48, 8, 48, 48]
     layers = [nn.Sequential(nn.Linear(i, o), nn.ReLU()) for i, o in zip(sizes, sizes[1:], strict=False)]
@@ -168,6 +181,8 @@ RECIPES = {
     "pools": Recipe(Pools, (1, 3, 16, 16)),
     "pools-uint8": Recipe(Pools, (1, 3, 16, 16), unsigned=True),
     "swish": Recipe(Swish, (1, 3, 12, 12)),
+    "numbers": Recipe(Numbers, (1, 3, 8, 8)),
+    "numbers-uint8": Recipe(Numbers, (1, 3, 8, 8), per_channel=False, unsigned=True),
     "float-head": Recipe(mcunet, (1, 3, 32, 32), excluded=("Gemm",)),
 }
 
@@ -185,8 +200,8 @@ def export(recipe: Recipe, path: Path) -> None:
     torch.onnx.export(model, (torch.zeros(recipe.shape),), str(path), dynamo=False, opset_version=17)
 
 
-def quantize(recipe: Recipe, folder: Path) -> Path:
-    """The network as onnxruntime quantises it."""
+def quantize(recipe: Recipe, folder: Path, form: Any = None) -> Path:
+    """The network as onnxruntime quantises it; form: its QuantFormat, pairs by default."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -205,7 +220,7 @@ def quantize(recipe: Recipe, folder: Path) -> Path:
         given,
         result,
         Reader(),
-        quant_format=QuantFormat.QDQ,
+        quant_format=form or QuantFormat.QDQ,
         per_channel=recipe.per_channel,
         activation_type=QuantType.QUInt8 if recipe.unsigned else QuantType.QInt8,
         weight_type=QuantType.QInt8,

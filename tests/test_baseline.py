@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mcunet_table
 import networks
 import numpy as np
 import pytest
@@ -83,6 +84,17 @@ def test_real_networks(name: str, scheme: str, target: str, pack: Path, update_g
     network = next(n for n in load_networks() if n.name == name)
     artifact = tte.compile(network.model, network.example, network.scheme(scheme), target, name)
     compare(f"{name} {scheme} {target}", costs(artifact), update_golden)
+
+
+def test_published_model_learns_on_its_board(pack: Path, update_golden: bool) -> None:
+    """MCUNet on an STM32F746, whose memory map the linker keeps to: the same weights as here; they tell kinds apart."""
+    artifact = mcunet_table.compile_for_board("mcunet-5fps-49kb", mcunet_table.convert("mcunet-5fps"))
+    compare("mcunet-5fps 49kb stm32f746", costs(artifact), update_golden)
+    flowers = mcunet_table.pick_pictures(3)
+    there, here = (artifact.run(flowers, runner=runner, steps=2) for runner in ("unicorn", "host"))
+    assert there.weights_sha256 == here.weights_sha256 and there.loss == here.loss
+    learned = artifact.run(flowers, evaluation=flowers, runner="host", epochs=5)
+    assert learned.metric["before"] < 0.6 and learned.metric["after"] == 1.0
 
 
 def test_a_difference_is_shown_and_nothing_else(tmp_path: Path) -> None:

@@ -367,7 +367,7 @@ def test_unsupported_operators_are_listed_at_once() -> None:
     assert error.where.split("\n         ") == [
         "first: sin(float32[1, 12])",
         "second.1: cumsum(float32[1, 12])",
-        "model: sort(float32[1, 12])",
+        "the model itself: sort(float32[1, 12])",
     ]
 
 

@@ -36,9 +36,20 @@ class Net(nn.Module):
         return self.fc(nn.functional.max_pool2d(x, 2).flatten(1))
 
 
-def quantized(per_channel: bool = True) -> Any:
+class Scaled(nn.Module):
+    """A constant that is quantised as an activation is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gain = nn.Conv2d(3, 4, 3), nn.Parameter(torch.rand(1, 4, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv(x) * self.gain).flatten(1)
+
+
+def quantized(per_channel: bool = True, make: type[nn.Module] = Net) -> Any:
     torch.manual_seed(0)
-    model, x = Net().eval(), torch.randn(SHAPE)
+    model, x = make().eval(), torch.randn(SHAPE)
     config = xnnpack.get_symmetric_quantization_config(is_per_channel=per_channel)
     prepared = pt2e.prepare_pt2e(
         torch.export.export(model, (x,)).module(), xnnpack.XNNPACKQuantizer().set_global(config)
@@ -94,3 +105,23 @@ def test_grids_that_are_not_int8_are_refused() -> None:
     with pytest.raises(tte.TTEError, match="1 operator not supported") as problem:
         tte.analyze(program)
     assert "the zero point 300 is no int8" in problem.value.where
+
+
+def test_constants_that_no_layer_reads_are_numbers() -> None:
+    program = quantized(make=Scaled)
+    artifact = tte.compile(program, update_scheme={"train": "full", "loss": "mse"})
+    assert {p.name for p in artifact.compiled.forward.params} == {"conv.weight", "conv.bias"}
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    theirs = program.module()(x).detach().numpy()
+    steps = np.abs(artifact.host().infer(x[0].numpy()).reshape(theirs.shape) - theirs) / 0.02
+    assert steps.max() < 1.5 and (steps > 0.5).sum() <= 2, steps.max()
+
+
+def test_asymmetric_weights_are_refused() -> None:
+    program = quantized()
+    for tensor in (*program.constants.values(), *program.state_dict.values()):
+        if tensor.dtype == torch.int64:  # zero points per channel
+            tensor[1] = 5
+    with pytest.raises(tte.TTEError, match="asymmetric weights, with zero point 5") as problem:
+        tte.analyze(program)
+    assert problem.value.code == "TTE-E080" and "weight" in problem.value.where

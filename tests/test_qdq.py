@@ -1,6 +1,7 @@
 """Quantised models: the arithmetic of onnxruntime bit for bit, exact rounding without floats, refusals."""
 
 import platform
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,11 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_networks_agree_with_onnxruntime(name: str, quantized: Any) -> None:
     model = quantized(name)
     graph, run = integers(model), session(model)
-    allowed = {"pools": {"nn.avg_pool2d"}, "swish": {"nn.hard_swish", "sigmoid", "multiply", "nn.leaky_relu", "mean"}}
+    allowed = {
+        "pools": {"nn.avg_pool2d"},
+        "swish": {"nn.hard_swish", "sigmoid", "multiply", "nn.leaky_relu", "mean"},
+        "numbers": {"multiply", "add", "mean"},
+    }
     assert float_operators(graph) == allowed.get(name.removesuffix("-uint8"), set())
     for x in qdq.inputs(qdq.RECIPES[name], 100):
         np.testing.assert_array_equal(evaluate(graph, [x]).outputs[0], run(x)[0])
@@ -85,6 +90,40 @@ def test_what_a_float_head_reads_agrees_with_onnxruntime(quantized: Any, tmp_pat
         ours, theirs = evaluate(graph, [x]).outputs, run(x)
         np.testing.assert_array_equal(ours[1], theirs[1])
         np.testing.assert_allclose(ours[0], theirs[0], rtol=0, atol=1e-6 * np.abs(theirs[0]).max())
+
+
+@x86
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_float_weights_behind_a_pair_are_integers(per_channel: bool, tmp_path: Path) -> None:
+    """onnxruntime's AddQDQPairToWeight."""
+    options = {"AddQDQPairToWeight": True}
+    recipe = replace(qdq.RECIPES["ds-cnn"], per_channel=per_channel, options=options)
+    model = qdq.quantize(recipe, tmp_path)
+    graph, run = integers(model), session(model)
+    assert float_operators(graph) == set()
+    for x in qdq.inputs(recipe, 20):
+        np.testing.assert_array_equal(evaluate(graph, [x]).outputs[0], run(x)[0])
+
+
+@pytest.mark.parametrize("form", ["static", "dynamic"])
+def test_operators_on_integers_are_refused_with_the_form_that_is_not(form: str, tmp_path: Path) -> None:
+    from onnxruntime.quantization import QuantFormat, quantize_dynamic
+
+    if form == "static":
+        model = qdq.quantize(qdq.RECIPES["autoencoder"], tmp_path, QuantFormat.QOperator)
+    else:
+        qdq.export(qdq.RECIPES["autoencoder"], tmp_path / "float.onnx")
+        quantize_dynamic(tmp_path / "float.onnx", model := tmp_path / "int8.onnx")
+    with pytest.raises(tte.TTEError, match="operators on integers: (QGemm|MatMulInteger)") as problem:
+        tte.analyze(model)
+    assert problem.value.code == "TTE-E080" and "QuantFormat.QDQ" in str(problem.value.fix)
+
+
+def test_constants_that_no_layer_reads_are_numbers(quantized: Any) -> None:
+    """They have zero points as activations have, and do not learn; weights beside them do."""
+    artifact = tte.compile(quantized("numbers"), update_scheme="full")
+    learned = {p.origin.name for p in artifact.compiled.forward.params if p.origin}
+    assert len(learned) == 5 and not learned & {"gain_quantized", "offset_quantized", "dense.bias_quantized"}
 
 
 @x86
@@ -259,6 +298,16 @@ REFUSED = {
     "scale that is NaN": ({"w_scale": np.asarray([1, np.nan, 1, 1], F)}, "conv.weight", "the scale nan"),
     "infinite scale": ({"b_scale": np.asarray([1, 1, np.inf, 1], F)}, "conv.bias", "the scale inf"),
     "pairs that disagree": ({"z_scale": F(0.1)}, "y_q", "dequantised with"),
+    "input not quantised": ({"without": ("x_q",)}, "x", "DequantizeLinear of what is float32"),
+    "input not dequantised": ({"without": ("x_d",)}, "x_q", "Conv of what is int8, without DequantizeLinear"),
+    "weights not dequantised": ({"without": ("w_d",)}, "conv.weight", "Conv of what is int8"),
+    "biases not dequantised": ({"without": ("b_d",)}, "conv.bias", "Conv of what is int32"),
+    "result not quantised": ({"without": ("y_q",)}, "y", "DequantizeLinear of what is float32"),
+    "result not dequantised": ({"without": ("out",)}, "y_q", "the model's output is int8"),
+    "a scale too few": ({"w_scale": np.full(3, 0.01, F)}, "conv.weight", "3 scales for 4 channels, which are axis 0"),
+    "no scale": ({"w_scale": np.zeros(0, F)}, "conv.weight", "0 scales for 4 channels"),
+    "no scale of activations": ({"x_scale": np.zeros(0, F)}, "x", "0 scales, but 1 zero points"),
+    "a zero point too few": ({"w_zero": np.zeros(3, np.int8)}, "conv.weight", "4 scales, but 3 zero points"),
 }
 
 

@@ -240,7 +240,7 @@ def test_new_head_learns() -> None:
         (by_number(2, [2], [1.0]), "TTE-E033", "numbers from 3 to 4"),
         (by_number(0, [4], [1.0]), "TTE-E033", "raise n_bias_update"),
         (by_number(2, [5], [1.0]), "TTE-E033", "convolution 5"),
-        (by_number(2, [3], [0.01]), "TTE-E033", "0.01 of the 8 input channels of depthwise are 0"),
+        (by_number(2, [3], [0.01]), "TTE-E033", "depthwise has 8 input channels: 0.01"),
         (by_number(2, [3, 4], [1.0]), "TTE-E031", "2 numbers in weight_idx, but 1 in ratio"),
         (by_number(2, [3, 3], [1.0, 1.0]), "TTE-E031", "twice"),
         (by_number(2, [3], [1.5]), "TTE-E031", "less than or equal to 1"),

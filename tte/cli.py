@@ -261,9 +261,12 @@ def ops(json_: Json = False) -> None:
     losses = {f"nn.{name}" for name in get_args(Loss.model_fields["name"].annotation)}
 
     def use(op: Op) -> str:
-        """A batch norm is imported, too, but folded or taken apart before anything is differentiated."""
+        """A batch norm is imported, too, but folded or taken apart before anything is differentiated; of operators on
+        integers models have the conversions, and tte makes the rest."""
         if op.name in losses:
             return "loss"
+        if op.name.startswith("qnn."):
+            return "model" if op.name in ("qnn.quantize", "qnn.dequantize") else "internal"
         return "model" if op.grad is not None or op.name == "nn.batch_norm" else "internal"
 
     rows: list[dict[str, Any]] = [

@@ -8,6 +8,7 @@ import numpy as np
 
 from tte.ir import OPS, Node, Param, evaluate
 from tte.oracle import backpropagate, run_integers
+from tte.passes.loss import skip_last_rounding
 from tte.passes.optimizer import DEAD, attach_sgd
 from tte.passes.quantized import Settings, lower_qdq
 from tte.proof import SMALL_LOSS, _masks
@@ -39,6 +40,8 @@ def prove_integers(
     compiled, scheme = artifact.compiled, artifact.scheme
     quantized, optimizer = scheme.quantized, scheme.optimizer
     source = lower_qdq(compiled.source, Settings(quantized.requantize))
+    if scheme.loss.name == "cross_entropy":
+        source = skip_last_rounding(source)
     forward = run_integers(source, compiled.originals, quantized.weight_storage == "int16_ef")
     masks = _masks(params)
     given = [pairs[0][0], *([] if len(compiled.gradients.inputs) == 1 else [np.asarray(pairs[0][1])])]

@@ -215,6 +215,16 @@ def _last_layer(model: Any) -> str | None:
     return next((str(n.name) for n in reversed(model.graph.node) if n.op_type in LAYERS), None)
 
 
+def _behind(model: Any, head: str) -> list[str]:
+    """The head and what follows it, a softmax perhaps: its logits are not to be rounded either."""
+    names, tensors = [], set[str]()
+    for node in model.graph.node:
+        if node.name == head or tensors & set(node.input):
+            names.append(str(node.name))
+            tensors |= set(node.output)
+    return names
+
+
 def _run_onnxruntime(model: Any, feeds: list[dict[str, Any]], excluded: str | None, folder: Path) -> Any:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -241,7 +251,7 @@ def _run_onnxruntime(model: Any, feeds: list[dict[str, Any]], excluded: str | No
             per_channel=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[excluded] if excluded else [],
+            nodes_to_exclude=_behind(model, excluded) if excluded else [],
         )
     return onnx.load(result)
 

@@ -22,7 +22,7 @@ INT32 = np.dtype(np.int32)
 
 
 def _limits(low: int, high: int, zero_point: int, scale: float) -> None:
-    require(LOW <= low < high <= HIGH, f"limits {low} and {high} are not inside of int8")
+    require(LOW <= low <= high <= HIGH, f"limits {low} and {high} are not inside of int8")
     require(LOW <= zero_point <= HIGH, f"the zero point {zero_point} is outside of int8")
     require(0 < scale < float("inf"), f"the scale must be positive and finite, not {scale}")
 
@@ -33,6 +33,13 @@ def _int8(shape: tuple[int, ...], scale: float, zero_point: int) -> TensorType:
 
 def _with_mask(type: TensorType, mask: bool) -> Any:
     return (type, TensorType(type.shape, "bit")) if mask else type
+
+
+def _round_to_int(v: np.ndarray) -> np.ndarray:
+    """Halves to even; beyond 2^20, which is beyond every limit of int8, it stays at 2^20; NaN is -2^20, as in C."""
+    limit = v.dtype.type(2.0**20)
+    integers: np.ndarray = np.rint(np.where(v > -limit, np.minimum(v, limit), -limit)).astype(np.int64)
+    return integers
 
 
 def _clamp(v: np.ndarray, low: int, high: int, mask: bool) -> Any:
@@ -72,8 +79,8 @@ def _quantize(
 
 def _quantize_ref(x, *, scale, zero_point, low, high, mask, unsigned, zero_first):  # type: ignore[no-untyped-def]
     first = zero_point + 128 * unsigned if zero_first else 0
-    v = np.rint(np.clip(x / x.dtype.type(scale) + x.dtype.type(first), -(2.0**20), 2.0**20))
-    return _clamp(v.astype(np.int64) - first + zero_point, low, high, mask)
+    v = _round_to_int(x / x.dtype.type(scale) + x.dtype.type(first))
+    return _clamp(v - first + zero_point, low, high, mask)
 
 
 def _quantize_grad(backward, dy, x, *, mask, **attrs):  # type: ignore[no-untyped-def]
@@ -216,9 +223,7 @@ def scale_to_int8(
     with an exponent: the real is multiplier / 2^31 * 2^exponent, rounded twice, as CMSIS-NN does; see ``tflite_scale``.
     """
     if multiplier.dtype == np.float32:
-        product = acc.astype(np.float32) * multiplier
-        rounded: np.ndarray = np.rint(np.clip(product, -(2.0**20), 2.0**20)).astype(np.int64)
-        return rounded
+        return _round_to_int(acc.astype(np.float32) * multiplier)
     left = np.maximum(np.int64(shift) if exponent is None else exponent.astype(np.int64), 0)
     limit = (2**31 - 1) >> left  # what the shift would push out of range is far beyond the limits of int8
     wide = np.clip(acc.astype(np.int64), -limit, limit) << left
@@ -422,11 +427,6 @@ register(Op("qnn.sum_pool2d", _sum_pool2d, _sum_pool2d_ref, _sum_pool2d_grad, ki
 # --- storage of what learns ------------------------------------------------------------------------------------------
 
 
-def reach(w: TensorType) -> int:
-    """The largest sum of |w| |x - z| that int8 operands can give an accumulator: 32 bits must hold it and the bias."""
-    return 255 * 128 * (w.size // w.shape[0])
-
-
 def _round(w: TensorType, *, low: int = LOW, high: int = HIGH, zero_point: int = 0, mask: bool = False) -> Any:
     """clamp(round(w)), halves to even: the integers of a weight that is stored as a float in units of its scale."""
     require(w.dtype == "float32", f"w must be float32, not {w.dtype}")
@@ -435,8 +435,7 @@ def _round(w: TensorType, *, low: int = LOW, high: int = HIGH, zero_point: int =
 
 
 def _round_ref(w, *, low, high, zero_point, mask):  # type: ignore[no-untyped-def]
-    v = np.rint(np.clip(w, -(2.0**20), 2.0**20))
-    return _clamp(v.astype(np.int64) + zero_point, low, high, mask)
+    return _clamp(_round_to_int(w) + zero_point, low, high, mask)
 
 
 def _round_grad(backward, dy, w, *, mask, **attrs):  # type: ignore[no-untyped-def]
