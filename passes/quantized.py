@@ -1,6 +1,6 @@
 """Integers in place of floats that are rounded to integers anyway: a quantised model as the device computes it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,8 +14,10 @@ from tte.passes.simplify import eliminate_dead_code
 
 LOW, HIGH = -128, 127
 ACTIVATIONS = ("nn.relu", "clip")
+LAYERS = ("nn.conv2d", "nn.dense", "nn.conv2d_transpose", "matmul")
 MOVES = ("reshape", "transpose", "slice", "pad", "concatenate")
 FRACTION = 20  # bits of fraction in integer additions
+NO_INPUT = "its input is not quantised"
 NO_ROOM = "32 bits do not hold the sums of so many products"
 FLOAT_LAYER = "leave this layer in float32 when the model is quantised, or freeze its weights"
 
@@ -39,6 +41,11 @@ def lower_qdq(graph: Graph, settings: Settings) -> Graph:
     W and B are float constants or params whose origin knows the user's integers; activations become limits of the
     result. What is no such island stays float32 between explicit conversions.
     """
+    return lower_with_notes(graph, settings)[0]
+
+
+def lower_with_notes(graph: Graph, settings: Settings) -> tuple[Graph, list[str]]:
+    """``lower_qdq``, and of what reads int8 but computes in float32: why."""
     state = _State(Builder(), graph, settings)
     for node in graph.nodes:
         result = state.lower(node) if node.op == "qnn.quantize" else None
@@ -54,24 +61,41 @@ def lower_qdq(graph: Graph, settings: Settings) -> Graph:
         consts=tuple(v for v in stored.values() if isinstance(v, Const)),
         outputs=tuple(state.env.get(v.name, v) for v in graph.outputs),
     )
-    return eliminate_dead_code(lowered)  # the float form of an island reads weights that are integers now
+    lowered = eliminate_dead_code(lowered)  # the float form of an island reads weights that are integers now
+    return lowered, _write_notes(lowered, state.reasons)
 
 
-def find_float_layers(graph: Graph) -> list[str]:
-    """Notes on layers whose weights are int8 in the model, but which no island holds: they compute in float32."""
+def _write_notes(graph: Graph, reasons: Mapping[tuple[str, str], str]) -> list[str]:
+    """One note for each layer whose weights are int8 in the model; one for all other operators of a kind.
+
+    reasons: (layer, operator) -> why no rule made integers of it
+    """
     weights: list[Param | Const] = [*graph.params, *graph.consts]
     stored = {v.name for v in weights if v.origin is not None and v.origin.quantized is not None}
-    pieces = {n.output.name: n.inputs for n in graph.nodes if n.op == "concatenate"}
-    layers = [
-        node.layer
-        for node in graph.nodes
-        if node.op in ("nn.conv2d", "nn.dense", "nn.conv2d_transpose", "matmul")
-        and any(v.name in stored for w in node.inputs[1:] for v in pieces.get(w.name, (w,)))
-    ]
-    return [
-        f"{layer}: computes in float32, though its weights are int8: its input or its result is not quantised"
-        for layer in dict.fromkeys(layers)
-    ]
+    producer = graph.producer()
+
+    def is_stored(value: Value) -> bool:
+        node = producer.get(value.name)
+        return value.name in stored or (
+            node is not None and node.op == "concatenate" and all(map(is_stored, node.inputs))
+        )
+
+    def is_integer(value: Value) -> bool:
+        node = producer.get(value.name)
+        return node is not None and (
+            node.op == "qnn.dequantize" or (node.op in (*MOVES, "take") and any(map(is_integer, node.inputs)))
+        )
+
+    layers: dict[str, str] = {}
+    others: dict[tuple[str, str], int] = {}
+    for node in graph.nodes:
+        reason = reasons.get((node.layer, node.op))
+        if node.op in LAYERS and any(map(is_stored, node.inputs[1:])):
+            layers[node.layer] = reason or "its result is not quantised"
+        elif reason and node.op not in MOVES and any(map(is_integer, node.inputs)):
+            others[node.op, reason] = others.get((node.op, reason), 0) + 1
+    notes = [f"{name}: computes in float32, though its weights are int8: {why}" for name, why in layers.items()]
+    return notes + [f"{op} ({count} in the model) computes in float32: {why}" for (op, why), count in others.items()]
 
 
 def keep_saturation_masks(graph: Graph) -> Graph:
@@ -96,6 +120,7 @@ class _State:
     settings: Settings
     env: dict[str, Value] = field(default_factory=dict)
     stored: dict[str, Param | Const] = field(default_factory=dict)
+    reasons: dict[tuple[str, str], str] = field(default_factory=dict)
     layer: str = ""
 
     def __post_init__(self) -> None:
@@ -124,13 +149,24 @@ class _State:
         while (source := self.producer.get(value.name)) and source.op in ACTIVATIONS and self.read_once(value):
             target = target.limited(source)
             value = source.inputs[0]
-        if source is None or not self.read_once(value):
+        if source is None:
             return None
         self.layer = source.layer
+        rules: dict[str, Callable[[Node, _Target], Value | str]]
         rules = {"nn.conv2d": self.linear, "nn.dense": self.linear, "add": self.add, "mean": self.mean}
         rules |= {"nn.avg_pool2d": self.average, "nn.max_pool2d": self.maximum, "qnn.dequantize": self.rescale}
         rules |= dict.fromkeys(MOVES, self.move)
-        return rules[source.op](source, target) if source.op in rules else None
+        if not self.read_once(value):
+            while source.op in ACTIVATIONS and source.inputs[0].name in self.producer:
+                source = self.producer[source.inputs[0].name]
+            found: Value | str = "something reads its result before it is quantised"
+        else:
+            rule = rules.get(source.op)
+            found = rule(source, target) if rule else f"integers do not compute {source.op}"
+        if isinstance(found, Value):
+            return found
+        self.reasons[source.layer, source.op] = found
+        return None
 
     def read_once(self, value: Value) -> bool:
         return len(self.uses[value.name]) == 1 and value.name not in self.outputs
@@ -146,17 +182,21 @@ class _State:
             return None
         return self.call(node.op, x, **node.attrs)
 
-    # --- one rule per operator: (node in front of the activations, what its result becomes) -> int8 value or None ---
+    # --- one rule per operator: (node in front of the activations, what its result becomes) -> int8 value, or why not
 
-    def linear(self, node: Node, target: "_Target") -> Value | None:
+    def linear(self, node: Node, target: "_Target") -> Value | str:
         x = self.integers(node.inputs[0])
         weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
-        if x is None or not self.has_grid(weight):
-            return None
+        if x is None:
+            return NO_INPUT
+        if not self.has_grid(weight):
+            shared = len(self.uses[weight.name]) > 1
+            return "another layer reads its weight too" if shared else "its weight has no scale per output channel"
         x_scale, zero_point = _scale(x), _zero(x)
         scales = np.asarray(self.grid(weight))
         if bias is not None and not self.has_unit(bias, scales * x_scale):
-            return None
+            shared = len(self.uses[bias.name]) > 1
+            return "another layer learns its bias too" if shared else "its bias is not in units of its products"
         limit = bias_limit(weight, self.producer)
         if limit < 0:
             raise _refuse(NO_ROOM, self.layer, FLOAT_LAYER)
@@ -166,56 +206,62 @@ class _State:
         acc = self.call(f"q{node.op}", x, w, *([b] if b else []), **attrs)
         return self.requantize(acc, scales * x_scale, target)
 
-    def add(self, node: Node, target: "_Target") -> Value | None:
+    def add(self, node: Node, target: "_Target") -> Value | str:
         a, b = (self.integers(v) for v in node.inputs)
-        if a is None or b is None or a.type.shape != b.type.shape:
-            return None
+        if a is None or b is None:
+            return NO_INPUT
+        if a.type.shape != b.type.shape:
+            return "its operands differ in shape"
         bits = 0
         if self.settings.requantize == "fixed":
             largest = max(_scale(a), _scale(b)) / target.scale
             bits = min(FRACTION, 20 - max(0, int(np.ceil(np.log2(largest)))))
             if bits < 8:
-                return None
+                return "its result is too fine for its operands"
         scales = {"a_scale": _scale(a), "a_zero": _zero(a), "b_scale": _scale(b), "b_zero": _zero(b)}
         return self.call("qnn.add", a, b, **scales, **target.attrs, bits=bits,
                          unsigned=target.unsigned, tflite=self.settings.requantize == "tflite")  # fmt: skip
 
-    def mean(self, node: Node, target: "_Target") -> Value | None:
+    def mean(self, node: Node, target: "_Target") -> Value | str:
         x = self.integers(node.inputs[0])
-        if x is None or (self.as_onnxruntime and not node.attrs["keepdims"]):
-            return None
+        if x is None:
+            return NO_INPUT
+        if self.as_onnxruntime and not node.attrs["keepdims"]:
+            return "so does onnxruntime's"
         attrs = {"axis": node.attrs["axis"], "keepdims": node.attrs["keepdims"]}
         return self.averaged("qnn.sum", x, attrs, x.type.size // node.output.type.size, target)
 
-    def average(self, node: Node, target: "_Target") -> Value | None:
+    def average(self, node: Node, target: "_Target") -> Value | str:
         x = self.integers(node.inputs[0])
         attrs = dict(node.attrs)
         if x is not None and self.as_onnxruntime:
             return self.quantized(self.env[node.output.name], target, zero_first=True)
-        if x is None or (any(attrs["padding"]) and not attrs["count_include_pad"]):  # type: ignore[arg-type]
-            return None
+        if x is None:
+            return NO_INPUT
+        if any(attrs["padding"]) and not attrs["count_include_pad"]:  # type: ignore[arg-type]
+            return "its windows differ in size"
         attrs.pop("count_include_pad")
         count = int(np.prod(attrs["pool_size"]))  # type: ignore[arg-type]
         return self.averaged("qnn.sum_pool2d", x, attrs, count, target)
 
-    def maximum(self, node: Node, target: "_Target") -> Value | None:
+    def maximum(self, node: Node, target: "_Target") -> Value | str:
         x = self.integers(node.inputs[0])
-        return None if x is None else self.rescaled(self.call(node.op, x, **node.attrs), target)
+        return NO_INPUT if x is None else self.rescaled(self.call(node.op, x, **node.attrs), target)
 
-    def move(self, node: Node, target: "_Target") -> Value | None:
+    def move(self, node: Node, target: "_Target") -> Value | str:
         """Operators that only move elements; what differs in scale is brought to the result's before."""
         found = [self.integers(v) for v in node.inputs]
         xs = [x for x in found if x is not None]
         attrs = dict(node.attrs)
         if len(xs) < len(found) or (node.op == "pad" and attrs["value"] != 0.0):
-            return None
+            return NO_INPUT
         if any(not target.holds(x) for x in xs):
             xs = [self.rescaled(x, target) for x in xs]
         if node.op == "pad":
             attrs["value"] = float(_zero(xs[0]))
         return self.call(node.op, *xs, **attrs)
 
-    def rescale(self, node: Node, target: "_Target") -> Value | None:
+    def rescale(self, node: Node, target: "_Target") -> Value:
         return self.rescaled(self.env.get(node.inputs[0].name, node.inputs[0]), target)
 
     def rescaled(self, x: Value, target: "_Target") -> Value:

@@ -91,6 +91,53 @@ def test_a_new_head_learns_as_in_float(last: str, excluded: Any, tmp_path: Path)
     assert (weight.dtype, weight.shape) == (np.float32, (3, 8)) and weight.any()
 
 
+# --- what stays in float32 says why ----------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """Two calls of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.conv(torch.relu(self.conv(self.stem(x))))).mean((2, 3)))
+
+
+class Transposed(nn.Module):
+    """A layer and an activation that integers do not compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.fc = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 2, 2), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.sigmoid(self.up(torch.tanh(self.stem(x)))).mean((2, 3)))
+
+
+INT8_LAYER = "computes in float32, though its weights are int8"
+NOTES = {
+    "shared": (Shared, {f"conv: {INT8_LAYER}: another layer reads its weight too"}),
+    "transposed": (
+        Transposed,
+        {
+            f"up: {INT8_LAYER}: integers do not compute nn.conv2d_transpose",
+            "sigmoid (1 in the model) computes in float32: integers do not compute sigmoid",
+            "tanh (1 in the model) computes in float32: integers do not compute tanh",
+        },
+    ),
+    "nothing": (lambda: Net(lambda z: z), set()),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_notes_say_why_something_is_in_float(name: str, tmp_path: Path) -> None:
+    make, notes = NOTES[name]
+    artifact = tte.compile(qdq.quantize(qdq.Recipe(make, SHAPE), tmp_path), update_scheme="last-layer")
+    assert set(artifact.compiled.notes) == notes
+
+
 # --- NaN -------------------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +224,8 @@ def test_biases_in_small_units_are_not_taken_for_others(factor: float) -> None:
     )  # fmt: skip
     scheme = {"loss": "mse", "train": [{"layer": "conv", "bias": True}]}
     artifact = tte.compile(model, update_scheme=scheme)
-    assert bool(artifact.compiled.notes) == (factor != 1.0)
+    why = "conv: computes in float32, though its weights are int8: its bias is not in units of its products"
+    assert artifact.compiled.notes == ((why,) if factor != 1.0 else ())
     x = np.random.default_rng(0).standard_normal((1, 2, 5, 5)).astype(np.float32) * np.float32(1e-2)
     theirs = ReferenceEvaluator(model).run(None, {"x": x})[0]  # onnxruntime never looks at the scale of a bias
     np.testing.assert_allclose(artifact.host().infer(x[0]).reshape(theirs.shape), theirs, rtol=0, atol=1.01e-5)

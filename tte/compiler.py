@@ -28,7 +28,7 @@ from tte.passes.io import apply_input_format, own_layout, prepare
 from tte.passes.layout import to_nhwc
 from tte.passes.loss import append_loss
 from tte.passes.optimizer import attach_sgd
-from tte.passes.quantized import Settings, find_float_layers, keep_saturation_masks, lower_qdq
+from tte.passes.quantized import Settings, keep_saturation_masks, lower_with_notes
 from tte.passes.reorder import reorder
 from tte.passes.select_updates import select_updates
 from tte.passes.simplify import eliminate_common_subexpressions, eliminate_dead_code, fold_constants
@@ -175,8 +175,8 @@ def compile_graphs(
     forward, notes = select_channels(forward, resolved)
     forward = verify(fold_constants(verify(select_updates(verify(forward), resolved)), shared=True))
     quantized = Settings(scheme.quantized.requantize, scheme.quantized.weight_storage)
-    forward = verify(lower_qdq(forward, quantized))
-    notes = [*notes, *find_float_layers(forward)]
+    forward, left = lower_with_notes(forward, quantized)
+    forward, notes = verify(forward), [*notes, *left]
     pipeline.write(forward, "2-forward")
     clipped = scheme.optimizer.clip_loss_grad is not None
     own = partial(prepare, own=imported.inputs[0].type, format=scheme.io.input)
