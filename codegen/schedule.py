@@ -100,7 +100,7 @@ def _stream(index: int, node: Node, stream: Stream) -> Call:
     pointers += [{"c": f"y{i}", "ctype": CTYPES[v.type.dtype], "const": False} for i, v in enumerate(node.outputs)]
     if stream.rings:
         pointers.append({"c": "scratch", "ctype": "uint8_t", "const": False})
-    context = {"args": pointers, "steps": steps, "rest": stream.rest, "rows": None}
+    context = {"args": pointers, "steps": steps, "rest": stream.rest, "rows": None, "tail": []}
     kernel = Kernel("stream", json.dumps(context, sort_keys=True), tuple(parts))
     return Call(index, kernel, tuple(args.values()), node.outputs, scratch=bool(stream.rings))
 
