@@ -364,9 +364,17 @@ def check(results: Results) -> list[tuple[str, str, str, str]]:
         ("ACC5 fp32 - int8_sr at 0.002, 0.004", means(high, storage="fp32") - means(high), most(1.5, 1.5)),
         ("ACC6 int16_ef at 0.002", means((0.002,), storage="int16_ef"), least(97)),
         ("ACC7 truncated steps at 0.002", means((0.002,), wrong="trunc"), most(20)),
-        ("ACC8 right - noskip at 0.002", means((0.002,)) - means((0.002,), wrong="noskip"), least(5)),
-        ("ACC10 best rate, scaling - none; int8_sr, fp32", scaling, least(8, 8)),
-        ("ACC11 last 6, right - rawdw at 0.002", means((0.002,), scheme="last6") - no_zero_points, least(10)),
+        (
+            "ACC8 right - without the skips' gradient, at 0.002",
+            means((0.002,)) - means((0.002,), wrong="noskip"),
+            least(5),
+        ),
+        ("ACC10 scaling - none, each at its best rate; int8_sr, fp32", scaling, least(8, 8)),
+        (
+            "ACC11 last 6, right - without zero points, at 0.002",
+            means((0.002,), scheme="last6") - no_zero_points,
+            least(10),
+        ),
         ("ACC12 values that differ from the reference forward, of a million", [forward], most(0)),
         ("ACC12 gradients beside autograd, relative", [backward], most(1e-5)),
     ]
