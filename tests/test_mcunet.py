@@ -1,8 +1,10 @@
 """The published int8 models: import, and every tensor of their forward pass."""
 
 import importlib.util
+import io
 import pickle
 import platform
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,16 @@ def test_pickle_gives_the_same_model(published: Any, tmp_path: Path) -> None:
 class Evil:
     def __reduce__(self) -> Any:
         return (print, ("run by a pickle",))
+
+
+@pytest.mark.parametrize("written", ["numpy.core", "numpy._core"])
+@pytest.mark.parametrize("missing", ["core", "_core"])
+def test_pickles_of_both_numpys_are_read_by_both(written: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = pickle.dumps([np.arange(3), np.float32(0.5)], protocol=2)
+    content = re.sub(rb"numpy\._?core\.", f"{written}.".encode(), content)
+    monkeypatch.delattr(np, missing, raising=False)
+    array, number = example.NumpyOnly(io.BytesIO(content)).load()
+    assert array.tolist() == [0, 1, 2] and number == np.float32(0.5)
 
 
 @pytest.mark.parametrize("content", [Evil(), {"first_conv": Evil()}, np.array([Evil()], object)])
