@@ -1,6 +1,7 @@
 """What training MIT's published int8 models costs on an emulated STM32F746, beside MIT's own engine.
 
-Both tables of docs/quantized.md: python benchmarks/mcunet_table.py, and with --gradients that of gradients.
+For docs/quantized.md: python benchmarks/mcunet_table.py; with --gradients, how far gradients are from PyTorch's; with
+--forward, how many integers differ from exact rounding.
 """
 
 import argparse
@@ -13,11 +14,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 import yaml
 from data import load_pictures, require_pack
 from rich.progress import track
 
 import tte
+from tte.compiler import lower
+from tte.ir import Graph, evaluate
+from tte.passes.quantized import Settings, lower_qdq
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "mcunet"
 CLASSES = 10
@@ -47,8 +52,9 @@ GRADIENTS = [
 ]
 
 
-def load_importer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("import_model", EXAMPLE / "import_model.py")
+def load(path: Path) -> ModuleType:
+    """A Python file that is no part of a package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -56,7 +62,7 @@ def load_importer() -> ModuleType:
 
 
 def convert(stem: str) -> Any:
-    importer = load_importer()
+    importer = load(EXAMPLE / "import_model.py")
     return importer.convert(*importer.read_model(require_pack() / "models" / stem), classes=CLASSES)
 
 
@@ -87,6 +93,65 @@ def render_gradients(rows: dict[str, dict[str, Any]]) -> str:
         assert row["ok"], name
         lines.append(f"| {name} | {row['tensors']} | {row['gradient_error']:.1e} | {row['weight_error']:.1e} |")
     return "\n".join(lines)
+
+
+def pick_crops(count: int = 20) -> np.ndarray:
+    """(count, 3, 128, 128) int8: the middle of pictures of flowers, as the models were calibrated for."""
+    images, _ = load_pictures("flowers5", 0)
+    step = len(images) // count
+    crops = images[: count * step : step, 50:178, 50:178].astype(np.float32)
+    return np.trunc(crops - 127.5).transpose(0, 3, 1, 2).astype(np.int8)
+
+
+def exact_step(step: Any, tensors: Any, values: dict[str, np.ndarray]) -> np.ndarray:
+    """What an operator's result is before rounding, in float64, from exact sums; without limits and zero point."""
+    if step["op"] == "conv2d":
+        x = torch.from_numpy(values[step["input"]]) - step["x_zero"]
+        w = torch.from_numpy(tensors[f"{step['name']}.weight"].astype(np.float64))
+        acc = torch.nn.functional.conv2d(x, w, None, step["stride"], tuple(step["pad"]), 1, step["groups"]).numpy()
+        acc = acc + tensors[f"{step['name']}.bias"].astype(np.float64)[:, None, None]
+        scale = np.broadcast_to(tensors[f"{step['name']}.w_scales"], len(w)).astype(np.float64)[:, None, None]
+        return acc * (step["x_scale"] * scale / step["y_scale"])
+    if step["op"] == "add":
+        a, b = (values[name] for name in step["inputs"])
+        total = (a - step["x1_zero"]) * step["x1_scale"] + (b - step["x2_zero"]) * step["x2_scale"]
+        return total / step["y_scale"]
+    return values[step["input"]].mean((2, 3), keepdims=True)
+
+
+def compare_integers(steps: list[Any], tensors: Any, model: Any, pictures: np.ndarray, mode: str) -> dict[str, Any]:
+    """Every tensor of the forward pass beside the exact one, each operator from exact operands.
+
+    largest: difference; from_half: how far from a half the exact number is at most, where integers differ; different:
+    integers that differ, without those of global averages (true halves)
+    """
+    reference = load(require_pack() / "reference" / "packlib.py")
+    graph = lower_qdq(lower(model), Settings(mode))
+    values = different = largest = 0
+    from_half = 0.0
+    for picture in pictures:
+        env = {v.name: v.data for v in graph.consts}
+        env[graph.inputs[0].name] = picture[None] * np.float32(steps[0]["x_scale"])
+        given = reference.forward_q({"ops": steps}, tensors, picture[None])
+        exacts = {name: v.astype(np.float64) for name, v in given.items()}
+        ends = iter(steps[:-1])
+        for node in graph.nodes:
+            distinct = {v.name: v for v in node.inputs}
+            alone = Graph("main", tuple(distinct.values()), nodes=(node,), outputs=node.outputs)
+            result = evaluate(alone, [env[name] for name in distinct]).outputs[0]
+            if node.op in ("qnn.requantize", "qnn.add"):
+                step = next(ends)
+                exact, ours = exacts[step["output"]], result.transpose(0, 3, 1, 2)
+                wrong = ours != exact
+                real = exact_step(step, tensors, exacts)[wrong]
+                largest = max(largest, int(np.abs(ours - exact).max()))
+                from_half = max(from_half, np.abs(np.abs(real) % 1 - 0.5).max(initial=0.0))
+                values += ours.size
+                different += 0 if step["op"] == "global_avgpool" else int(wrong.sum())
+                result = exact.transpose(0, 2, 3, 1).astype(np.int8)
+            env[node.output.name] = result
+        assert next(ends, None) is None
+    return {"values": values, "different": different, "largest": largest, "from_half": float(from_half)}
 
 
 def compile_for_board(scheme: str, model: Any, target: str = "stm32f746") -> tte.Artifact:
@@ -152,7 +217,16 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=4, help="of each of two kinds of flowers")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--gradients", action="store_true", help="compare gradients with PyTorch instead")
+    parser.add_argument("--forward", action="store_true", help="compare integers with exact rounding instead")
     given = parser.parse_args()
+    if given.forward:
+        importer, pictures = load(EXAMPLE / "import_model.py"), pick_crops()
+        for mode in ("fixed", "float"):
+            for stem in dict(GRADIENTS):
+                steps, tensors = importer.read_model(require_pack() / "models" / stem)
+                found = compare_integers(steps, tensors, importer.convert(steps, tensors, CLASSES), pictures, mode)
+                print(stem, mode, found, flush=True)
+        return
     if given.gradients:
         models = {stem: draw_head(convert(stem)) for stem, _ in GRADIENTS}
         proofs = {f"{stem} {train}": compare_gradients(stem, train, models[stem]) for stem, train in track(GRADIENTS)}

@@ -102,7 +102,7 @@ def import_onnx_model(given: Any, name: str) -> Graph:
     with translate_errors(given.graph.name or "ONNX model"):
         _check(model)
         _fix_batch(model)
-        _fold(model)
+        fold_constants(model)
         _resolve_padding(model)
         refuse_unsupported(_unsupported(model))
         _check_quantization(model)
@@ -287,7 +287,7 @@ def _fix_batch(model: Any) -> None:
         )
 
 
-def _fold(model: Any) -> None:
+def fold_constants(model: Any) -> None:
     """Compute what depends on shapes and small constants only; a copied initializer becomes one of its own.
 
     Shapes and constants take turns; onnx's own propagation of values allocates whatever a file asks for.

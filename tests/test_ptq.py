@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import tte
 from tte.cli import app
+from tte.frontends.onnx_model import fold_constants
 from tte.ptq import fold_batch_norm
 
 SHAPE = (1, 3, 16, 16)
@@ -91,6 +92,7 @@ def test_batch_norm_is_folded_exactly(files: Path) -> None:
     model = onnx.load(files / "float.onnx")
     x = {model.graph.input[0].name: samples(1, 5)["x"]}
     before = ReferenceEvaluator(model).run(None, x)[0]
+    fold_constants(model)
     fold_batch_norm(model)
     assert "BatchNormalization" not in {n.op_type for n in model.graph.node}
     onnx.checker.check_model(model)
@@ -105,6 +107,33 @@ def test_targets_that_are_no_classes_are_measured_by_their_error(tmp_path: Path)
     made = tte.quantize(model, {"x": x}, tmp_path / "int8.onnx", evaluation={"x": x, "y": y})
     assert made.metric == "mse" and made.before is not None and made.after is not None
     assert made.before < 1e-10 < made.after < 1e-3
+
+
+class Enlarged(nn.Module):
+    """The exporter computes what is enlarged, and by how much, from shapes."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__()
+        self.conv, self.fc, self.how = nn.Conv2d(3, 4, 3), nn.Linear(4, 3), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.interpolate(self.conv(x), **self.how)
+        return self.fc(x.reshape(x.shape[0], x.shape[1], -1).mean(2))
+
+
+@pytest.mark.parametrize("how", [{"scale_factor": 2.0}, {"scale_factor": (3.0, 2.0), "mode": "bilinear"}, {"size": 9}])
+def test_only_activations_and_weights_are_quantised(how: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).standard_normal((8, 3, 8, 8)).astype(np.float32)
+    model = Enlarged(**how).eval()
+    made = tte.quantize(model, {"x": x}, tmp_path / "int8.onnx")
+    graph = onnx.load(made.output).graph
+    constants = {t.name for t in graph.initializer}
+    assert all(n.input[0] not in constants for n in graph.node if n.op_type == "QuantizeLinear")
+    host = tte.compile(made.output, update_scheme="last-layer").host()
+    theirs = model(torch.from_numpy(x)).detach().numpy()
+    for sample, y in zip(x, theirs, strict=True):
+        np.testing.assert_allclose(host.infer(sample).reshape(-1), y, rtol=0, atol=0.1)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -214,6 +214,23 @@ def test_operators_agree_with_onnxruntime(name: str, dtype: Any) -> None:
         np.testing.assert_array_equal(ours, session(model.SerializeToString())(x)[0], str(grids))
 
 
+@x86
+@pytest.mark.parametrize("name", ["average, rounded up", "softmax"])
+def test_what_onnxruntime_optimises_otherwise_agrees_without_optimisation(name: str) -> None:
+    """It has an approximate softmax for int8, and its int8 average takes no notice of ceil_mode."""
+    attrs = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1], "ceil_mode": 1}
+    op, attrs = ("Softmax", {"axis": 1}) if name == "softmax" else ("AveragePool", attrs)
+    grids = [(0.02, 5), (1 / 256, -128)] if name == "softmax" else [(0.02, 5), (0.0173, -3)]
+    shape = (1, 200) if name == "softmax" else (1, 4, 8, 8)
+    plain = onnxruntime.SessionOptions()
+    plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    model = island(op, 1, shape, grids, np.int8, **attrs)
+    run = onnxruntime.InferenceSession(model.SerializeToString(), plain)
+    graph = integers(model)
+    for x in np.random.default_rng(0).standard_normal((20, *shape)).astype(np.float32):
+        np.testing.assert_array_equal(evaluate(graph, [x]).outputs[0], run.run(None, {"x": x})[0])
+
+
 # --- integers only ----------------------------------------------------------------------------------------------------
 
 

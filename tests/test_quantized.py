@@ -431,6 +431,16 @@ def test_nearest_loses_small_steps_and_fractions_keep_them() -> None:
     assert (int8 == 0).all() and ((fraction >> 8) == 3).all()
 
 
+@pytest.mark.parametrize(("step", "stochastic", "fraction"), [(0.3, 0, 3), (-0.3, -10, -3)])
+def test_a_step_that_is_repeated_is_rounded_alike(step: float, stochastic: int, fraction: int) -> None:
+    """The hash sees nothing else: no storage but int16_ef is right in the mean of these."""
+    d = np.full(1, step, np.float32)
+    int8, int16 = np.zeros(1, np.int8), np.full(1, 128, np.int16)
+    for _ in range(10):
+        int8, int16 = sgd(int8, d), sgd(int16, d)
+    assert (int8[0], int16[0] >> 8) == (stochastic, fraction)
+
+
 @pytest.mark.parametrize(("dtype", "low", "high"), [("int8", -128, 127), ("int16", -32768, 32767), ("int32", -9, 9)])
 @pytest.mark.parametrize("size", [1e9, 3e38, np.inf])
 def test_steps_saturate(dtype: str, low: int, high: int, size: float) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tte
 from tte.ir import evaluate
-from tte.runner.board import STATUS
+from tte.runner.board import STATUS, unpack_state
 from tte.saved import read_state
 
 NONFINITE = STATUS.index("NONFINITE")
@@ -136,6 +136,21 @@ def test_notes_say_why_something_is_in_float(name: str, tmp_path: Path) -> None:
     make, notes = NOTES[name]
     artifact = tte.compile(qdq.quantize(qdq.Recipe(make, SHAPE), tmp_path), update_scheme="last-layer")
     assert set(artifact.compiled.notes) == notes
+
+
+def test_weights_of_a_layer_in_float_are_rounded_when_they_are_exported() -> None:
+    """The device has fractions; what the user gets are the nearest integers, as the manual says."""
+    scheme = {"loss": "mse", "train": [{"layer": "conv", "weight": "all"}], "optimizer": {"lr": 0.01}}
+    artifact = tte.compile(conv_model(without=("y_q", "out")), update_scheme=scheme)
+    board = artifact.host()
+    for _ in range(3):
+        board.train_step(np.ones((2, 5, 5), np.float32), np.ones((4, 5, 5), np.float32))
+    (param, _), *_ = artifact.compiled.train.graph.updates
+    assert param.origin is not None and param.origin.scale is not None
+    units = (unpack_state(board.save_state(), board.build)[param.name] / param.origin.scale).reshape(-1)
+    exported = read_state(board.save_state(), artifact.build.folder)["conv.weight"].reshape(-1)[param.origin.index]
+    apart = np.abs(exported.reshape(-1) - np.clip(units, -128, 127))
+    assert exported.dtype == np.int8 and 0.1 < apart.max() <= 0.5001
 
 
 # --- NaN -------------------------------------------------------------------------------------------------------------

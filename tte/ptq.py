@@ -15,7 +15,7 @@ import numpy as np
 
 from tte.arrays import read_npz
 from tte.errors import TTEError
-from tte.frontends.onnx_model import read_onnx
+from tte.frontends.onnx_model import fold_constants, read_onnx
 from tte.frontends.pytorch import refuse_training_mode
 
 LAYERS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
@@ -54,6 +54,8 @@ def quantize(
     _require_onnxruntime()
     samples = _read(calibration, "calibration data")
     given = _as_onnx(model, samples["x"])
+    with _translated():
+        fold_constants(given)  # else onnxruntime quantises arithmetic on shapes
     fold_batch_norm(given)
     name, shape = _input(given)
     calibrating = _fitting(
@@ -90,9 +92,6 @@ def fold_batch_norm(model: Any) -> None:
 
     graph = model.graph
     stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
-    for node in [n for n in graph.node if n.op_type == "Identity" and n.input[0] in stored]:
-        stored[node.output[0]] = stored[node.input[0]]  # PyTorch's exporter stores equal tensors once
-        graph.node.remove(node)
     makers = {n.output[0]: n for n in graph.node if n.op_type in ("Conv", "Gemm")}
     readers = Counter(tensor for node in graph.node for tensor in node.input) + Counter(o.name for o in graph.output)
     for node in [n for n in graph.node if n.op_type == "BatchNormalization"]:

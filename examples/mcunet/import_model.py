@@ -30,12 +30,16 @@ Step = dict[str, Any]  # one operator: op, name, input(s), output, scales and ze
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+# What arrays and numbers name in a pickle; where it lies depends on numpy.
+REBUILD = {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
+
+
 class NumpyOnly(pickle.Unpickler):
     """A pickle may run anything when it is read; this one may make numpy arrays and plain Python values."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.removesuffix(".multiarray") in ("numpy.core", "numpy._core") and name in ("_reconstruct", "scalar"):
-            return getattr(np._core.multiarray, name)
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in REBUILD:
+            return REBUILD[name]
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
         if (module, name) == ("_codecs", "encode"):  # bytes, as protocol 2 writes them
