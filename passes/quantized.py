@@ -381,8 +381,12 @@ class _State:
 
 
 def bias_limit(weight: Value, producer: Mapping[str, Node]) -> int:
-    """How far a bias goes while the largest sum of |w| |x - z| still fits beside it into 32 bits; negative: nowhere."""
-    return 2**31 - 1 - _reach(weight, producer)
+    """How far a bias goes while the largest sum of |w| |x - z| still fits beside it into 32 bits; negative: nowhere.
+
+    What any weights of this shape leave, unless that is less than half: layers of one shape share a kernel for steps.
+    """
+    worst = 255 * 128 * (weight.type.size // weight.type.shape[0])
+    return 2**31 - 1 - (worst if worst <= 2**30 else _reach(weight, producer))
 
 
 def _reach(weight: Value, producer: Mapping[str, Node]) -> int:
