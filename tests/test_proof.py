@@ -257,3 +257,13 @@ def test_elements_that_are_picked_behind_a_trained_layer(indices: list[int]) -> 
         scheme = {"train": train}
         artifact = tte.compile(Picked().eval(), (torch.zeros(1, 2, 6, 6),), update_scheme=scheme, target="host")
         assert artifact.verify(steps=3)["ok"]
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_an_output_without_a_batch_dimension(loss: str) -> None:
+    class Squeezed(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).squeeze(0)
+
+    scheme = {"train": "full", "loss": loss}
+    assert tte.compile(Squeezed(4, 3).eval(), (torch.zeros(1, 4),), scheme, "host").verify(steps=3)["ok"]

@@ -11,6 +11,7 @@ from tte.ir import Param
 from tte.oracle import follow, prepare_input, run_graph, run_module
 from tte.passes.loss import last_softmax
 from tte.runner.board import require_ok, unpack_state
+from tte.runner.build import Build
 from tte.runner.train import Data, check_data, load_data
 from tte.weights import export_weights
 
@@ -38,7 +39,7 @@ def prove(artifact: "Artifact", steps: int, data: Any, tolerance: float) -> dict
         samples = _make_up(artifact, steps)
     else:
         samples = check_data(data, build, "data") if isinstance(data, dict) else load_data(Path(data), build)
-    pairs = [_sample(samples, i % len(samples)) for i in range(steps)]
+    pairs = [_sample(samples, i % len(samples), build) for i in range(steps)]
     params = [p for p, _ in compiled.train.graph.updates]
     last = last_softmax(compiled.source)
     ends_in_softmax = last is not None and last.op == "nn.softmax"
@@ -210,6 +211,7 @@ def _make_up(artifact: "Artifact", count: int) -> Data:
     return Data(x, (y > 0).astype(np.float32) if artifact.scheme.loss.name == "bce_with_logits" else y)
 
 
-def _sample(data: Data, i: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """One sample with its batch dimension."""
-    return data.x[i : i + 1], None if data.y is None else data.y[i : i + 1]
+def _sample(data: Data, i: int, build: Build) -> tuple[np.ndarray, np.ndarray | None]:
+    """One sample in the shapes of the model's own buffers."""
+    target = None if data.y is None or build.target is None else data.y[i : i + 1].reshape(build.target.shape)
+    return data.x[i : i + 1].reshape(build.input.shape), target

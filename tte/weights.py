@@ -38,7 +38,8 @@ def export_weights(
     so elements that did not learn keep their bits. After batch-norm folding (w' = s * w, b' = beta + (b - mean) * s)
     this gives the user's own w + dw' / s, and the batch norm's own bias takes the change of b'; loaded into the model
     that was compiled, with its batch norm as it is, they compute what the device computes. A weight with s = 0 cannot
-    be told from any other and stays as it was. Integers get the integers that the device computes with.
+    be told from any other and stays as it was. Integers get the integers that the device computes with; of a layer that
+    computes in float32 although its weights are given as integers, the nearest.
     """
     result: dict[str, np.ndarray] = {}
     for name, new in trained.items():
