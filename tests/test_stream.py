@@ -102,7 +102,7 @@ def test_the_same_bits_in_less_memory(name: str) -> None:
     assert_same_bits(rows, layers)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_networks(seed: int) -> None:
     module = Network(seed)
     example = (torch.zeros(module.shape),)
@@ -112,7 +112,7 @@ def test_random_networks(seed: int) -> None:
     assert_same_bits(rows, layers)
 
 
-@pytest.mark.parametrize("train", ["last-layer", "last-k:3"])
+@pytest.mark.parametrize("train", ["last-k:3"])
 def test_integers_and_an_emulated_board(train: str, tmp_path: Path) -> None:
     """Saturation masks of what learns are kept whole, bit by bit."""
     model = qdq.quantize(qdq.RECIPES["mcunet"], tmp_path)
