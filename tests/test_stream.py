@@ -13,8 +13,9 @@ from torch import nn
 import tte
 from tte.artifact import Artifact
 from tte.codegen.check import PlanError, check_stream
+from tte.codegen.emit import HERE
 from tte.compiler import lower
-from tte.ir import Node, evaluate, parse, verify
+from tte.ir import OPS, Node, evaluate, parse, verify
 from tte.ir.rows import find_stream
 
 
@@ -151,6 +152,13 @@ def test_the_text_of_a_region() -> None:
     assert str(again) == str(graph)
     x = np.random.default_rng(0).standard_normal((1, 2, 24, 20)).astype(np.float32)
     np.testing.assert_allclose(evaluate(again, [x]).outputs[0], artifact.host().infer(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", [op.name for op in OPS.values() if op.rows])
+def test_operators_that_go_by_rows_have_kernels_that_do(op: str) -> None:
+    name = op.removeprefix("q").removeprefix("nn.")
+    for template in (name, f"depthwise_{name}") if name == "conv2d" else (name,):
+        assert "{{ each_row(OH) }}" in (HERE / "kernels" / f"{template}.c.j2").read_text()
 
 
 def test_layers_keep_their_names_and_their_work() -> None:
