@@ -51,7 +51,7 @@ def _write_new(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _replace(folder: Path, files: Mapping[str, bytes], hashes: Mapping[str, str]) -> None:
-    old = _read_manifest(folder)
+    old = read_manifest(folder)
     for path in hashes:
         _require_ours(folder, path, old.get(path), hashes[path])
     stale = [path for path, digest in old.items() if path not in files and _digest(folder, path) == digest]
@@ -92,7 +92,7 @@ def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
         (folder / path).write_bytes(content)
 
 
-def _read_manifest(folder: Path) -> dict[str, str]:
+def read_manifest(folder: Path) -> dict[str, str]:
     """Path -> sha256 of what the previous export wrote; empty without one."""
     path = folder / MANIFEST
     if not path.exists():

@@ -136,6 +136,13 @@ def test_only_activations_and_weights_are_quantised(how: dict[str, Any], tmp_pat
         np.testing.assert_allclose(host.infer(sample).reshape(-1), y, rtol=0, atol=0.1)
 
 
+def test_the_float_model_is_not_overwritten(files: Path) -> None:
+    before, data = (files / "float.onnx").read_bytes(), {"x": np.zeros((2, 3, 16, 16), np.float32)}
+    with pytest.raises(tte.TTEError, match="float model itself"):
+        tte.quantize(files / "float.onnx", data, files / ".." / files.name / "float.onnx")
+    assert (files / "float.onnx").read_bytes() == before
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"x": np.zeros((4, 3, 16, 15), np.float32)},

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import tte
 from tte.artifact import Artifact, draw_samples
-from tte.cli import app
+from tte.cli import _require_foreign, app
 from tte.compiler import OPTIONAL
 from tte.ir import Graph, TensorType, Value
 from tte.runner import Board, HostBoard, open_host
@@ -436,6 +436,26 @@ def test_states_that_cannot_be_turned_into_a_model(fits: Artifact, tmp_path: Pat
     with pytest.raises(tte.TTEError, match="shape"):
         write_onnx(tmp_path / "new.onnx", weights, tmp_path / "m.onnx")
     assert not list(tmp_path.glob("new.*"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_another_model_and_a_file_of_the_project_are_refused(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.onnx.export(torch.nn.Linear(6, 5), (torch.zeros(1, 6),), tmp_path / f"{seed}.onnx", dynamo=False)
+    artifact = tte.compile(tmp_path / "0.onnx", update_scheme="full", target="host")
+    blob, project = learned(artifact).save_state(), artifact.build.folder
+    before = (project / "weights.npz").read_bytes()
+    for number, expected in ((1, "TTE-E065"), (0, None)):
+        options = ("--model", tmp_path / f"{number}.onnx", "-o", tmp_path / "new.onnx")
+        assert run_state(blob, artifact, tmp_path, *options) == expected
+        assert (tmp_path / "new.onnx").exists() == (expected is None)
+    artifact.export(tmp_path / "p")
+    with pytest.raises(tte.TTEError, match="belongs to the project"):
+        _require_foreign(tmp_path / "p" / ".." / "p" / "weights.npz", tmp_path / "p")
+    np.savez(project / "weights.npz", weight=np.zeros(3, np.float32))
+    assert run_state(blob, artifact, tmp_path, "-o", tmp_path / "w.npz") == "TTE-E061"
+    (project / "weights.npz").write_bytes(before)
 
 
 @pytest.mark.parametrize("label", [-1, 5, 2**31 - 1, -(2**31)])

@@ -185,6 +185,7 @@ def run(
     _require_pair(save, model, "--save")
     if save:
         require_writable(save)
+        _require_foreign(save, build)
     with _progress_bar("training") as show:
         result = train(
             build,
@@ -221,7 +222,7 @@ def verify(
         _print_json(proof)
     else:
         rows = [(r["name"], r["gradient_error"], r["weight_error"], r["ok"]) for r in proof["tensors"]]
-        title = f"relative error (L2 norm) against PyTorch: gradients of step 1, weights after step {steps}"
+        title = f"relative error (L2 norm) against PyTorch: first gradients that are not 0, weights after step {steps}"
         _print_table(title, ("tensor", "gradient", "weights", f"within {tolerance:g}"), rows)
         print(f"loss of every step: {proof['loss_error']:.2e}; oracle: {proof['oracle']}")
     if not proof["ok"]:
@@ -240,6 +241,7 @@ def state(
 ) -> None:
     """Turn a saved state of a device into weights with the model's own names and layouts."""
     _require_pair(output, model, "-o")
+    _require_foreign(output, build)
     try:
         content = blob.read_bytes()
     except OSError as problem:
@@ -410,6 +412,14 @@ def _require_pair(output: Path | None, model: Path | None, option: str) -> None:
         raise TTEError("TTE-E059", what, where="--model", fix=fix)
 
 
+def _require_foreign(path: Path, build: Path) -> None:
+    """Raises TTEError (E062) for a file of the project itself: it would be needed later, as it was."""
+    from tte.codegen.export import read_manifest
+
+    if path.resolve() in {(build / name).resolve() for name in read_manifest(build)}:
+        raise TTEError("TTE-E062", "this file belongs to the project", where=str(path), fix="choose another place")
+
+
 def _save_weights(path: Path, state: bytes, build: Path, model: Path | None = None) -> dict[str, list[int]]:
     """Write what a state holds, with the model's own names and layouts, as an .npz or into a copy of ``model`` (ONNX);
     return the shapes."""
@@ -418,7 +428,7 @@ def _save_weights(path: Path, state: bytes, build: Path, model: Path | None = No
 
     weights = read_state(state, build)
     if model:
-        write_onnx(path, weights, model)
+        write_onnx(path, weights, model, original_checksums(build))
     else:
         save_weights(path, weights, original_checksums(build))
     return {name: list(array.shape) for name, array in weights.items()}

@@ -63,6 +63,8 @@ def quantize(
     )
     head = None if int8_head else _last_layer(given)
     output = Path(output)
+    if isinstance(model, str | Path) and output.resolve() == Path(model).resolve():
+        raise TTEError("TTE-E045", "this is the float model itself", where=str(output), fix="choose another place")
     with tempfile.TemporaryDirectory() as folder:
         result = _run_onnxruntime(given, calibrating, head, Path(folder))
     try:

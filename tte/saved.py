@@ -44,6 +44,9 @@ def read_state(state: bytes, folder: Path | str) -> dict[str, np.ndarray]:
     """
     trained = unpack_state(state, Build.open(folder))
     arrays = _read(folder)
+    if trained and not arrays.keys() & {INITIAL + name for name in trained}:
+        what = "this is not the weights.npz of the project"
+        raise TTEError("TTE-E061", what, where=str(Path(folder) / "weights.npz"), fix="compile the model again")
     originals = _select(arrays, ORIGINAL) | _select(arrays, HEAD)
     origins, initial = {}, {}
     for key, index in arrays.items():
@@ -68,10 +71,13 @@ def _select(arrays: Mapping[str, np.ndarray], kind: str) -> dict[str, np.ndarray
     return {key.removeprefix(kind): array for key, array in arrays.items() if key.startswith(kind)}
 
 
-def write_onnx(path: Path, weights: Mapping[str, np.ndarray], model: Path) -> None:
+def write_onnx(
+    path: Path, weights: Mapping[str, np.ndarray], model: Path, checksums: Mapping[str, int] | None = None
+) -> None:
     """Write the ONNX file ``model`` with ``weights`` in the place of its own tensors of these names.
 
-    Raises TTEError: E020 no model, E062 not writable, E063 unknown name, E064 wrong shape.
+    checksums: of these tensors when the model was compiled
+    Raises TTEError: E020 no model, E062 not writable, E063 unknown name, E064 wrong shape, E065 another model.
     """
     import onnx
 
@@ -87,6 +93,10 @@ def write_onnx(path: Path, weights: Mapping[str, np.ndarray], model: Path) -> No
         if array.shape != shape:
             what = f"{name} has shape {array.shape}, the model's {shape}"
             raise TTEError("TTE-E064", what, where=str(model), fix="after `head` in the scheme: write an .npz instead")
+        known = (checksums or {}).get(name)
+        if known is not None and known != checksum(onnx.numpy_helper.to_array(tensors[name])):
+            what = f"this is not the model that was compiled: {name} differs"
+            raise TTEError("TTE-E065", what, where=str(model), fix="give the file that `tte compile` was given")
         tensors[name].CopyFrom(onnx.numpy_helper.from_array(array, name))
     try:
         path.write_bytes(proto.SerializeToString())
