@@ -185,7 +185,7 @@ def test_other_mistakes_are_refused(files: Path, monkeypatch: pytest.MonkeyPatch
     refused("TTE-E081", "has no array y", files / "float.onnx", evaluation={"x": calibration["x"]})
     refused("TTE-E081", "cannot be exported for inputs of", nn.Linear(5, 3).eval())
     tte.quantize(files / "float.onnx", calibration, out)
-    refused("TTE-E080", "quantised already", out)
+    refused("TTE-E080", "quantised already", out, out=files / "again.onnx")
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else real(name))
     refused("TTE-E082", "onnxruntime, which is not installed", files / "float.onnx")
