@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tte.ir import Graph, Node, Value, rewrite
-from tte.ir.rows import find_windows, stream_rows
+from tte.ir.rows import align, find_windows, stream_rows
 from tte.passes.inplace import is_view, work_in_place
-
-ALIGNMENT = 4
 
 
 def stream_forward(graph: Graph, floor: int = 0) -> Graph:
@@ -68,7 +66,7 @@ class _Costs:
             deaths[owners[name]] = max(end, deaths.get(owners[name], -1))
         values = {v.name: v for v in graph.values()}
         self.buffers = [
-            (births[name], deaths.get(name, births[name]), _align(values[name].type.nbytes))
+            (births[name], deaths.get(name, births[name]), align(values[name].type.nbytes))
             for name in dict.fromkeys(owners.values())
             if name not in stored
         ]
@@ -96,7 +94,7 @@ class _Costs:
         if any(v.type.dtype == "bit" and v.name not in names for node in nodes for v in node.outputs):
             return None  # rows of bits share bytes
         around = sum(size for birth, death, size in self.buffers if birth < a <= death)
-        return around + sum(_align(v.type.nbytes) for v in kept) + stream_rows(nodes, names).nbytes
+        return around + sum(align(v.type.nbytes) for v in kept) + stream_rows(nodes, names).nbytes
 
 
 def _least_peak(single: Sequence[int], chains: dict[tuple[int, int], int]) -> int:
@@ -139,7 +137,3 @@ def _region(graph: Graph, a: int, b: int) -> Node:
     kept = sorted(kept, key=lambda v: v is not nodes[-1].output)  # the last result is the first output
     body = Graph("region", tuple(arguments.values()), nodes=inner, outputs=tuple(kept)).renumbered()
     return Node("region", tuple(outside.values()), {"strategy": "rows"}, tuple(kept), nodes[-1].layer, body=body)
-
-
-def _align(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -44,12 +44,12 @@ class Stream:
         offsets, at = {}, 0
         for name, rows in self.rings.items():
             offsets[name] = at
-            at += _align(rows * self.sizes[name])
+            at += align(rows * self.sizes[name])
         return offsets
 
     @property
     def nbytes(self) -> int:
-        return sum(_align(rows * self.sizes[name]) for name, rows in self.rings.items())
+        return sum(align(rows * self.sizes[name]) for name, rows in self.rings.items())
 
 
 def find_windows(node: Node) -> tuple[tuple[Window, ...], ...] | None:
@@ -198,5 +198,6 @@ def _ring(written: Sequence[int], last: Sequence[int]) -> int:
     return most
 
 
-def _align(size: int) -> int:
+def align(size: int) -> int:
+    """Bytes of a buffer: a multiple of 4."""
     return -(-size // 4) * 4
