@@ -38,15 +38,17 @@ def check_plan(graph: Graph, plan: Plan, scratch: Mapping[int, int] | None = Non
             memory.share(names[0], node.output.name, at)
             continue
         overwritten: list[str] = []
-        if node.inplace is not None:
-            taken = names[node.inplace]
-            allowed = inplace_inputs(node)
-            overwritten = [n for n in names if memory.tags[n] is memory.tags[taken]]
-            fits = node.inputs[node.inplace].type.nbytes == node.output.type.nbytes
-            same_index = all(k in allowed for k, n in enumerate(names) if n in overwritten)
-            if not (fits and same_index) or id(memory.storage.get(taken)) in untouchable:
+        for j, k in enumerate(node.inplace):
+            if k is None:
+                continue
+            taken, allowed = names[k], inplace_inputs(node, j)
+            shared = [n for n in names if memory.tags[n] is memory.tags[taken]]
+            fits = node.inputs[k].type.nbytes == node.outputs[j].type.nbytes
+            same_index = all(k in allowed for k, n in enumerate(names) if n in shared)
+            if not (fits and same_index) or id(memory.storage.get(taken)) in untouchable or taken in overwritten:
                 raise PlanError(f"{at}: may not work in place of %{taken}")
-            memory.share(taken, node.output.name, at)
+            overwritten += shared
+            memory.share(taken, node.outputs[j].name, at)
         made = [(v.name, v.type.nbytes) for v in node.outputs]
         made += [(f"scratch.{i}", scratch[i])] if scratch and i in scratch else []
         for name, size in made:

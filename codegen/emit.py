@@ -13,7 +13,7 @@ import numpy as np
 
 from tte.codegen.plan import Plan
 from tte.codegen.schedule import CTYPES, Call, Kernel, schedule
-from tte.ir import OPS, Const, Graph, Node, Param, TensorType, Value
+from tte.ir import Const, Graph, Node, Param, TensorType, Value
 from tte.ir.rows import expand_rows
 from tte.ops.quantized import add_terms, tflite_terms
 
@@ -191,7 +191,8 @@ class _Storage:
 
     def __init__(self, program: Program, layout: StateLayout, names: Mapping[str, str]) -> None:
         self.graph, self.plan, self.layout, self.names = program.graph, program.plan, layout, names
-        self.producer = program.graph.producer()
+        self.owners = program.graph.owners()
+        self.values = {v.name: v for v in program.graph.values()}
         self.consts = {c.name for c in program.graph.consts}
         self.params = {p.name for p in program.graph.params}
         self.inputs = {v.name: i for i, v in enumerate(program.graph.inputs)}
@@ -199,14 +200,7 @@ class _Storage:
 
     def root(self, value: Value) -> Value:
         """The value whose buffer this one shares, through views and in-place results."""
-        while (node := self.producer.get(value.name)) is not None:
-            if node.body is None and OPS[node.op].kind == "view":
-                value = node.inputs[0]
-            elif node.inplace is not None and value == node.output:
-                value = node.inputs[node.inplace]
-            else:
-                break
-        return value
+        return self.values[self.owners[value.name]]
 
     def is_state(self, value: Value) -> bool:
         return self.root(value).name in self.params

@@ -134,7 +134,7 @@ def _call(
     parts = _take_apart(node)
     outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True)) if node.body else {}
     pointers: dict[str, Value] = {}  # C name -> value
-    taken = node.inputs[node.inplace] if node.inplace is not None else None
+    taken = node.overwrites.get(node.output.name)
 
     def bytes_of(value: Value) -> str:
         return views.get(value.name, value.name)

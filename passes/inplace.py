@@ -6,7 +6,7 @@ from tte.ir import OPS, Graph, Node, inplace_inputs, rewrite
 
 
 def work_in_place(graph: Graph) -> Graph:
-    """Set ``Node.inplace`` on every node that may overwrite an operand which nobody reads afterwards.
+    """Set ``Node.inplace`` on every node that may overwrite operands which nobody reads afterwards.
 
     Graph inputs and constants are not ours to write; a param is overwritten only by the value that updates it.
     """
@@ -16,8 +16,15 @@ def work_in_place(graph: Graph) -> Graph:
         last[owners[name]] = max(i, last.get(owners[name], -1))
     nodes = []
     for i, node in enumerate(graph.nodes):
-        dying = [k for k in find_candidates(graph, node, owners) if last[owners[node.inputs[k].name]] <= i]
-        nodes.append(node if node.inplace is not None else replace(node, inplace=dying[0] if dying else None))
+        taken: list[int | None] = []
+        used: set[str] = set()
+        for output in range(len(node.outputs)):
+            names = {k: owners[node.inputs[k].name] for k in find_candidates(graph, node, owners, output)}
+            taken.append(next((k for k, name in names.items() if last[name] <= i and name not in used), None))
+            used |= {names[k] for k in taken[-1:] if k is not None}
+        while taken and taken[-1] is None:
+            taken.pop()
+        nodes.append(node if node.inplace else replace(node, inplace=tuple(taken)))
     return rewrite(graph, nodes)
 
 
@@ -34,9 +41,10 @@ def is_view(node: Node) -> bool:
     return node.body is None and OPS[node.op].kind == "view"
 
 
-def find_candidates(graph: Graph, node: Node, owners: dict[str, str]) -> list[int]:
-    """The inputs that the first output of ``node`` may overwrite once nobody else needs them, params first."""
-    allowed = inplace_inputs(node)
+def find_candidates(graph: Graph, node: Node, owners: dict[str, str], output: int = 0) -> list[int]:
+    """The inputs that an output of ``node`` may overwrite once nobody else needs them, params first."""
+    allowed = inplace_inputs(node, output)
+    made = node.outputs[output]
     stored = {p.name for p in graph.params}
     foreign = {v.name for v in (*graph.inputs, *graph.consts)}
     targets = {v.name: p.name for p, v in graph.updates}
@@ -44,9 +52,9 @@ def find_candidates(graph: Graph, node: Node, owners: dict[str, str]) -> list[in
     for k in allowed:
         owner = owners[node.inputs[k].name]
         sharing = [j for j, v in enumerate(node.inputs) if owners[v.name] == owner]
-        if node.inputs[k].type.nbytes != node.output.type.nbytes or any(j not in allowed for j in sharing):
+        if node.inputs[k].type.nbytes != made.type.nbytes or any(j not in allowed for j in sharing):
             continue
-        if owner in foreign or (owner in stored and targets.get(node.output.name) != owner):
+        if owner in foreign or (owner in stored and targets.get(made.name) != owner):
             continue
         candidates.append(k)
     return sorted(candidates, key=lambda k: owners[node.inputs[k].name] not in stored)

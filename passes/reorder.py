@@ -31,7 +31,7 @@ def reorder(graph: Graph) -> Graph:
 
 def find_order(graph: Graph) -> Order:
     """Greedy orders first, then branch and bound on the best. Deterministic: effort is counted, not timed."""
-    assert all(node.inplace is None for node in graph.nodes), "reorder comes before work_in_place"
+    assert not any(node.inplace for node in graph.nodes), "reorder comes before work_in_place"
     work = [i for i, node in enumerate(graph.nodes) if not is_view(node)]
     problem = _problem(graph, work)
     bound = problem.lower_bound()
@@ -153,19 +153,20 @@ def _problem(graph: Graph, work: Sequence[int]) -> _Problem:
         for before in (loss, *readers.get(param.name, [])):
             if before is not None and before < update:
                 after[before].add(update)
-    candidates = [
-        [owners[graph.nodes[i].inputs[k].name] for k in find_candidates(graph, graph.nodes[i], owners)] for i in work
-    ]
     stored = {p.name for p in graph.params}
     numbers: dict[str, int] = {}
-    writes = []
+    writes, candidates = [], []
     for t, i in enumerate(work):
-        # A result that replaces its param where it stands needs no buffer.
-        in_param = any(c in stored and c not in kept and readers[c][-1] == t for c in candidates[t])
-        made = graph.nodes[i].outputs[1:] if in_param else graph.nodes[i].outputs
+        node, made = graph.nodes[i], []
+        candidates.append([owners[node.inputs[k].name] for k in find_candidates(graph, node, owners)])
+        for output, value in enumerate(node.outputs):
+            names = [owners[node.inputs[k].name] for k in find_candidates(graph, node, owners, output)]
+            # A result that replaces its param where it stands needs no buffer.
+            if not any(c in stored and c not in kept and readers[c][-1] == t for c in names):
+                made.append(value)
+            elif output == 0:
+                candidates[t] = []
         writes.append(tuple(numbers.setdefault(v.name, len(numbers)) for v in made))
-        if in_param:
-            candidates[t] = []
     sizes = {v.name: -(-v.type.nbytes // ALIGNMENT) * ALIGNMENT for i in work for v in graph.nodes[i].outputs}
     return _Problem(
         after=tuple(map(frozenset, after)),

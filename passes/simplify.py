@@ -59,7 +59,7 @@ def eliminate_common_subexpressions(graph: Graph) -> Graph:
     for node in graph.nodes:
         node = replace(node, inputs=tuple(same.get(v.name, v) for v in node.inputs))
         key = (node.op, tuple(v.name for v in node.inputs), repr(node.attrs))
-        if node.body is None and node.inplace is None and key in seen:
+        if node.body is None and not node.inplace and key in seen:
             same |= {old.name: new for old, new in zip(node.outputs, seen[key], strict=True)}
             continue
         seen[key] = node.outputs

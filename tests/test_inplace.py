@@ -10,7 +10,7 @@ from tte.passes.inplace import work_in_place
 
 
 def taken(text: str) -> list[int | None]:
-    return [node.inplace for node in verify(work_in_place(verify(parse(text)))).nodes]
+    return [node.inplace[0] if node.inplace else None for node in verify(work_in_place(verify(parse(text)))).nodes]
 
 
 def program(body: str, params: str = "") -> str:
@@ -82,7 +82,7 @@ def test_region_leaves_alone_what_its_anchor_reads_under_another_name() -> None:
     shared = REGION.replace("OPERAND", "reshape(%0, newshape=(4,))")
     assert taken(shared) == [None, None, None]
     with pytest.raises(InvalidGraph, match="at another index"):
-        verify(parse(shared.replace("strategy=", "inplace=1, strategy=")))
+        verify(parse(shared.replace("strategy=", "inplace=(1,), strategy=")))
 
 
 @settings(deadline=None)

@@ -122,9 +122,9 @@ def test_verifier_finds_every_kind_of_fault() -> None:
         "update of another type": replace(graph, updates=((head, graph.outputs[0]),)),
         "two updates": replace(graph, updates=graph.updates * 2),
         "output nobody makes": replace(graph, outputs=(Value("nothing", TensorType(())),)),
-        "in place of a buffer that is read later": edit(graph, relu + 1, inplace=0),
-        "in place of a constant": edit(graph, 0, inplace=1),
-        "in place against the contract": edit(graph, update, inplace=1),
+        "in place of a buffer that is read later": edit(graph, relu + 1, inplace=(0,)),
+        "in place of a constant": edit(graph, 0, inplace=(1,)),
+        "in place against the contract": edit(graph, update, inplace=(1,)),
         "weights of another shape": replace(graph, params=(replace(head, data=np.zeros(1)), *graph.params[1:])),
     }
     for fault, broken in faults.items():
@@ -133,7 +133,7 @@ def test_verifier_finds_every_kind_of_fault() -> None:
         except InvalidGraph:
             continue
         pytest.fail(f"not found: {fault}")
-    verify(edit(graph, update, inplace=0))
+    verify(edit(graph, update, inplace=(0,)))
 
 
 def test_in_place_update_must_be_the_last_reader() -> None:
@@ -147,7 +147,7 @@ def test_in_place_update_must_be_the_last_reader() -> None:
     graph = Graph("main", (x,), (w, rate), (), tuple(builder.nodes), (y,), ((w, new),)).renumbered()
     verify(graph)
     with pytest.raises(InvalidGraph, match="read later"):
-        verify(edit(graph, 0, inplace=0))
+        verify(edit(graph, 0, inplace=(0,)))
 
 
 def test_interpreter_reads_old_params_and_returns_new_ones() -> None:

@@ -27,7 +27,7 @@ def @step(%x: Tensor[(4,), float32]) {
   param @w: Tensor[(4,), float32];
   param @v: Tensor[(4,), float32];
   %0 = multiply(%x, @w) /* ty=Tensor[(4,), float32] */;
-  %1 = subtract(@w, %0, inplace=0) /* ty=Tensor[(4,), float32] */;
+  %1 = subtract(@w, %0, inplace=(0,)) /* ty=Tensor[(4,), float32] */;
   %2 = multiply(@v, %0) /* ty=Tensor[(4,), float32] */;
   %3 = nn.relu(%0) /* ty=Tensor[(4,), float32] */;
   @w := %1;
@@ -212,7 +212,7 @@ def test_a_lifetime_that_ends_too_early_is_caught() -> None:
 
 def in_place(graph: Graph, node: int, k: int) -> Graph:
     nodes: list[Node] = list(graph.nodes)
-    nodes[node] = replace(nodes[node], inplace=k)
+    nodes[node] = replace(nodes[node], inplace=(k,))
     return replace(graph, nodes=tuple(nodes))
 
 

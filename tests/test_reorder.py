@@ -72,7 +72,7 @@ def test_training_steps(graph: Graph) -> None:
     assert loss < min(updates)
     # Every update finds its param free of later readers, so nothing has to be copied.
     in_place = work_in_place(after)
-    assert all(in_place.nodes[i].inplace is not None for i in updates)
+    assert all(in_place.nodes[i].inplace for i in updates)
     # An update does not wait: the gradient it needs is made by the same region or just before.
     assert max(np.diff(updates)) <= 6
     check_plan(in_place, plan_memory(in_place))

@@ -60,7 +60,8 @@ class Param(Value):
 class Node:
     """One call. ``layer`` is the user's name of the layer it came from.
 
-    inplace: output 0 takes over the buffer of inputs[inplace], which must die here.
+    inplace: of each output, from the first, the input (by number) whose buffer it takes over, which must die here, or
+    None.
     body: the inner graph of a region (op == "region"); its inputs correspond to ``inputs`` one by one.
     """
 
@@ -69,12 +70,18 @@ class Node:
     attrs: Attrs
     outputs: tuple[Value, ...]
     layer: str = ""
-    inplace: int | None = None
+    inplace: tuple[int | None, ...] = ()
     body: "Graph | None" = None
 
     @property
     def output(self) -> Value:
         return self.outputs[0]
+
+    @property
+    def overwrites(self) -> dict[str, Value]:
+        """Name of an output -> the operand whose buffer it takes over."""
+        pairs = zip(self.outputs, self.inplace, strict=False)
+        return {output.name: self.inputs[k] for output, k in pairs if k is not None}
 
     @property
     def definition(self) -> Op:
@@ -127,8 +134,7 @@ class Graph:
         for node in self.nodes:
             if node.body is None and OPS[node.op].kind == "view":
                 owners[node.output.name] = owners[node.inputs[0].name]
-            elif node.inplace is not None:
-                owners[node.output.name] = owners[node.inputs[node.inplace].name]
+            owners |= {name: owners[taken.name] for name, taken in node.overwrites.items()}
         return owners
 
     def last_use(self) -> dict[str, int]:

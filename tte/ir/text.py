@@ -46,7 +46,7 @@ def _body(graph: Graph, indent: str) -> list[str]:
         types = ", ".join(str(v.type) for v in node.outputs)
         attrs = {k: v for k, v in node.attrs.items() if node.op == "region" or OPS[node.op].attributes[k] != v}
         extra = [f"{k}={v!r}" for k, v in attrs.items()]
-        if node.inplace is not None:
+        if node.inplace:
             extra.append(f"inplace={node.inplace}")
         if node.layer:
             extra.append(f'layer="{node.layer}"')
@@ -133,7 +133,7 @@ class _Parser:
                 names: list[str] = []
                 operands: list[Value] = []
                 attrs = self.arguments(region[2], value, operands, names)
-                layer, inplace = str(attrs.pop("layer", "")), attrs.pop("inplace", None)
+                layer, inplace = str(attrs.pop("layer", "")), attrs.pop("inplace", ())
                 arguments = tuple(Value(n, v.type) for n, v in zip(names, operands, strict=True))
                 inner, last = self.body("region", arguments, "}")
                 outs = self.outputs(region[1], last.removeprefix("} "))
@@ -144,7 +144,7 @@ class _Parser:
                     raise self.fail(f"no operator named {call[2]}", "`tte ops` lists the operators")
                 operands = []
                 attrs = self.arguments(call[3], value, operands, None)
-                layer, inplace = str(attrs.pop("layer", "")), attrs.pop("inplace", None)
+                layer, inplace = str(attrs.pop("layer", "")), attrs.pop("inplace", ())
                 try:
                     attrs = OPS[call[2]].complete(attrs)
                     OPS[call[2]].check_call(len(operands), attrs)

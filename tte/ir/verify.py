@@ -68,22 +68,24 @@ def _verify_updates(graph, defined, require) -> None:  # type: ignore[no-untyped
         require(param.type == value.type, f"@{param.name}: {param.type} := {value.type}")
 
 
-def inplace_inputs(node: Node) -> tuple[int, ...]:
-    """The inputs whose buffer output 0 may take over, by the operators' declared contracts.
+def inplace_inputs(node: Node, output: int = 0) -> tuple[int, ...]:
+    """The inputs whose buffer an output may take over, by the operators' declared contracts.
 
-    A region's first output may take over an input that is read, at the same index, by elementwise operators only.
+    The result of fused operators may take over what is read, at the same index, by elementwise operators only, or by
+    the first operator alone if its contract allows it.
     """
     if not node.body:
-        return OPS[node.op].inplace
-    if node.attrs["strategy"] == "rows":
-        return ()  # it writes its first row before it reads the last
+        return OPS[node.op].inplace if output == 0 else ()
+    if node.attrs["strategy"] == "rows" or output > 0:
+        return ()  # by rows, the first row is written before the last is read
     body = node.body
     target = body.outputs[0].type
     allowed = []
     for i, value in enumerate(body.inputs):
-        readers = [n for n in body.nodes if value.name in [v.name for v in n.inputs]]
-        safe = all(OPS[n.op].kind == "elementwise" for n in readers)
-        if readers and safe and value.type.shape == target.shape and value.type.dtype == target.dtype:
+        readers = [(n, k) for n in body.nodes for k, v in enumerate(n.inputs) if v.name == value.name]
+        safe = all(OPS[n.op].kind == "elementwise" for n, _ in readers)
+        alone = len(readers) == 1 and readers[0][1] in OPS[readers[0][0].op].inplace
+        if readers and (safe or alone) and value.type.shape == target.shape and value.type.dtype == target.dtype:
             allowed.append(i)
     return tuple(allowed)
 
@@ -104,16 +106,18 @@ def _verify_inplace(graph: Graph, require) -> None:  # type: ignore[no-untyped-d
     targets = {v.name: p.name for p, v in graph.updates}
     params = {p.name for p in graph.params}
     for i, node in enumerate(graph.nodes):
-        if node.inplace is None:
-            continue
-        at = f"node {i} ({node.op}) works in place"
-        require(node.inplace in inplace_inputs(node), f"{at} on input {node.inplace} against its contract")
-        taken = node.inputs[node.inplace]
-        owner = root(taken.name)
-        require(taken.type.nbytes == node.output.type.nbytes, f"{at} on a buffer of another size")
-        require(owner not in external, f"{at} on %{owner}, which is not ours to write")
-        if owner in params:
-            require(targets.get(node.output.name) == owner, f"{at} on @{owner} without updating it")
-        require(ends[owner] <= i, f"{at} on %{owner}, which is read later")
-        sharing = [k for k, v in enumerate(node.inputs) if root(v.name) == owner]
-        require(all(k in inplace_inputs(node) for k in sharing), f"{at} and reads %{owner} at another index")
+        taken = [root(v.name) for v in node.overwrites.values()]
+        require(len(taken) == len(set(taken)), f"node {i} ({node.op}) makes two results in place of one operand")
+        for j, k in enumerate(node.inplace):
+            if k is None:
+                continue
+            at = f"node {i} ({node.op}) works in place"
+            require(k in inplace_inputs(node, j), f"{at} on input {k} against its contract")
+            owner = root(node.inputs[k].name)
+            require(node.inputs[k].type.nbytes == node.outputs[j].type.nbytes, f"{at} on a buffer of another size")
+            require(owner not in external, f"{at} on %{owner}, which is not ours to write")
+            if owner in params:
+                require(targets.get(node.outputs[j].name) == owner, f"{at} on @{owner} without updating it")
+            require(ends[owner] <= i, f"{at} on %{owner}, which is read later")
+            sharing = [k for k, v in enumerate(node.inputs) if root(v.name) == owner]
+            require(all(k in inplace_inputs(node, j) for k in sharing), f"{at} and reads %{owner} at another index")
