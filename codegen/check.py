@@ -8,6 +8,7 @@ import numpy as np
 from tte.codegen.plan import Plan
 from tte.ir import OPS, Graph, Node, inplace_inputs
 from tte.ir.rows import Stream, find_stream, find_windows
+from tte.ir.tiles import Tiles, find_start, find_tiles
 
 
 class PlanError(Exception):
@@ -31,6 +32,8 @@ def check_plan(graph: Graph, plan: Plan, scratch: Mapping[int, int] | None = Non
         at = f"node {i} ({node.op}, layer {node.layer or '-'})"
         if stream := find_stream(node):
             check_stream(node, stream, at)
+        if tiles := find_tiles(node):
+            check_tiles(node, tiles, at)
         names = [v.name for v in node.inputs]
         for name in names:
             memory.read(name, at)
@@ -102,6 +105,58 @@ def check_stream(node: Node, stream: Stream, at: str) -> None:
     for value in node.body.outputs:
         if made[makers[value.name]] < value.type.shape[1]:
             raise PlanError(f"{at}: only {made[makers[value.name]]} rows of %{value.name} are made")
+
+
+def check_tiles(node: Node, tiles: Tiles, at: str) -> None:
+    """Run a region tile by tile, as its C does, on memory in which every tile of a tensor remembers what it holds.
+
+    Raises PlanError where a tile is read that is not there (any more), or a result is not complete.
+    """
+    assert node.body
+    body, width = node.body, tiles.width
+    line = range(0, max(stop for _, stop in tiles.spans), width)
+    inner = dict(zip([v.name for v in node.inputs], [v.name for v in body.inputs], strict=True))
+    place = {v.name: v.name for v in body.inputs}
+    for result, value in zip(body.outputs, node.outputs, strict=True):
+        taken = node.overwrites.get(value.name)
+        place[result.name] = inner[taken.name] if taken else result.name
+    held: dict[str, dict[int, str]] = {v.name: dict.fromkeys(line, v.name) for v in body.inputs}
+    buffers: dict[str, tuple[str, int]] = dict.fromkeys(tiles.sizes, ("", -1))  # whose tile lies there
+    added: dict[str, list[int]] = {}
+    for tile in line:
+        for k, (member, span) in enumerate(zip(body.nodes, tiles.spans, strict=True)):
+            if not span[0] <= tile < span[1]:
+                continue
+            begins_with = find_start(member) if tile > span[0] and member.output.name not in tiles.cuts else None
+            for value in member.inputs:
+                name = value.name
+                if name in buffers:
+                    good = buffers[name] == (name, tile)
+                elif value == begins_with:
+                    good = True  # it is the sum so far
+                else:
+                    wanted = (tile,) if name in tiles.cuts else line
+                    good = all(held.get(place.get(name, ""), {}).get(t) == name for t in wanted)
+                if not good:
+                    raise PlanError(
+                        f"{at}: for tile {tile}, member {k} ({member.op}) reads %{name}, which is not there"
+                    )
+            for value in member.outputs:
+                name = value.name
+                if name in buffers:
+                    buffers[name] = (name, tile)
+                elif name in tiles.cuts:
+                    held.setdefault(place[name], {})[tile] = name
+                else:
+                    held[place[name]] = dict.fromkeys(line, name)
+                    added.setdefault(name, []).append(tile)
+    for k, (member, span) in enumerate(zip(body.nodes, tiles.spans, strict=True)):
+        for value in member.outputs:
+            expected = list(range(*span, width))
+            if value.name in place:
+                found = added.get(value.name) or [t for t in line if held[place[value.name]].get(t) == value.name]
+                if found != expected:
+                    raise PlanError(f"{at}: of the result of member {k}, %{value.name}, only tiles {found} are there")
 
 
 class _Memory:

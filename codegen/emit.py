@@ -14,7 +14,7 @@ import numpy as np
 from tte.codegen.plan import Plan
 from tte.codegen.schedule import CTYPES, Call, Kernel, schedule
 from tte.ir import Const, Graph, Node, Param, TensorType, Value
-from tte.ir.rows import expand_rows
+from tte.ir.rows import expand
 from tte.ops.quantized import add_terms, tflite_terms
 
 # What makes integers of floats: a NaN would not reach the loss.
@@ -222,7 +222,7 @@ class _Storage:
 
 
 def _comment(node: Node, updated: list[str]) -> str:
-    members = list(expand_rows(node))
+    members = list(expand(node))
     if len(members) > 1:
         return _safe(f"{members[0].layer or '-'} to {members[-1].layer or '-'}: row by row")
     what = " + ".join(n.op.removeprefix("nn.") for n in node.body.nodes) if node.body else node.op.removeprefix("nn.")
@@ -292,6 +292,18 @@ def _index_type(indices: Sequence[int]) -> str:
     """The smallest C type that holds them and that C converts to int."""
     assert min(indices) >= 0
     return next(t for t, end in (("uint8_t", 2**8), ("int16_t", 2**15), ("int32_t", 2**31)) if max(indices) < end)
+
+
+def _cycles(order: Sequence[int]) -> list[list[int]]:
+    """The cycles of a permutation that move anything: each element's place takes what is at the next one's."""
+    cycles: list[list[int]] = []
+    left = {j for j, k in enumerate(order) if j != k}
+    while left:
+        cycles.append([min(left)])
+        while (after := order[cycles[-1][-1]]) != cycles[-1][0]:
+            cycles[-1].append(after)
+        left -= set(cycles[-1])
+    return cycles
 
 
 def _literal(value: float, dtype: str) -> str:
@@ -373,6 +385,7 @@ def _environment(prefix: str) -> jinja2.Environment:
         "add_terms": _of_attributes(add_terms),
         "tflite_terms": _of_attributes(tflite_terms),
         "index_type": _index_type,
+        "cycles": _cycles,
         "json": lambda v: json.dumps(v, indent=2),
     }
     environment.globals |= {"p": prefix, "P": prefix.upper(), "ctypes": CTYPES, "nan_ends": NAN_ENDS}

@@ -3,11 +3,13 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from tte.ir import OPS, Const, Graph, Node, TensorType, Value
 from tte.ir.rows import Stream, find_stream
+from tte.ir.tiles import Cut, Tiles, find_tiles, spread_cuts
 from tte.ops.resize import resize_taps
 
 CTYPES = {
@@ -25,13 +27,14 @@ class Kernel:
     """A C function to be: equal (template, context) are one function.
 
     context: all the template may know (JSON-like):
-      ins     one record per operand of the anchor: {c, shape, dtype, segments: [{c, start, stop}], axis, literal}
-      out     {shape, dtype, ctype} of the value that is stored
+      ins     one record per operand of the anchor: a tensor, and its pieces along axis: [{c, strides, start, stop}]
+      out     the tensor that is stored
       attrs   of the anchor
       acc     C type of the anchor's result
       tail    elementwise steps behind the anchor: {op, attrs, operands}; see ``_operand``
       args    pointers in the order of the call: {c, ctype, const}
       rows    of a kernel that makes one row: pointer -> how many rows there are, where it is a ring
+      tile    of a kernel that makes one tile, from "from" on: {sum, first, last}; see ``_Tile``
     parts: kernels that it calls
     """
 
@@ -48,7 +51,7 @@ class Kernel:
 class Call:
     """A kernel applied to values: inputs (in the order of the pointers), then outputs.
 
-    taken: the operand whose buffer the first output takes over; it is reached through the output's pointer.
+    An operand whose buffer an output takes over is reached through that output's pointer.
     scratch: it has memory of its own, by a last pointer.
     """
 
@@ -56,7 +59,6 @@ class Call:
     kernel: Kernel
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    taken: Value | None = None
     scratch: bool = False
 
 
@@ -69,6 +71,8 @@ def schedule(graph: Graph) -> list[Call]:
             views[node.output.name] = views.get(node.inputs[0].name, node.inputs[0].name)
         elif stream := find_stream(node):
             calls.append(_stream(i, node, stream))
+        elif tiles := find_tiles(node):
+            calls.append(_tiles(i, node, tiles))
         else:
             calls.append(_call(i, node, views))
     return calls
@@ -76,33 +80,75 @@ def schedule(graph: Graph) -> list[Call]:
 
 def _stream(index: int, node: Node, stream: Stream) -> Call:
     """A kernel that calls others, row by row."""
-    assert node.body
-    outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True))
-    expressions = {v.name: f"y{i}" for i, v in enumerate(node.body.outputs)}
-    args: dict[str, Value] = {}
-    parts, steps = [], []
-    for member, demands in zip(node.body.nodes, stream.demands, strict=True):
-        call = _call(index, member, {}, outer, stream.rings)
-        arguments = []
-        for value in (*call.inputs, *call.outputs):
-            if value.name in outer and value.name not in expressions:
-                expressions[value.name] = f"a{len(args)}"
-                args[expressions[value.name]] = outer[value.name]
-            if value.name in stream.rings:
-                ctype, offset = CTYPES[value.type.dtype], stream.offsets[value.name]
-                expressions[value.name] = f"({ctype} *)(void *)(scratch + {offset})"
-            arguments.append(expressions[value.name])
-        parts.append(call.kernel)
+    driver = _Driver(node, stream.offsets)
+    steps = []
+    for member, demands in zip(driver.body.nodes, stream.demands, strict=True):
+        call = _call(index, member, {}, driver.outer, stream.rings)
         height = member.output.type.shape[1]
         needs = [{"maker": d.maker, "height": d.height} | asdict(d.window) for d in demands]
-        steps.append({"arguments": arguments, "height": height, "needs": needs})
-    pointers = [{"c": c, "ctype": CTYPES[v.type.dtype], "const": True} for c, v in args.items()]
-    pointers += [{"c": f"y{i}", "ctype": CTYPES[v.type.dtype], "const": False} for i, v in enumerate(node.outputs)]
-    if stream.rings:
-        pointers.append({"c": "scratch", "ctype": "uint8_t", "const": False})
-    context = {"args": pointers, "steps": steps, "rest": stream.rest, "rows": None, "tail": []}
-    kernel = Kernel("stream", json.dumps(context, sort_keys=True), tuple(parts))
-    return Call(index, kernel, tuple(args.values()), node.outputs, scratch=bool(stream.rings))
+        steps.append({"arguments": driver.add(call), "height": height, "needs": needs})
+    return driver.call(index, "stream", {"steps": steps, "rest": stream.rest})
+
+
+def _tiles(index: int, node: Node, tiles: Tiles) -> Call:
+    """A kernel that calls others, tile by tile."""
+    driver = _Driver(node, tiles.offsets)
+    steps = []
+    for member, span in zip(driver.body.nodes, tiles.spans, strict=True):
+        taken = [driver.taken.get(v.name) for v in member.outputs]
+        member = replace(
+            member, inplace=tuple(member.inputs.index(v) if v else None for v in taken) if any(taken) else ()
+        )
+        ends = {end for v in member.inputs if v.name in tiles.cuts for end in tiles.cuts[v.name].span(v)}
+        for start, stop in pairwise([span[0], *sorted(e for e in ends if span[0] < e < span[1]), span[1]]):
+            tile = _Tile(tiles.width, tiles.cuts, frozenset(tiles.sizes), span, start)
+            call = _call(index, member, {}, driver.outer, tile=tile)
+            steps.append({"arguments": driver.add(call), "start": start, "stop": stop})
+    end = max(stop for _, stop in tiles.spans)
+    return driver.call(index, "tiles", {"steps": steps, "width": tiles.width, "end": end})
+
+
+class _Driver:
+    """A kernel in the making that calls others: what it passes to them."""
+
+    def __init__(self, node: Node, offsets: Mapping[str, int]) -> None:
+        assert node.body
+        self.node, self.body, self.offsets = node, node.body, offsets
+        self.outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True))
+        self.expressions = {v.name: f"y{i}" for i, v in enumerate(node.body.outputs)}
+        inner = dict(zip([v.name for v in node.inputs], node.body.inputs, strict=True))
+        self.taken: dict[str, Value] = {}  # result of the body -> the operand whose buffer it takes over
+        for result, value in zip(node.body.outputs, node.outputs, strict=True):
+            if overwritten := node.overwrites.get(value.name):
+                self.taken[result.name] = inner[overwritten.name]
+                self.expressions[inner[overwritten.name].name] = self.expressions[result.name]
+        self.args: dict[str, Value] = {}
+        self.parts: list[Kernel] = []
+
+    def add(self, call: Call) -> list[str]:
+        """The arguments of a call that is to be made."""
+        self.parts.append(call.kernel)
+        arguments = []
+        for value in (*call.inputs, *call.outputs):
+            if value.name in self.outer and value.name not in self.expressions:
+                self.expressions[value.name] = f"a{len(self.args)}"
+                self.args[self.expressions[value.name]] = self.outer[value.name]
+            if value.name in self.offsets:
+                ctype, offset = CTYPES[value.type.dtype], self.offsets[value.name]
+                self.expressions[value.name] = f"({ctype} *)(void *)(scratch + {offset})"
+            arguments.append(self.expressions[value.name])
+        return arguments
+
+    def call(self, index: int, template: str, context: Mapping[str, Any]) -> Call:
+        made = self.node.outputs
+        pointers = [{"c": c, "ctype": CTYPES[v.type.dtype], "const": True} for c, v in self.args.items()]
+        pointers += [{"c": f"y{i}", "ctype": CTYPES[v.type.dtype], "const": False} for i, v in enumerate(made)]
+        if self.offsets:
+            pointers.append({"c": "scratch", "ctype": "uint8_t", "const": False})
+        text = json.dumps({"args": pointers, "rows": None, "tile": None, "tail": []} | dict(context), sort_keys=True)
+        return Call(
+            index, Kernel(template, text, tuple(self.parts)), tuple(self.args.values()), made, bool(self.offsets)
+        )
 
 
 @dataclass(frozen=True)
@@ -122,16 +168,47 @@ def _take_apart(node: Node) -> _Parts:
     return _Parts(weights, anchor, tuple(rest if anchor is None else rest[1:]))
 
 
+@dataclass(frozen=True)
+class _Tile:
+    """What a kernel that makes one tile knows of it.
+
+    cuts: how values are cut; inside: those of which one tile exists; span: for which part of the line the node runs,
+    and start: from where on this kernel serves it.
+    """
+
+    width: int
+    cuts: Mapping[str, Cut]
+    inside: frozenset[str]
+    span: tuple[int, int]
+    start: int
+
+    def spread(self, node: Node) -> "_Tile":
+        """The same seen from inside of a region."""
+        if node.body is None:
+            return self
+        names = dict(zip([v.name for v in node.body.inputs], [v.name for v in node.inputs], strict=True))
+        names |= dict(zip([v.name for v in node.body.outputs], [v.name for v in node.outputs], strict=True))
+        cuts = spread_cuts(node.body, {inner: self.cuts[name] for inner, name in names.items() if name in self.cuts})
+        inside = frozenset(inner for inner, name in names.items() if name in self.inside)
+        return replace(self, cuts=cuts or {}, inside=inside)
+
+    def covers(self, value: Value) -> bool:
+        start, stop = self.cuts[value.name].span(value)
+        return start <= self.start < stop
+
+
 def _call(
     index: int,
     node: Node,
     views: Mapping[str, str],
     around: Mapping[str, Value] | None = None,
     rings: Mapping[str, int] | None = None,
+    tile: _Tile | None = None,
 ) -> Call:
-    """``rings``: the kernel makes one row, and of these values there are so many rows; ``around``: what the operands of
-    a node inside of a region stand for."""
+    """``rings``: the kernel makes one row, and of these values there are so many rows; ``tile``: it makes one tile;
+    ``around``: what the operands of a node inside of a region stand for."""
     parts = _take_apart(node)
+    tile = tile and tile.spread(node)
     outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True)) if node.body else {}
     pointers: dict[str, Value] = {}  # C name -> value
     taken = node.overwrites.get(node.output.name)
@@ -154,23 +231,40 @@ def _call(
         value = (around or {}).get(value.name, value)
         return value.data.item() if isinstance(value, Const) and value.type.size == 1 else None
 
-    out = node.output.type
+    def tensor(value: Value, c: str) -> dict[str, Any]:
+        cut = tile.cuts.get(value.name) if tile else None
+        if tile is None or cut is None:
+            return _tensor(value.type, c)
+        shape = (*value.type.shape[: cut.axis], tile.width, *value.type.shape[cut.axis + 1 :])
+        if value.name in tile.inside:
+            return _tensor(replace(value.type, shape=shape, quant=None), c)
+        return _tensor(value.type, c) | {"shape": list(shape)} | _from(value.type, cut, c)
+
+    out = node.body.outputs[0] if node.body else node.output
     context: dict[str, Any] = {"attrs": {}, "ins": []}
     if parts.anchor is not None:
         context["attrs"] = {k: _plain(v) for k, v in parts.anchor.attrs.items()}
+        if tile and context["attrs"].get("groups", 1) > 1:
+            context["attrs"]["groups"] = tile.width  # only where there is one channel to a group
         for value in parts.anchor.inputs:
-            whole = value.name not in parts.weights
-            pieces = (value,) if whole else parts.weights[value.name].inputs
-            axis = 0 if whole else parts.weights[value.name].attrs["axis"]
-            assert isinstance(axis, int)
+            axis = 0
+            pieces: tuple[Value, ...] = (value,)
+            if joined := parts.weights.get(value.name):
+                axis, pieces = int(joined.attrs["axis"]), joined.inputs  # type: ignore[arg-type]
+            if tile and joined and tile.cuts.get(value.name, Cut(-1)).axis == axis:
+                value = next(v for v in pieces if tile.covers(v))  # no tile lies in two pieces
+                pieces = (value,)
             segments, start = [], 0
             for piece in pieces:
-                stop = start + (piece.type.shape[axis] if piece.type.rank else 1)
-                segments.append({"c": pointer(piece), "start": start, "stop": stop})
+                record = tensor(piece, pointer(piece))
+                stop = start + (record["shape"][axis] if piece.type.rank else 1)
+                segments.append({"c": record["c"], "strides": record["strides"], "start": start, "stop": stop})
                 start = stop
-            context["ins"].append(_tensor(value.type) | {"c": segments[0]["c"], "segments": segments, "axis": axis})
+            whole = tensor(value, segments[0]["c"])
+            context["ins"].append(whole | {"c": segments[0]["c"], "segments": segments, "axis": axis})
     names = {} if parts.anchor is None else {parts.anchor.output.name: "acc"}
     context["acc"] = "" if parts.anchor is None else CTYPES[parts.anchor.output.type.dtype]
+    result = tensor(out, "y0")
     operands: list[dict[str, Any]] = []
     tail = []
     for k, step in enumerate(parts.tail):
@@ -181,7 +275,7 @@ def _call(
             elif (number := literal(value)) is not None:
                 arguments.append({"kind": "literal", "value": number, "dtype": value.type.dtype})
             else:
-                operand = _operand(value.type, out) | {"c": pointer(value), "name": f"v{k}_{len(arguments)}"}
+                operand = _operand(tensor(value, pointer(value)), result) | {"name": f"v{k}_{len(arguments)}"}
                 arguments.append(operand)
                 operands.append(operand)
         attrs = {key: _plain(v) for key, v in step.attrs.items()} | {"types": [v.type.dtype for v in step.inputs]}
@@ -189,13 +283,18 @@ def _call(
         macro = step.op.replace(".", "_")
         tail.append({"op": macro, "attrs": attrs, "operands": arguments, "name": f"t{k}", "ctype": ctype})
         names[step.output.name] = f"t{k}"
+    context["tile"] = None
+    if tile:
+        total, last = out.name not in tile.cuts, tile.span[1] - tile.width
+        context["tile"] = {"sum": total, "first": tile.span[0], "last": last}
     if parts.anchor is None:
-        shape = out.shape if rings is None else (1, 1, *out.shape[2:])
-        context["loops"] = _collapse(shape, operands)
+        shape = tuple(result["shape"]) if rings is None else (1, 1, *out.type.shape[2:])
+        context["loops"] = _collapse(shape, [*operands, result] if tile else operands)
     context["taps"] = _taps(parts.anchor)
     context["tail"] = tail
-    context["out"] = _tensor(out)
-    context["outs"] = [_tensor(v.type) for v in node.outputs]
+    context["out"] = result
+    made = node.body.outputs if node.body else node.outputs
+    context["outs"] = [tensor(v, f"y{i}") for i, v in enumerate(made)]
     args = [{"c": c, "ctype": CTYPES[v.type.dtype], "const": True} for c, v in pointers.items()]
     args += [{"c": f"y{i}", "ctype": CTYPES[v.type.dtype], "const": False} for i, v in enumerate(node.outputs)]
     context["args"] = args
@@ -205,7 +304,14 @@ def _call(
         context["rows"] = {c: rings[v.name] for c, v in (pointers | outputs).items() if v.name in rings}
     template = "elementwise_loop" if parts.anchor is None else _variant(parts.anchor)
     kernel = Kernel(template, json.dumps(context, sort_keys=True))
-    return Call(index, kernel, tuple(pointers.values()), node.outputs, taken)
+    return Call(index, kernel, tuple(pointers.values()), node.outputs)
+
+
+def _from(type: TensorType, cut: Cut, c: str) -> dict[str, Any]:
+    """Where the tile that begins at "from" lies in a whole tensor: a pointer, or an index where elements are bits."""
+    stride = _strides(type.shape)[cut.axis]
+    offset = f"(from - {cut.first}) * {stride}" if cut.first else f"from * {stride}"
+    return {"c": c, "from": offset} if type.dtype == "bit" else {"c": f"({c} + {offset})"}
 
 
 def _variant(anchor: Node) -> str:
@@ -232,13 +338,15 @@ def _taps(anchor: Node | None) -> list[dict[str, Any]]:
     ]
 
 
-def _tensor(type: TensorType) -> dict[str, Any]:
+def _tensor(type: TensorType, c: str) -> dict[str, Any]:
     return {
+        "c": c,
         "shape": list(type.shape),
         "strides": _strides(type.shape),
         "size": type.size,
         "dtype": type.dtype,
         "ctype": CTYPES[type.dtype],
+        "from": "0",
     }
 
 
@@ -253,13 +361,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _operand(type: TensorType, out: TensorType) -> dict[str, Any]:
+def _operand(tensor: Mapping[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
     """How an elementwise step reads a tensor: at the flat index, or through strides (0 where it broadcasts)."""
-    if type.shape == out.shape:
-        return {"kind": "flat", "dtype": type.dtype, "strides": _strides(out.shape)}
-    shape = (1,) * (len(out.shape) - type.rank) + type.shape
-    strides = [0 if d == 1 else s for d, s in zip(shape, _strides(shape), strict=True)]
-    return {"kind": "strided", "dtype": type.dtype, "strides": strides}
+    operand = {key: tensor[key] for key in ("c", "dtype", "strides", "from")}
+    if tensor["shape"] == out["shape"] and tensor["strides"] == out["strides"]:
+        return operand | {"kind": "flat"}
+    shape = [1] * (len(out["shape"]) - len(tensor["shape"])) + tensor["shape"]
+    strides = [0] * (len(shape) - len(tensor["strides"])) + tensor["strides"]
+    return operand | {"kind": "strided", "strides": [0 if d == 1 else s for d, s in zip(shape, strides, strict=True)]}
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:

@@ -1,9 +1,10 @@
 """Finds the order of execution that keeps the fewest bytes alive, and says when there is no better one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from tte.ir import Graph, Node, rewrite
+from tte.ir.tiles import scratch_bytes
 from tte.passes.inplace import find_candidates, find_owners, is_view
 
 STATES = 2000  # effort of one search: how many sets of executed nodes it may look at
@@ -34,24 +35,30 @@ def find_order(graph: Graph) -> Order:
     assert not any(node.inplace for node in graph.nodes), "reorder comes before work_in_place"
     work = [i for i, node in enumerate(graph.nodes) if not is_view(node)]
     problem = _problem(graph, work)
-    bound = problem.lower_bound()
+    bounds = problem.lower_bounds()
     best = list(range(len(work)))
-    peak = problem.peak(best)
-    proved = peak <= bound
+    peaks = problem.peaks(best)
+    proved = peaks[0] <= bounds[0]
     for preference in PREFERENCES:
-        if not proved:
-            order, _ = _search(problem, preference, limit=_UNLIMITED, states=len(work) + 1)
-            if order and problem.peak(order) < peak:
-                best, peak = order, problem.peak(order)
-                proved = peak <= bound
+        if not proved or peaks[1] > bounds[1]:
+            order, _ = _search(problem, preference, (_UNLIMITED, _UNLIMITED), states=len(work) + 1)
+            if order and problem.peaks(order) < peaks:
+                best, peaks = order, problem.peaks(order)
+                proved = peaks[0] <= bounds[0]
     while not proved:
-        order, complete = _search(problem, PREFERENCES[0], limit=peak, states=STATES)
+        order, complete = _search(problem, PREFERENCES[0], (peaks[0], peaks[0]), states=STATES)
         if order is None:
             proved = complete
             break
-        best, peak = order, problem.peak(order)
-        proved = peak <= bound
-    return Order(tuple(_with_views(graph, [work[i] for i in best])), peak, proved)
+        best, peaks = order, problem.peaks(order)
+        proved = peaks[0] <= bounds[0]
+    # The forward may yet run by rows: then what counts is the backward.
+    while peaks[1] > bounds[1]:
+        order, _ = _search(problem, PREFERENCES[0], (peaks[0] + 1, peaks[1]), states=STATES)
+        if order is None:
+            break
+        best, peaks = order, problem.peaks(order)
+    return Order(tuple(_with_views(graph, [work[i] for i in best])), peaks[0], proved)
 
 
 def _with_views(graph: Graph, work: Sequence[int]) -> Iterator[int]:
@@ -81,6 +88,7 @@ class _Problem:
     reads     task -> buffers it reads;      writes: task -> buffers it makes, that of the first output first
     reusable  task -> buffers of which any that dies here saves the first of ``writes``
     readers   buffer -> tasks;   sizes: buffer -> bytes;   kept: the buffer outlives the program
+    scratch   task -> bytes while it runs;   behind: the tasks that must follow the loss
     """
 
     after: tuple[frozenset[int], ...]
@@ -90,18 +98,22 @@ class _Problem:
     readers: tuple[tuple[int, ...], ...]
     sizes: tuple[int, ...]
     kept: tuple[bool, ...]
+    scratch: tuple[int, ...]
+    behind: frozenset[int]
 
-    def peak(self, order: Sequence[int]) -> int:
-        """The most bytes alive at one task."""
+    def peaks(self, order: Sequence[int]) -> tuple[int, int]:
+        """The most bytes alive at one task, and at one behind the loss."""
         state = _State(self)
-        peak = 0
+        peaks = [0, 0]
         for task in order:
-            peak = max(peak, state.height(task))
+            peaks[0] = max(peaks[0], state.height(task))
+            if task in self.behind:
+                peaks[1] = max(peaks[1], state.height(task))
             state.run(task)
-        return peak
+        return peaks[0], peaks[1]
 
-    def lower_bound(self) -> int:
-        """What must be alive at some task in every order.
+    def lower_bounds(self) -> tuple[int, int]:
+        """What must be alive at some task, and at some behind the loss, in every order.
 
         That is what is made by it or before it and needed by it or after it. Of another buffer that exists by then:
         either it is alive, or all its readers have run, and then what they made is (in the same sense) there.
@@ -111,7 +123,7 @@ class _Problem:
             for u in self.after[t]:
                 later[t] |= later[u]
         readers = [sum(1 << t for t in tasks) for tasks in self.readers]
-        bound = 0
+        bounds = [0, 0]
         for task, after in enumerate(later):
             claimed: set[int] = set()
 
@@ -125,12 +137,14 @@ class _Problem:
 
             earlier = [t for t in range(task) if later[t] >> task & 1]
             claimed.update(earlier)
-            live = sum(self.sizes[b] for b in self.writes[task])
+            live = self.scratch[task] + sum(self.sizes[b] for b in self.writes[task])
             live += sum(cost(b) for t in earlier for b in self.writes[t])
             if any(not self.kept[b] and readers[b] & after == 1 << task for b in self.reusable[task]):
                 live -= self.sizes[self.writes[task][0]]
-            bound = max(bound, live)
-        return bound
+            bounds[0] = max(bounds[0], live)
+            if task in self.behind:
+                bounds[1] = max(bounds[1], live)
+        return bounds[0], bounds[1]
 
 
 def _problem(graph: Graph, work: Sequence[int]) -> _Problem:
@@ -179,7 +193,17 @@ def _problem(graph: Graph, work: Sequence[int]) -> _Problem:
         readers=tuple(tuple(readers.get(name, ())) for name in numbers),
         sizes=tuple(sizes[name] for name in numbers),
         kept=tuple(name in kept for name in numbers),
+        scratch=tuple(scratch_bytes(graph.nodes[i]) for i in work),
+        behind=frozenset(_descendants(after, loss) if loss is not None and graph.updates else ()),
     )
+
+
+def _descendants(after: Sequence[Collection[int]], task: int) -> set[int]:
+    found: set[int] = set()
+    for t in range(task, len(after)):
+        if t == task or t in found:
+            found |= set(after[t])
+    return found
 
 
 class _State:
@@ -200,7 +224,7 @@ class _State:
     def height(self, task: int) -> int:
         """Bytes alive while ``task`` runs."""
         p = self.problem
-        height = self.live + sum(p.sizes[b] for b in p.writes[task])
+        height = self.live + p.scratch[task] + sum(p.sizes[b] for b in p.writes[task])
         if any(self.waiting[b] == 1 for b in p.reusable[task]):
             height -= p.sizes[p.writes[task][0]]
         return height
@@ -234,7 +258,10 @@ class _State:
             self.waiting[b] += 1
         self.live -= self.growth(task)
 
-    def settle(self, limit: int) -> None:
+    def fits(self, task: int, limits: tuple[int, int]) -> bool:
+        return self.height(task) < limits[task in self.problem.behind]
+
+    def settle(self, limits: tuple[int, int]) -> None:
         """Run what is right to run now, whatever comes later.
 
         If the readers that a buffer still waits for are all ready and together make no more than the buffer frees,
@@ -245,7 +272,7 @@ class _State:
         while found:
             found = False
             for task in sorted(self.ready):
-                if self.growth(task) <= 0 and self.height(task) < limit:
+                if self.growth(task) <= 0 and self.fits(task, limits):
                     self.run(task)
                     found = True
                     break
@@ -254,16 +281,16 @@ class _State:
                     if len(group) < self.waiting[b]:
                         continue
                     made = sum(self.problem.sizes[w] for t in group for w in self.problem.writes[t])
-                    if made <= self.problem.sizes[b] and self._run_all(group, limit):
+                    if made <= self.problem.sizes[b] and self._run_all(group, limits):
                         found = True
                         break
                 if found:
                     break
 
-    def _run_all(self, group: Sequence[int], limit: int) -> bool:
-        """Run the group if it stays below the limit, else change nothing."""
+    def _run_all(self, group: Sequence[int], limits: tuple[int, int]) -> bool:
+        """Run the group if it stays below the limits, else change nothing."""
         for n, task in enumerate(group):
-            if self.height(task) >= limit:
+            if not self.fits(task, limits):
                 for _ in range(n):
                     self.undo()
                 return False
@@ -280,20 +307,23 @@ PREFERENCES: tuple[Preference, ...] = (
 _UNLIMITED = 1 << 62
 
 
-def _search(problem: _Problem, preference: Preference, limit: int, states: int) -> tuple[list[int] | None, bool]:
-    """An order that stays below ``limit``, and whether the search is complete: no order and complete is a proof."""
+def _search(
+    problem: _Problem, preference: Preference, limits: tuple[int, int], states: int
+) -> tuple[list[int] | None, bool]:
+    """An order that stays below limits[0], behind the loss limits[1], and whether the search is complete: no order and
+    complete is a proof."""
     state = _State(problem)
     seen: set[int] = set()
     choices: list[tuple[int, list[int]]] = []  # (tasks done before, what else could be tried there)
     while True:
-        state.settle(limit)
+        state.settle(limits)
         if len(state.order) == len(problem.reads):
             return state.order, False
         if state.done not in seen:
             if len(seen) == states:
                 return None, False
             seen.add(state.done)
-            options = [t for t in state.ready if state.height(t) < limit]
+            options = [t for t in state.ready if state.fits(t, limits)]
             options.sort(key=lambda t: preference(state, t), reverse=True)
             choices.append((len(state.order), options))
         while choices and not choices[-1][1]:

@@ -1,11 +1,12 @@
 """Runs parts of the forward program row by row, so that of what lies between two layers only a few rows exist."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from tte.ir import Graph, Node, Value, rewrite
 from tte.ir.rows import align, find_windows, stream_rows
+from tte.ir.tiles import scratch_bytes
 from tte.passes.inplace import is_view, work_in_place
+from tte.passes.regions import enclose
 
 
 def stream_forward(graph: Graph, floor: int = 0) -> Graph:
@@ -14,20 +15,32 @@ def stream_forward(graph: Graph, floor: int = 0) -> Graph:
     Comes behind ``reorder``: only neighbours are put together. No row is computed twice, so nothing is computed that
     was not before, and every number is what it was. floor: bytes that another program needs anyway.
     """
-    costs = _Costs(graph)
+    costs = Costs(graph)
     end = costs.forward
     single = [costs.node(i) for i in range(len(graph.nodes))]
     limit = max(floor, *single[end:], 0)
     if max(single[:end], default=0) <= limit:
         return graph
-    chains = {(a, b): cost for a, b in _chains(graph, end) if (cost := costs.chain(a, b)) is not None}
+    chains = _cost_chains(costs)
     limit = max(limit, _least_peak(single[:end], chains))
     nodes: list[Node] = []
     at = 0
     for a, b in _fewest(single[:end], chains, limit):
-        nodes += [*graph.nodes[at:a], _region(graph, a, b)]
+        nodes += [*graph.nodes[at:a], enclose(graph, range(a, b + 1), {"strategy": "rows"})]
         at = b + 1
     return rewrite(graph, [*nodes, *graph.nodes[at:]])
+
+
+def find_least_forward(graph: Graph) -> int:
+    """The lowest peak of the forward program that ``stream_forward`` can reach in this order."""
+    costs = Costs(graph)
+    return _least_peak([costs.node(i) for i in range(costs.forward)], _cost_chains(costs))
+
+
+def _cost_chains(costs: "Costs") -> dict[tuple[int, int], int]:
+    """First and last node -> bytes alive while they run by rows."""
+    chains = _chains(costs.graph, costs.forward)
+    return {(a, b): cost for a, b in chains if (cost := costs.chain(a, b)) is not None}
 
 
 def _chains(graph: Graph, end: int) -> list[tuple[int, int]]:
@@ -51,8 +64,8 @@ def _can_stream(node: Node) -> bool:
     return windows is not None and any(windows) and node.output.type.shape[1] > 1 and node.output.type.dtype != "bit"
 
 
-class _Costs:
-    """Bytes alive at a node, or while a chain of nodes runs by rows."""
+class Costs:
+    """Bytes alive at a node, or while a chain of nodes runs by rows. forward: how many nodes make the first output."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -80,7 +93,8 @@ class _Costs:
         self.forward = forward
 
     def node(self, i: int) -> int:
-        return sum(size for birth, death, size in self.buffers if birth <= i <= death)
+        alive = sum(size for birth, death, size in self.buffers if birth <= i <= death)
+        return alive + align(scratch_bytes(self.graph.nodes[i]))
 
     def kept(self, a: int, b: int) -> list[Value]:
         """What nodes a to b make that is read behind them."""
@@ -120,20 +134,3 @@ def _fewest(single: Sequence[int], chains: dict[tuple[int, int], int], limit: in
     found = best[-1]
     assert found is not None, "a limit that some division has"
     return list(found[2])
-
-
-def _region(graph: Graph, a: int, b: int) -> Node:
-    nodes = graph.nodes[a : b + 1]
-    last = graph.last_use()
-    made = {v.name for node in nodes for v in node.outputs}
-    outside: dict[str, Value] = {}
-    for node in nodes:
-        for value in node.inputs:
-            if value.name not in made:
-                outside.setdefault(value.name, value)
-    arguments = {name: Value(f"a{i}", v.type) for i, (name, v) in enumerate(outside.items())}
-    inner = tuple(replace(m, inputs=tuple(arguments.get(v.name, v) for v in m.inputs)) for m in nodes)
-    kept = [v for node in nodes for v in node.outputs if last.get(v.name, -1) > b]
-    kept = sorted(kept, key=lambda v: v is not nodes[-1].output)  # the last result is the first output
-    body = Graph("region", tuple(arguments.values()), nodes=inner, outputs=tuple(kept)).renumbered()
-    return Node("region", tuple(outside.values()), {"strategy": "rows"}, tuple(kept), nodes[-1].layer, body=body)

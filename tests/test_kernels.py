@@ -40,14 +40,15 @@ class Case:
     call: Call
     inputs: dict[str, np.ndarray]
     expected: np.ndarray
+    taken: Value | None = None  # the operand whose buffer the result takes over
 
     def run(self, library: ctypes.CDLL, name: str) -> np.ndarray:
         memory = {key: to_c(array) for key, array in self.inputs.items()}
         out = self.call.outputs[0]
         result = np.full(out.type.nbytes, 0xA5, np.uint8)
-        # An operand whose buffer the result takes over is not among the pointers: it is there already.
-        if self.call.taken is not None:
-            result[:] = memory[self.call.taken.name].view(np.uint8).reshape(-1)
+        # It is not among the pointers: it is there already.
+        if self.taken is not None:
+            result[:] = memory[self.taken.name].view(np.uint8).reshape(-1)
         pointers = [memory[v.name].ctypes.data_as(ctypes.c_void_p) for v in self.call.inputs]
         library[name](*pointers, result.ctypes.data_as(ctypes.c_void_p))
         return from_c(result, out)
@@ -98,7 +99,8 @@ def whole_graphs() -> list[Case]:
             arguments = {name: env[name] for name in distinct}
             env[node.output.name] = evaluate(alone, list(arguments.values())).outputs[0]
             for call in schedule(Graph("main", graph.inputs, graph.params, graph.consts, (node,))):
-                cases.append(Case(f"{kind} {i} {node.op} {node.layer}", call, arguments, env[node.output.name]))
+                name, expected = f"{kind} {i} {node.op} {node.layer}", env[node.output.name]
+                cases.append(Case(name, call, arguments, expected, node.overwrites.get(node.output.name)))
     return cases
 
 

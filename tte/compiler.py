@@ -16,7 +16,8 @@ from tte.codegen.plan import plan_memory
 from tte.errors import TTEError
 from tte.frontends import import_model
 from tte.ir import Const, Graph, Origin, Param, verify
-from tte.ir.rows import find_stream
+from tte.ir.tiles import scratch_bytes
+from tte.passes.accumulate import accumulate
 from tte.passes.autodiff import differentiate
 from tte.passes.batch_norm import fold_batch_norm
 from tte.passes.canonicalize import canonicalize
@@ -33,6 +34,7 @@ from tte.passes.reorder import reorder
 from tte.passes.select_updates import select_updates
 from tte.passes.simplify import eliminate_common_subexpressions, eliminate_dead_code, fold_constants
 from tte.passes.stream import stream_forward
+from tte.passes.tile import tile_backward
 from tte.scheme import Resolved, UpdateScheme, resolve
 from tte.target import Target
 
@@ -53,12 +55,15 @@ SIMPLIFY: tuple[Pass, ...] = (
 SHRINK: tuple[Pass, ...] = (
     eliminate_common_subexpressions,
     eliminate_dead_code,
+    accumulate,
     fuse_updates,
     fuse_elementwise,
+    tile_backward,
     reorder,
     stream_forward,
     work_in_place,
 )
+LIMITED = (tile_backward, stream_forward)  # these need not go below what other programs need anyway
 OPTIONAL = {p.__name__: p for p in (eliminate_common_subexpressions, *SHRINK[2:])}
 
 
@@ -74,7 +79,7 @@ class Pipeline:
         for number, apply in enumerate(passes):
             if apply.__name__ in self.disabled:
                 continue
-            graph = verify(stream_forward(graph, floor) if apply is stream_forward else apply(graph))
+            graph = verify(apply(graph, floor) if apply in LIMITED else apply(graph))  # type: ignore[call-arg]
             self.write(graph, f"{stage}.{number:02d}-{apply.__name__}")
         return graph
 
@@ -190,7 +195,7 @@ def compile_graphs(
     for role, graph in roles.items():
         floor = max((program.plan.lower_bound for program in programs), default=0)
         small = pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}", floor)
-        scratch = {i: stream.nbytes for i, node in enumerate(small.nodes) if (stream := find_stream(node))}
+        scratch = {i: size for i, node in enumerate(small.nodes) if (size := scratch_bytes(node))}
         plan = plan_memory(small, scratch, hold_input=input_in_arena)
         check_plan(small, plan, scratch)
         programs.append(Program(role, small, plan))

@@ -11,7 +11,7 @@ from tte import __version__
 from tte.codegen.emit import Program
 from tte.codegen.plan import Plan
 from tte.ir import OPS, Graph, Node, Param, Value
-from tte.ir.rows import expand_rows
+from tte.ir.rows import expand
 from tte.runner.toolchain import Firmware
 
 SCHEMA_VERSION = 1
@@ -159,9 +159,7 @@ def list_layers(graph: Graph) -> list[dict[str, Any]]:
     layers: dict[str, dict[str, Any]] = {}
     learns = {p.name: _user_name(p) for p, _ in graph.updates}
     members = [
-        (member, phase)
-        for node, phase in zip(graph.nodes, find_phases(graph), strict=True)
-        for member in expand_rows(node)
+        (member, phase) for node, phase in zip(graph.nodes, find_phases(graph), strict=True) for member in expand(node)
     ]
     for node, phase in members:
         new = {

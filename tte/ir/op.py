@@ -41,6 +41,10 @@ class Op:
     macs    multiply-accumulates: (input types..., *, attributes) -> int
     rows    (input types..., *, attributes) -> of each input the Window that an output row reads, None: all of it.
             No rule: the operator does not go row by row, unless it is elementwise.
+    axes    (input types..., *, attributes) -> of each input, then of the result, a letter for each axis. What is at i
+            along a letter of the result depends on what is at i along it in operands; over a letter that the result
+            lacks it is a sum. "." may not be cut. No rule: nothing may be cut, unless the operator is elementwise.
+    start   the operand, if there is one, that such a sum begins with; None: sums cannot be continued.
     """
 
     name: str
@@ -51,6 +55,8 @@ class Op:
     inplace: tuple[int, ...] = ()
     macs: Callable[..., int] | None = None
     rows: Callable[..., tuple[Window | None, ...]] | None = None
+    axes: Callable[..., tuple[str, ...]] | None = None
+    start: int | None = None
 
     @property
     def attributes(self) -> dict[str, Any]:

@@ -109,9 +109,9 @@ def find_stream(node: Node) -> Stream | None:
     return stream_rows(node.body.nodes, frozenset(v.name for v in node.body.outputs))
 
 
-def expand_rows(node: Node) -> Iterator[Node]:
-    """The nodes that a region runs by rows, reading what the region reads; another node is its own."""
-    if node.body is None or node.attrs["strategy"] != "rows":
+def expand(node: Node) -> Iterator[Node]:
+    """The nodes that a region runs by rows or tiles, reading what the region reads; another node is its own."""
+    if node.body is None or node.attrs["strategy"] == "fused":
         yield node
         return
     outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True))

@@ -2,6 +2,7 @@
 
 from tte.ir.graph import Const, Graph, Node, Param, Value
 from tte.ir.op import OPS, InvalidType
+from tte.ir.tiles import find_start, find_tiles
 
 
 class InvalidGraph(Exception):
@@ -76,10 +77,13 @@ def inplace_inputs(node: Node, output: int = 0) -> tuple[int, ...]:
     """
     if not node.body:
         return OPS[node.op].inplace if output == 0 else ()
-    if node.attrs["strategy"] == "rows" or output > 0:
-        return ()  # by rows, the first row is written before the last is read
-    body = node.body
-    target = body.outputs[0].type
+    body, target = node.body, node.outputs[output].type
+    if node.attrs["strategy"] == "rows":
+        return ()  # the first row is written before the last is read
+    if node.attrs["strategy"] == "tiles":
+        return _inplace_tiles(node, output)
+    if output > 0:
+        return ()
     allowed = []
     for i, value in enumerate(body.inputs):
         readers = [(n, k) for n in body.nodes for k, v in enumerate(n.inputs) if v.name == value.name]
@@ -88,6 +92,23 @@ def inplace_inputs(node: Node, output: int = 0) -> tuple[int, ...]:
         if readers and (safe or alone) and value.type.shape == target.shape and value.type.dtype == target.dtype:
             allowed.append(i)
     return tuple(allowed)
+
+
+def _inplace_tiles(node: Node, output: int) -> tuple[int, ...]:
+    """What no other member reads once a tile of the result is made; a sum may take over only what it begins with."""
+    tiles = find_tiles(node)
+    assert node.body and tiles
+    made = node.body.outputs[output]
+    at, maker = next((i, n) for i, n in enumerate(node.body.nodes) if made in n.outputs)
+    last = node.body.last_use()
+    if made.name in tiles.cuts:
+        allowed = [maker.inputs[k] for k in inplace_inputs(maker, maker.outputs.index(made))]
+        allowed = [v for v in allowed if tiles.cuts.get(v.name) == tiles.cuts[made.name] and last[v.name] == at]
+    else:
+        start = find_start(maker)
+        readers = [n for n in node.body.nodes if start in n.inputs]
+        allowed = [start] if start and len(readers) == 1 and start.type == made.type else []
+    return tuple(i for i, v in enumerate(node.body.inputs) if v in allowed)
 
 
 def _verify_inplace(graph: Graph, require) -> None:  # type: ignore[no-untyped-def]

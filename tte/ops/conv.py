@@ -133,8 +133,9 @@ def _weight_gradient(backward, x, dy, w, geometry):  # type: ignore[no-untyped-d
         x = _channels(backward, x, part.start, part.stop)
     elif axis == 0 and groups == x.type.shape[3] and w.type.shape[0] == groups:
         x = _channels(backward, x, part.start, part.stop)
-        dy = _channels(backward, dy, part.start, part.stop)
-        geometry = geometry | {"groups": part.stop - part.start}
+        if part.start:
+            dy = _channels(backward, dy, part.start, part.stop)
+        geometry = geometry | {"groups": part.stop - part.start, "out_channels": part.stop - part.start}
     return backward.call("nn.conv2d_weight_grad", x, dy, kernel_size=w.type.shape[1:3], **geometry)
 
 
@@ -152,7 +153,26 @@ def conv2d_rows(x, w, *b, strides, padding, dilation, **_):  # type: ignore[no-u
     return Window((w.shape[1] - 1) * dilation[0] + 1, strides[0], padding[0]), None, *(None for _ in b)
 
 
-register(Op("nn.conv2d", _conv2d, conv2d_ref, _conv2d_grad, kind="anchor", macs=conv2d_macs, rows=conv2d_rows))
+def conv2d_axes(x, w, *b, groups, **_):  # type: ignore[no-untyped-def]
+    if groups == 1:
+        return "...i", "o..i", *("o" for _ in b), "...o"
+    if groups == x.shape[3] == w.shape[0]:
+        return "...c", "c...", *("c" for _ in b), "...c"
+    return "....", "....", *("." for _ in b), "...."
+
+
+register(
+    Op(
+        "nn.conv2d",
+        _conv2d,
+        conv2d_ref,
+        _conv2d_grad,
+        kind="anchor",
+        macs=conv2d_macs,
+        rows=conv2d_rows,
+        axes=conv2d_axes,
+    )
+)
 
 
 def _transposed_span(size: int, kernel: int, stride: int, padding: tuple[int, ...], dilation: int) -> int:
@@ -175,7 +195,8 @@ def _conv2d_transpose(
 
     x: (N, H, W, C), w: (C, KH, KW, O / groups), b: (O,) -> (N, OH, OW, O), OH = (H-1)*sh - top - bottom + dh*(KH-1) + 1
     + output_padding. As torch.nn.functional.conv_transpose2d; output_padding may exceed the stride here, because
-    a convolution may leave any number of input rows unread. w may be stored integers (see ``read_numbers``).
+    a convolution may leave any number of input rows unread. w may be stored integers (see ``read_numbers``). Sums begin
+    with b, which may also have the shape of the result.
     """
     require_rank("x", x, 4)
     require_rank("w", w, 4)
@@ -186,11 +207,12 @@ def _conv2d_transpose(
     c, kh, kw, o = w.shape
     require(x.shape[3] == c, f"x has {x.shape[3]} channels, w expects {c}")
     require(c % groups == 0, f"{c} channels do not divide into {groups} groups")
-    require(b is None or b.shape == (o * groups,), f"the bias must have shape ({o * groups},)")
     h = _transposed_span(x.shape[1], kh, strides[0], padding[0::2], dilation[0]) + output_padding[0]
     v = _transposed_span(x.shape[2], kw, strides[1], padding[1::2], dilation[1]) + output_padding[1]
     require(h >= 1 and v >= 1, f"the padding {padding} leaves nothing of the output")
-    return x.with_shape((x.shape[0], h, v, o * groups))
+    y = x.with_shape((x.shape[0], h, v, o * groups))
+    require(b is None or b.shape in (y.shape[3:], y.shape), f"the bias must have shape {y.shape[3:]} or {y.shape}")
+    return y
 
 
 def _conv2d_transpose_ref(x, w, b=None, *, strides, padding, dilation, groups, output_padding):  # type: ignore[no-untyped-def]
@@ -222,7 +244,9 @@ def _conv2d_transpose_grad(backward, dy, x, w, b=None, *, strides, padding, dila
         if backward.wants(1):
             kernel = w.type.shape[1:3]
             dw = backward.call("nn.conv2d_weight_grad", seen, x, kernel_size=kernel, **geometry)
-    db = backward.call("sum", dy, axis=(0, 1, 2)) if b is not None and backward.wants(2) else None
+    db = None
+    if b is not None and backward.wants(2):
+        db = dy if b.type == dy.type else backward.call("sum", dy, axis=(0, 1, 2))
     return (dx, dw) if b is None else (dx, dw, db)
 
 
@@ -244,6 +268,17 @@ def _conv2d_transpose_macs(x, w, b=None, **attrs):  # type: ignore[no-untyped-de
     return x.size * w.size // w.shape[0]
 
 
+def _conv2d_transpose_axes(x, w, *b, groups, **_):  # type: ignore[no-untyped-def]
+    if groups == 1:
+        letters = ["...i", "i..o", "...o"]
+    elif groups == w.shape[0] and w.shape[3] == 1:
+        letters = ["...c", "c...", "...c"]
+    else:
+        letters = ["....", "....", "...."]
+    starts = (letters[2][-v.rank :] for v in b)
+    return *letters[:2], *starts, letters[2]
+
+
 register(
     Op(
         "nn.conv2d_transpose",
@@ -251,6 +286,9 @@ register(
         _conv2d_transpose_ref,
         _conv2d_transpose_grad,
         kind="anchor",
+        inplace=(2,),
+        axes=_conv2d_transpose_axes,
+        start=2,
         macs=_conv2d_transpose_macs,
     )
 )
@@ -266,10 +304,12 @@ def _conv2d_weight_grad(
     dilation: Pair = (1, 1),
     groups: int = 1,
     zero_point: int = 0,
+    out_channels: int = 0,
 ) -> TensorType:
     """The weight gradient of nn.conv2d: y[o,kh,kw,c] = sum over i, j of x[i*sh + kh*dh - top, ..., c] * g[i,j,o].
 
-    x: (N, H, W, C), g: (N, OH, OW, O) -> (O, KH, KW, C / groups). An int8 x counts from zero_point.
+    x: (N, H, W, C), g: (N, OH, OW, O) -> (O, KH, KW, C / groups). An int8 x counts from zero_point. With out_channels,
+    only the first so many channels of g are read: O is that.
     """
     require_rank("x", x, 4)
     require_rank("g", g, 4)
@@ -281,13 +321,16 @@ def _conv2d_weight_grad(
     for d in (0, 1):
         span = _span(x.shape[1 + d], kernel_size[d], strides[d], padding[d], padding[d + 2], dilation[d])
         require(span == g.shape[1 + d], f"g {g.shape} is not the gradient of this convolution of x {x.shape}")
-    fits = x.shape[3] % groups == 0 and g.shape[3] % groups == 0
-    require(fits, f"{x.shape[3]} or {g.shape[3]} channels do not divide into {groups} groups")
-    return g.with_shape((g.shape[3], *kernel_size, x.shape[3] // groups))
+    require(0 <= out_channels <= g.shape[3], f"out_channels={out_channels} of {g.shape[3]} channels")
+    o = out_channels or g.shape[3]
+    fits = x.shape[3] % groups == 0 and o % groups == 0
+    require(fits, f"{x.shape[3]} or {o} channels do not divide into {groups} groups")
+    return g.with_shape((o, *kernel_size, x.shape[3] // groups))
 
 
-def _conv2d_weight_grad_ref(x, g, *, kernel_size, strides, padding, dilation, groups, zero_point):  # type: ignore[no-untyped-def]
+def _conv2d_weight_grad_ref(x, g, *, kernel_size, strides, padding, dilation, groups, zero_point, out_channels):  # type: ignore[no-untyped-def]
     x = read_numbers(x, g.dtype, zero_point)
+    g = g[..., : out_channels or g.shape[3]]
     n, h, v, o = g.shape
     c = x.shape[3] // groups
     padded = _pad(x, padding)
@@ -300,8 +343,17 @@ def _conv2d_weight_grad_ref(x, g, *, kernel_size, strides, padding, dilation, gr
     return y
 
 
-def _conv2d_weight_grad_macs(x, g, *, kernel_size, groups, **attrs):  # type: ignore[no-untyped-def]
-    return g.size * kernel_size[0] * kernel_size[1] * x.shape[3] // groups
+def _conv2d_weight_grad_macs(x, g, *, kernel_size, groups, out_channels, **attrs):  # type: ignore[no-untyped-def]
+    _, h, w, o = g.shape
+    return h * w * (out_channels or o) * kernel_size[0] * kernel_size[1] * x.shape[3] // groups
+
+
+def _conv2d_weight_grad_axes(x, g, *, groups, out_channels, **_):  # type: ignore[no-untyped-def]
+    if groups == 1:
+        return "...i", "...o", "o..i"
+    if groups == x.shape[3] == (out_channels or g.shape[3]):
+        return "...c", "...c", "c..."
+    return "....", "....", "...."
 
 
 register(
@@ -311,5 +363,6 @@ register(
         _conv2d_weight_grad_ref,
         kind="anchor",
         macs=_conv2d_weight_grad_macs,
+        axes=_conv2d_weight_grad_axes,
     )
 )

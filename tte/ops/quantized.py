@@ -11,7 +11,7 @@ import numpy as np
 
 from tte.ir import Op, TensorType, register
 from tte.ir.types import Quant
-from tte.ops.conv import Padding, Pair, conv2d_gradients, conv2d_macs, conv2d_ref, conv2d_rows, conv2d_type
+from tte.ops.conv import Padding, Pair, conv2d_axes, conv2d_gradients, conv2d_macs, conv2d_ref, conv2d_rows, conv2d_type
 from tte.ops.dense import dense_gradients, dense_macs, dense_ref, dense_type
 from tte.ops.pool import pool_rows, pooled_type, windows
 from tte.ops.reduce import reduced_shape, spread
@@ -185,7 +185,18 @@ def _conv2d_macs(x, w, b=None, *, zero_point, **geometry):  # type: ignore[no-un
     return conv2d_macs(x, w, b, **geometry)
 
 
-register(Op("qnn.conv2d", _conv2d, _conv2d_ref, _conv2d_grad, kind="anchor", macs=_conv2d_macs, rows=conv2d_rows))
+register(
+    Op(
+        "qnn.conv2d",
+        _conv2d,
+        _conv2d_ref,
+        _conv2d_grad,
+        kind="anchor",
+        macs=_conv2d_macs,
+        rows=conv2d_rows,
+        axes=conv2d_axes,
+    )
+)
 
 
 def _dense(x: TensorType, w: TensorType, b: TensorType | None = None, *, zero_point: int = 0) -> TensorType:

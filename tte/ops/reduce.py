@@ -51,5 +51,10 @@ def _mean_ref(x, *, axis, keepdims):  # type: ignore[no-untyped-def]
     return x.mean(axis, keepdims=keepdims)
 
 
-register(Op("sum", _sum, _sum_ref, _sum_grad, kind="anchor"))
+def _sum_axes(x, *, axis, keepdims):  # type: ignore[no-untyped-def]
+    letters = "".join("." if d in axis else chr(ord("a") + d) for d in range(x.rank))
+    return letters, letters if keepdims else letters.replace(".", "")
+
+
+register(Op("sum", _sum, _sum_ref, _sum_grad, kind="anchor", axes=_sum_axes))
 register(Op("mean", _mean, _mean_ref, _mean_grad, kind="anchor"))

@@ -160,7 +160,7 @@ def _take(x: TensorType, *, axis: int, indices: tuple[int, ...]) -> TensorType:
 def _take_rule(backward, dy, x, *, axis, indices):  # type: ignore[no-untyped-def]
     size = x.type.shape[axis]
     if sorted(indices) == list(range(size)):
-        return backward.call("take", dy, axis=axis, indices=tuple(int(i) for i in np.argsort(indices)))
+        return backward.call("permute", dy, axis=axis, order=tuple(int(i) for i in np.argsort(indices)))
     return backward.call("take_grad", dy, axis=axis, indices=indices, size=size)
 
 
@@ -169,6 +169,26 @@ def _take_ref(x, *, axis, indices):  # type: ignore[no-untyped-def]
 
 
 register(Op("take", _take, _take_ref, _take_rule))
+
+
+def _permute(x: TensorType, *, axis: int, order: tuple[int, ...]) -> TensorType:
+    """y's element j along ``axis`` is x's element order[j], each of them once: a take that can be done in place"""
+    require_axis(axis, x.rank)
+    require(
+        sorted(order) == list(range(x.shape[axis])), f"{order} is no order of the elements of axis {axis} of {x.shape}"
+    )
+    return x
+
+
+def _permute_rule(backward, dy, x, *, axis, order):  # type: ignore[no-untyped-def]
+    return backward.call("permute", dy, axis=axis, order=tuple(int(i) for i in np.argsort(order)))
+
+
+def _permute_ref(x, *, axis, order):  # type: ignore[no-untyped-def]
+    return np.take(x, order, axis)
+
+
+register(Op("permute", _permute, _permute_ref, _permute_rule, inplace=(0,)))
 
 
 def _take_grad(g: TensorType, *, axis: int, indices: tuple[int, ...], size: int) -> TensorType:
