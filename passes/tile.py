@@ -1,11 +1,10 @@
 """Runs parts of the backward program in tiles of channels: of what lies between two layers only a tile exists."""
 
-from bisect import bisect_left
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from tte.ir import Graph, Node, Value, rewrite
-from tte.ir.tiles import Cut, cut_body, find_cuts
+from tte.ir.tiles import Cut, find_cuts, find_widths, scratch_bytes
 from tte.passes.regions import enclose
 from tte.passes.reorder import reorder
 from tte.passes.stream import Costs, find_least_forward
@@ -21,58 +20,60 @@ def tile_backward(graph: Graph, limit: int = 0) -> Graph:
     if not graph.updates:
         return graph
     forward = Costs(graph).forward
-    groups = [g for g in find_groups(graph) if g.nodes[0] >= forward]
+    groups = find_groups(graph, forward)
     if not groups:
         return graph
-    widths = {g: g.widths[0] for g in groups}
-    limit = max(limit, _backward_peak(graph, widths), find_least_forward(_contracted(graph, widths)))
+    limit = max(limit, _backward_peak(graph, groups), find_least_forward(_contracted(graph, groups)))
     for group in sorted(groups, key=lambda g: g.saved):
-        without = {g: w for g, w in widths.items() if g != group}
+        without = [g for g in groups if g != group]
         if _backward_peak(graph, without) <= limit:
-            widths = without
-    for group in widths:
-        good = bisect_left(group.widths, True, key=lambda w: _backward_peak(graph, widths | {group: w}) > limit)  # noqa: B023
-        widths[group] = group.widths[good - 1]
-    return contract(graph, widths) or graph
+            groups = without
+    ordered = _contracted(graph, groups)
+    costs = Costs(ordered)
+    return rewrite(ordered, [_widen(node, limit - costs.node(i)) for i, node in enumerate(ordered.nodes)])
 
 
-def _contracted(graph: Graph, widths: Mapping["Group", int]) -> Graph:
-    result = contract(graph, widths)
+def _widen(node: Node, room: int) -> Node:
+    """The node with the widest tiles that need no more than ``room`` additional bytes."""
+    if node.body is None or node.attrs["strategy"] != "tiles":
+        return node
+    wider = [replace(node, attrs=node.attrs | {"width": w}) for w in find_widths(node.body)]
+    return max((n for n in wider if scratch_bytes(n) - scratch_bytes(node) <= room), key=scratch_bytes)
+
+
+def _contracted(graph: Graph, groups: Sequence["Group"]) -> Graph:
+    result = contract(graph, groups)
     assert result is not None, "groups that find_groups has tried together"
     return reorder(result)
 
 
-def _backward_peak(graph: Graph, widths: Mapping["Group", int]) -> int:
-    ordered = _contracted(graph, widths)
+def _backward_peak(graph: Graph, groups: Sequence["Group"]) -> int:
+    ordered = _contracted(graph, groups)
     costs = Costs(ordered)
     return max(costs.node(i) for i in range(costs.forward, len(ordered.nodes)))
 
 
 @dataclass(frozen=True)
 class Group:
-    """Nodes (by number) that can run by tiles together.
-
-    inside: values that then need no buffer of their own; widths: of a tile, all that are possible, ascending
-    """
+    """Nodes (by number) that can run by tiles together; inside: values that then need no buffer of their own."""
 
     nodes: tuple[int, ...]
     inside: tuple[Value, ...]
-    widths: tuple[int, ...] = ()
 
     @property
     def saved(self) -> int:
         return max(v.type.nbytes for v in self.inside)
 
 
-def find_groups(graph: Graph) -> list[Group]:
-    """Groups that do not meet, those with the largest values inside first."""
-    search = _Search(graph)
-    found = [group for i in range(len(graph.nodes)) if (group := search.start_at(i))]
+def find_groups(graph: Graph, first: int) -> list[Group]:
+    """Groups of nodes from number ``first`` on that do not meet, those with the largest values inside before others."""
+    search = _Search(graph, first)
+    found = [group for i in range(first, len(graph.nodes)) if (group := search.start_at(i))]
     chosen: list[Group] = []
-    for group in sorted(found, key=lambda g: -g.saved):
+    for group in sorted(dict.fromkeys(found), key=lambda g: -g.saved):
         if not any(set(group.nodes) & set(other.nodes) for other in chosen):
             chosen.append(group)
-            if contract(graph, dict.fromkeys(chosen, 1)) is None:
+            if contract(graph, chosen) is None:
                 chosen.pop()
     return chosen
 
@@ -80,63 +81,71 @@ def find_groups(graph: Graph) -> list[Group]:
 class _Search:
     """What can be cut along its last axis together with whom."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, first: int) -> None:
         self.graph = graph
         self.readers = graph.uses()
+        self.maker = {v.name: i for i, node in enumerate(graph.nodes) if i >= first for v in node.outputs}
         self.needed = {v.name for v in (*graph.outputs, *(v for _, v in graph.updates))}
 
     def start_at(self, i: int) -> Group | None:
-        """The group of which node ``i`` makes the first value."""
-        node, value = self.graph.nodes[i], self.graph.nodes[i].output
-        if not self.may_stay(value) or find_cuts(node, {value.name: _last(value)}) is None:
+        """The group in which what node ``i`` makes stays inside, and all that can be cut with it."""
+        inside: dict[str, Value] = {}
+        nodes: set[int] = set()
+        queue = [self.graph.nodes[i].output]
+        while queue:
+            value = queue.pop()
+            users = self.find_users(value) if value.name not in inside else None
+            if users is None:
+                continue
+            inside[value.name] = value
+            nodes |= set(users)
+            for j, cuts in users.items():
+                own = (*self.graph.nodes[j].inputs, *self.graph.nodes[j].outputs)
+                queue += [v for v in own if v != value and cuts.get(v.name) == _last(v)]
+        if not nodes:
             return None
-        grown = self.grow(value)
-        if grown is None:
-            return None
-        members = sorted({i, *grown[0]})
-        region = enclose(self.graph, members, {})
-        assert region.body
-        size = value.type.shape[-1]
-        widths = tuple(w for w in range(1, size) if size % w == 0 and cut_body(region.body, w))
-        return Group(tuple(members), tuple(grown[1].values()), widths) if widths else None
+        members = tuple(sorted(nodes))
+        body = enclose(self.graph, members, {}).body
+        assert body
+        return Group(members, tuple(inside.values())) if find_widths(body) else None
 
-    def grow(self, value: Value) -> tuple[set[int], dict[str, Value]] | None:
-        """Who reads ``value``, and what stays inside with it; None if someone needs more of it than a tile."""
-        nodes, inside = set[int](), {value.name: value}
-        for i in self.readers[value.name]:
-            cuts = find_cuts(self.graph.nodes[i], {value.name: _last(value)})
+    def find_users(self, value: Value) -> dict[int, dict[str, Cut]] | None:
+        """The nodes that make and read ``value``, and how they are cut; None if one needs more than a tile."""
+        if value.type.rank != 4 or value.name not in self.maker or value.name in self.needed:
+            return None
+        users = {}
+        for j in (self.maker[value.name], *self.readers.get(value.name, ())):
+            cuts = find_cuts(self.graph.nodes[j], {value.name: _last(value)})
             if cuts is None:
                 return None
-            nodes.add(i)
-            for made in self.graph.nodes[i].outputs:
-                if self.may_stay(made) and cuts.get(made.name) == _last(made) and (more := self.grow(made)):
-                    nodes |= more[0]
-                    inside |= more[1]
-        return nodes, inside
-
-    def may_stay(self, value: Value) -> bool:
-        return value.type.rank == 4 and value.name in self.readers and value.name not in self.needed
+            users[j] = cuts
+        return users
 
 
 def _last(value: Value) -> Cut:
     return Cut(value.type.rank - 1)
 
 
-def contract(graph: Graph, groups: Mapping[Group, int]) -> Graph | None:
-    """The graph with each group as a region in tiles of the given width; None if a group would wait for itself."""
-    region_of = {
-        i: enclose(graph, g.nodes, {"strategy": "tiles", "width": w}) for g, w in groups.items() for i in g.nodes[:1]
-    }
-    member_of = {i: g.nodes[0] for g in groups for i in g.nodes}
-    waiting = [(i, region_of.get(i, node)) for i, node in enumerate(graph.nodes) if member_of.get(i, i) == i]
+def contract(graph: Graph, groups: Sequence[Group]) -> Graph | None:
+    """The graph with each group as a region in the narrowest tiles; None if one would wait for itself."""
+    region_of = {}
+    for group in groups:
+        region = enclose(graph, group.nodes, {"strategy": "tiles", "width": 1})
+        assert region.body
+        region_of[group.nodes[0]] = replace(region, attrs=region.attrs | {"width": find_widths(region.body)[0]})
+    inside = {i for group in groups for i in group.nodes[1:]}
+    waiting = [region_of.get(i, node) for i, node in enumerate(graph.nodes) if i not in inside]
     made = {v.name for v in (*graph.inputs, *graph.params, *graph.consts)}
     nodes: list[Node] = []
     while waiting:
-        ready = [(i, node) for i, node in waiting if all(v.name in made for v in node.inputs)]
-        if not ready:
+        held = []
+        for node in waiting:
+            if all(v.name in made for v in node.inputs):
+                nodes.append(node)
+                made |= {v.name for v in node.outputs}
+            else:
+                held.append(node)
+        if len(held) == len(waiting):
             return None
-        for _, node in ready[:1]:
-            nodes.append(node)
-            made |= {v.name for v in node.outputs}
-        waiting.remove(ready[0])
+        waiting = held
     return rewrite(graph, nodes)

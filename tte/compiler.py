@@ -79,7 +79,7 @@ class Pipeline:
         for number, apply in enumerate(passes):
             if apply.__name__ in self.disabled:
                 continue
-            graph = verify(apply(graph, floor) if apply in LIMITED else apply(graph))  # type: ignore[call-arg]
+            graph = verify(apply(graph, floor) if apply in LIMITED else apply(graph))
             self.write(graph, f"{stage}.{number:02d}-{apply.__name__}")
         return graph
 

@@ -1,8 +1,9 @@
 """The program: a straight line of typed calls. Node order is execution order."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -94,6 +95,22 @@ class Node:
             return sum(node.macs for node in self.body.nodes)
         rule = self.definition.macs
         return rule(*(v.type for v in self.inputs), **self.attrs) if rule else 0
+
+
+T = TypeVar("T")
+
+
+def remembered(function: Callable[[Node], T]) -> Callable[[Node], T]:
+    """The function, but asked once for each node: nodes never change."""
+
+    @wraps(function)
+    def ask(node: Node) -> T:
+        key = f"_{function.__name__}"
+        if key not in node.__dict__:
+            node.__dict__[key] = function(node)
+        return cast(T, node.__dict__[key])
+
+    return ask
 
 
 @dataclass(frozen=True)

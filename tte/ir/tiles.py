@@ -8,7 +8,7 @@ operators may run tile by tile, and of a tensor inside the chain only one tile e
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tte.ir.graph import Graph, Node, Value
+from tte.ir.graph import Graph, Node, Value, remembered
 from tte.ir.rows import align, find_stream
 
 
@@ -137,6 +137,7 @@ class Tiles:
         return sum(align(size) for size in self.sizes.values())
 
 
+@remembered
 def find_tiles(node: Node) -> Tiles | None:
     """How a node runs by tiles; None if it does not."""
     if node.body is None or node.attrs["strategy"] != "tiles":
@@ -165,6 +166,13 @@ def find_start(node: Node) -> Value | None:
         return None
     outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True))
     return outer.get(inner.name)
+
+
+def find_widths(body: Graph) -> list[int]:
+    """All widths that tiles may have, ascending; none if the members cannot run by tiles."""
+    kept = {v.name for v in body.outputs}
+    size = max((v.type.shape[-1] for n in body.nodes for v in n.outputs if v.name not in kept), default=0)
+    return [w for w in range(1, size) if size % w == 0 and cut_body(body, w)]
 
 
 def cut_body(body: Graph, width: int) -> Tiles | None:
