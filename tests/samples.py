@@ -165,6 +165,17 @@ for x_shape, w_shape, attrs in CONVOLUTIONS:
         return input_gradient(lambda w, x: conv(**attrs)(x, w), shape)(g, x)
 
     add("nn.conv2d_weight_grad", x_shape, y_shape, torch=weight_gradient, kernel_size=w_shape[1:3], **attrs)
+for x_shape, y_shape, attrs in (
+    ((1, 6, 5, 2), (1, 6, 5, 4), {"groups": 2, "padding": (1, 1, 1, 1), "out_channels": 2}),
+    ((1, 6, 5, 3), (1, 4, 3, 5), {"out_channels": 3}),
+):
+
+    def first_channels(x: Tensor, g: Tensor, attrs=attrs) -> Tensor:  # type: ignore[no-untyped-def]
+        count, rest = attrs["out_channels"], {k: v for k, v in attrs.items() if k != "out_channels"}
+        shape = (count, 3, 3, x.shape[3] // rest.get("groups", 1))
+        return input_gradient(lambda w, x: conv(**rest)(x, w), shape)(g[..., :count], x)
+
+    add("nn.conv2d_weight_grad", x_shape, y_shape, torch=first_channels, kernel_size=(3, 3), **attrs)
 
 TRANSPOSED: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
     ((1, 5, 7, 3), (3, 3, 3, 4), {}),
@@ -180,6 +191,12 @@ for x_shape, w_shape, attrs in TRANSPOSED:
     add("nn.conv2d_transpose", x_shape, w_shape, torch=conv_transpose(**attrs), **attrs)
     bias = (w_shape[3] * attrs.get("groups", 1),)
     add("nn.conv2d_transpose", x_shape, w_shape, bias, torch=conv_transpose(**attrs), **attrs)
+    whole = tuple(conv_transpose(**attrs)(torch.zeros(x_shape), torch.zeros(w_shape)).shape)
+
+    def begun(x: Tensor, w: Tensor, b: Tensor, attrs=attrs) -> Tensor:  # type: ignore[no-untyped-def]
+        return b + conv_transpose(**attrs)(x, w)
+
+    add("nn.conv2d_transpose", x_shape, w_shape, whole, torch=begun, **attrs)
 
 # --- matrix products -------------------------------------------------------------------------------------------------
 
@@ -407,6 +424,14 @@ for axis, indices in ((1, (2, 0)), (2, (0, 1, 1, 2)), (0, (1, 1, 1))):
     picked = [len(indices) if d == axis else n for d, n in enumerate((2, 4, 3))]
     gradient = input_gradient(pick, (2, 4, 3))
     add("take_grad", tuple(picked), torch=gradient, axis=axis, indices=indices, size=(2, 4, 3)[axis])
+for axis, order in ((2, (2, 0, 1)), (1, (1, 0, 3, 2)), (0, (0, 1))):
+    add(
+        "permute",
+        (2, 4, 3),
+        torch=lambda x, a=axis, o=order: x.index_select(a, torch.tensor(o)),
+        axis=axis,
+        order=order,
+    )
 add("take", (40000,), torch=lambda x: x[[39999, 7]], axis=0, indices=(39999, 7))
 
 # --- reductions, normalisation ---------------------------------------------------------------------------------------

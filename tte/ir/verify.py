@@ -76,7 +76,7 @@ def inplace_inputs(node: Node, output: int = 0) -> tuple[int, ...]:
     the first operator alone if its contract allows it.
     """
     if not node.body:
-        return OPS[node.op].inplace if output == 0 else ()
+        return tuple(k for k in OPS[node.op].inplace if k < len(node.inputs)) if output == 0 else ()
     body, target = node.body, node.outputs[output].type
     if node.attrs["strategy"] == "rows":
         return ()  # the first row is written before the last is read

@@ -180,15 +180,11 @@ def _permute(x: TensorType, *, axis: int, order: tuple[int, ...]) -> TensorType:
     return x
 
 
-def _permute_rule(backward, dy, x, *, axis, order):  # type: ignore[no-untyped-def]
-    return backward.call("permute", dy, axis=axis, order=tuple(int(i) for i in np.argsort(order)))
-
-
 def _permute_ref(x, *, axis, order):  # type: ignore[no-untyped-def]
     return np.take(x, order, axis)
 
 
-register(Op("permute", _permute, _permute_ref, _permute_rule, inplace=(0,)))
+register(Op("permute", _permute, _permute_ref, inplace=(0,)))
 
 
 def _take_grad(g: TensorType, *, axis: int, indices: tuple[int, ...], size: int) -> TensorType:
