@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from tte.ir import OPS, Const, Graph, Node, TensorType, Value
+from tte.ir import OPS, Const, Graph, Node, TensorType, Value, find_anchor
 from tte.ir.rows import Stream, find_stream
 from tte.ir.tiles import Cut, Tiles, find_tiles, spread_cuts
 from tte.ops.resize import resize_taps
@@ -153,9 +153,11 @@ class _Driver:
 
 @dataclass(frozen=True)
 class _Parts:
-    """A node taken apart: split weights, the operator with a kernel of its own (or none), what follows it."""
+    """A node taken apart: split weights, steps that make an operand as it is read, the operator with a kernel of its own
+    (or none), what follows it."""
 
     weights: dict[str, Node]
+    head: tuple[Node, ...]
     anchor: Node | None
     tail: tuple[Node, ...]
 
@@ -164,8 +166,10 @@ def _take_apart(node: Node) -> _Parts:
     members = node.body.nodes if node.body else (node,)
     weights = {m.output.name: m for m in members if m.op == "concatenate" and m is not members[-1]}
     rest = [m for m in members if m.output.name not in weights]
-    anchor = None if OPS[rest[0].op].kind == "elementwise" and rest[0].output.type.dtype != "bit" else rest[0]
-    return _Parts(weights, anchor, tuple(rest if anchor is None else rest[1:]))
+    at = find_anchor(rest)
+    if at is None:
+        return _Parts(weights, (), None, tuple(rest))
+    return _Parts(weights, tuple(rest[:at]), rest[at], tuple(rest[at + 1 :]))
 
 
 @dataclass(frozen=True)
@@ -226,10 +230,12 @@ def _call(
         pointers[f"a{len(pointers)}"] = value
         return f"a{len(pointers) - 1}"
 
-    def literal(value: Value) -> float | int | None:
-        value = outer.get(value.name, value)
-        value = (around or {}).get(value.name, value)
-        return value.data.item() if isinstance(value, Const) and value.type.size == 1 else None
+    def operand(value: Value, result: Mapping[str, Any]) -> dict[str, Any]:
+        source = outer.get(value.name, value)
+        source = (around or {}).get(source.name, source)
+        if isinstance(source, Const) and source.type.size == 1:
+            return {"kind": "literal", "value": source.data.item(), "dtype": value.type.dtype}
+        return _operand(tensor(value, pointer(value)), result)
 
     def tensor(value: Value, c: str) -> dict[str, Any]:
         cut = tile.cuts.get(value.name) if tile else None
@@ -247,6 +253,11 @@ def _call(
         if tile and context["attrs"].get("groups", 1) > 1:
             context["attrs"]["groups"] = tile.width  # only where there is one channel to a group
         for value in parts.anchor.inputs:
+            if makers := [m for m in parts.head if m.output == value]:
+                record = tensor(value, "")
+                steps = _steps(parts.head, {}, record, "p", operand)
+                context["ins"].append(record | {"steps": steps, "value": f"p{parts.head.index(makers[0])}"})
+                continue
             axis = 0
             pieces: tuple[Value, ...] = (value,)
             if joined := parts.weights.get(value.name):
@@ -261,34 +272,18 @@ def _call(
                 segments.append({"c": record["c"], "strides": record["strides"], "start": start, "stop": stop})
                 start = stop
             whole = tensor(value, segments[0]["c"])
-            context["ins"].append(whole | {"c": segments[0]["c"], "segments": segments, "axis": axis})
-    names = {} if parts.anchor is None else {parts.anchor.output.name: "acc"}
+            context["ins"].append(whole | {"c": segments[0]["c"], "segments": segments, "axis": axis, "steps": []})
+    names: dict[str, str] = {} if parts.anchor is None else {parts.anchor.output.name: "acc"}
     context["acc"] = "" if parts.anchor is None else CTYPES[parts.anchor.output.type.dtype]
     result = tensor(out, "y0")
-    operands: list[dict[str, Any]] = []
-    tail = []
-    for k, step in enumerate(parts.tail):
-        arguments: list[dict[str, Any]] = []
-        for value in step.inputs:
-            if value.name in names:
-                arguments.append({"kind": "register", "c": names[value.name]})
-            elif (number := literal(value)) is not None:
-                arguments.append({"kind": "literal", "value": number, "dtype": value.type.dtype})
-            else:
-                operand = _operand(tensor(value, pointer(value)), result) | {"name": f"v{k}_{len(arguments)}"}
-                arguments.append(operand)
-                operands.append(operand)
-        attrs = {key: _plain(v) for key, v in step.attrs.items()} | {"types": [v.type.dtype for v in step.inputs]}
-        ctype = CTYPES[step.output.type.dtype]
-        macro = step.op.replace(".", "_")
-        tail.append({"op": macro, "attrs": attrs, "operands": arguments, "name": f"t{k}", "ctype": ctype})
-        names[step.output.name] = f"t{k}"
+    tail = _steps(parts.tail, names, result, "t", operand)
     context["tile"] = None
     if tile:
         total, last = out.name not in tile.cuts, tile.span[1] - tile.width
         context["tile"] = {"sum": total, "first": tile.span[0], "last": last}
     if parts.anchor is None:
         shape = tuple(result["shape"]) if rings is None else (1, 1, *out.type.shape[2:])
+        operands = [o for step in tail for o in step["operands"] if "strides" in o]
         context["loops"] = _collapse(shape, [*operands, result] if tile else operands)
     context["taps"] = _taps(parts.anchor)
     context["tail"] = tail
@@ -305,6 +300,32 @@ def _call(
     template = "elementwise_loop" if parts.anchor is None else _variant(parts.anchor)
     kernel = Kernel(template, json.dumps(context, sort_keys=True))
     return Call(index, kernel, tuple(pointers.values()), node.outputs)
+
+
+def _steps(
+    nodes: Sequence[Node],
+    names: dict[str, str],
+    result: Mapping[str, Any],
+    prefix: str,
+    operand: Callable[[Value, Mapping[str, Any]], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Elementwise operators one after the other, each on what was made before (by ``names``, which grows) and on
+    operands that are read at the index of ``result``."""
+    steps = []
+    for k, node in enumerate(nodes):
+        arguments: list[dict[str, Any]] = []
+        for value in node.inputs:
+            if value.name in names:
+                arguments.append({"kind": "register", "c": names[value.name]})
+            else:
+                arguments.append(operand(value, result) | {"name": f"{prefix}v{k}_{len(arguments)}"})
+        attrs = {key: _plain(v) for key, v in node.attrs.items()} | {"types": [v.type.dtype for v in node.inputs]}
+        ctype, name = CTYPES[node.output.type.dtype], f"{prefix}{k}"
+        steps.append(
+            {"op": node.op.replace(".", "_"), "attrs": attrs, "operands": arguments, "name": name, "ctype": ctype}
+        )
+        names[node.output.name] = name
+    return steps
 
 
 def _from(type: TensorType, cut: Cut, c: str) -> dict[str, Any]:

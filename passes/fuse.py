@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field, replace
 
-from tte.ir import OPS, Const, Graph, Node, Param, Value, rewrite
+from tte.ir import OPS, Const, Graph, Node, Param, Value, find_anchor, rewrite
+from tte.passes.regions import enclose
 
 UPDATES = ("nn.sgd", "qnn.sgd")
 
@@ -15,6 +16,72 @@ def fuse_updates(graph: Graph) -> Graph:
 def fuse_elementwise(graph: Graph) -> Graph:
     """Convolution (or other anchor) + bias + residual add + activation, and chains of elementwise operators."""
     return _fuse(graph, updates=False)
+
+
+# Kernels that can make an operand as they read it: which.
+READERS = {"nn.conv2d_transpose": 0, "nn.conv2d_weight_grad": 1, "sum": 0}
+
+
+def fuse_producers(graph: Graph) -> Graph:
+    """What is large but made of little, such as the gradient of an average, is made anew by each of its readers."""
+    uses = graph.uses()
+    kept = {v.name for v in (*graph.outputs, *(v for _, v in graph.updates))}
+    nodes = list(graph.nodes)
+    for i, maker in enumerate(graph.nodes):
+        readers = uses.get(maker.output.name, [])
+        if maker.output.name in kept or not readers or not _spreads(maker):
+            continue
+        if all(_makes_as_it_reads(graph.nodes[j], maker.output) for j in readers):
+            for j in readers:
+                nodes[j] = _merge(maker, nodes[j])
+            nodes[i] = replace(maker, outputs=())
+    return rewrite(graph, [node for node in nodes if node.outputs])
+
+
+def _spreads(node: Node) -> bool:
+    """Elementwise work on floats whose operands are much smaller than its result."""
+    members = node.body.nodes if node.body else (node,)
+    if (
+        any(OPS[m.op].kind != "elementwise" or m.output.type.dtype != "float32" for m in members)
+        or len(node.outputs) > 1
+    ):
+        return False
+    return 4 * sum(v.type.nbytes for v in node.inputs if not isinstance(v, Const)) <= node.output.type.nbytes
+
+
+def _makes_as_it_reads(node: Node, value: Value) -> bool:
+    members = node.body.nodes if node.body else (node,)
+    anchor = find_anchor(members)
+    if anchor is None or members[anchor].op not in READERS or members[anchor].attrs.get("groups", 1) != 1:
+        return False
+    inner = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True)) if node.body else {}
+    at = [(m, k) for m in members for k, v in enumerate(m.inputs) if inner.get(v.name, v) == value]
+    return at == [(members[anchor], READERS[members[anchor].op])]
+
+
+def _merge(maker: Node, reader: Node) -> Node:
+    """One region around both, with what ``maker`` makes inside."""
+    graph = Graph("both", (), nodes=(*_inline(maker, "m"), *_inline(reader, "r")), outputs=reader.outputs)
+    return replace(enclose(graph, range(len(graph.nodes)), {"strategy": "fused"}), layer=reader.layer)
+
+
+def _inline(node: Node, prefix: str) -> list[Node]:
+    """The members of a region, reading what the region reads; the results of the last are those of the region."""
+    if node.body is None:
+        return [node]
+    names = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True))
+    names |= dict(zip([v.name for v in node.body.outputs], node.outputs, strict=True))
+    for member in node.body.nodes:
+        for value in member.outputs:
+            names.setdefault(value.name, Value(f"{prefix}~{value.name}", value.type))
+    return [
+        replace(
+            member,
+            inputs=tuple(names[v.name] for v in member.inputs),
+            outputs=tuple(names[v.name] for v in member.outputs),
+        )
+        for member in node.body.nodes
+    ]
 
 
 @dataclass

@@ -22,7 +22,7 @@ from tte.passes.autodiff import differentiate
 from tte.passes.batch_norm import fold_batch_norm
 from tte.passes.canonicalize import canonicalize
 from tte.passes.channels import select_channels
-from tte.passes.fuse import fuse_elementwise, fuse_updates
+from tte.passes.fuse import fuse_elementwise, fuse_producers, fuse_updates
 from tte.passes.head import replace_head
 from tte.passes.inplace import work_in_place
 from tte.passes.io import apply_input_format, own_layout, prepare
@@ -58,6 +58,7 @@ SHRINK: tuple[Pass, ...] = (
     accumulate,
     fuse_updates,
     fuse_elementwise,
+    fuse_producers,
     tile_backward,
     reorder,
     stream_forward,

@@ -1,5 +1,7 @@
 """Re-reads a graph with suspicion; runs after every pass."""
 
+from collections.abc import Sequence
+
 from tte.ir.graph import Const, Graph, Node, Param, Value
 from tte.ir.op import OPS, InvalidType
 from tte.ir.tiles import find_start, find_tiles
@@ -69,11 +71,20 @@ def _verify_updates(graph, defined, require) -> None:  # type: ignore[no-untyped
         require(param.type == value.type, f"@{param.name}: {param.type} := {value.type}")
 
 
+def find_anchor(nodes: Sequence[Node]) -> int | None:
+    """Of fused operators the one with loops of its own, if there is one: it is not elementwise, or writes bits."""
+    for i, node in enumerate(nodes):
+        joins = node.op == "concatenate" and i < len(nodes) - 1  # weights, which are read where they lie
+        if not joins and (OPS[node.op].kind != "elementwise" or node.output.type.dtype == "bit"):
+            return i
+    return None
+
+
 def inplace_inputs(node: Node, output: int = 0) -> tuple[int, ...]:
     """The inputs whose buffer an output may take over, by the operators' declared contracts.
 
-    The result of fused operators may take over what is read, at the same index, by elementwise operators only, or by
-    the first operator alone if its contract allows it.
+    The result of fused operators may take over what only those behind the anchor read, which do so at the same index,
+    or what the anchor alone reads if its contract allows it.
     """
     if not node.body:
         return tuple(k for k in OPS[node.op].inplace if k < len(node.inputs)) if output == 0 else ()
@@ -85,9 +96,11 @@ def inplace_inputs(node: Node, output: int = 0) -> tuple[int, ...]:
     if output > 0:
         return ()
     allowed = []
+    anchor = find_anchor(body.nodes)
     for i, value in enumerate(body.inputs):
         readers = [(n, k) for n in body.nodes for k, v in enumerate(n.inputs) if v.name == value.name]
-        safe = all(OPS[n.op].kind == "elementwise" for n, _ in readers)
+        behind = () if anchor is None else body.nodes[: anchor + 1]
+        safe = not any(n in behind for n, _ in readers)
         alone = len(readers) == 1 and readers[0][1] in OPS[readers[0][0].op].inplace
         if readers and (safe or alone) and value.type.shape == target.shape and value.type.dtype == target.dtype:
             allowed.append(i)
