@@ -9,13 +9,14 @@ from tte.passes.inplace import is_view, work_in_place
 from tte.passes.regions import enclose
 
 
-def stream_forward(graph: Graph, floor: int = 0) -> Graph:
+def stream_forward(graph: Graph, floor: int = 0, hold_input: bool = False) -> Graph:
     """Put chains of nodes into regions that run by rows, where that lowers the peak: as few nodes as do it.
 
     Comes behind ``reorder``: only neighbours are put together. No row is computed twice, so nothing is computed that
-    was not before, and every number is what it was. floor: bytes that another program needs anyway.
+    was not before, and every number is what it was. floor: bytes that another program needs anyway; hold_input: the
+    arena has a place for the input, up to its last use.
     """
-    costs = Costs(graph)
+    costs = Costs(graph, hold_input)
     end = costs.forward
     single = [costs.node(i) for i in range(len(graph.nodes))]
     limit = max(floor, *single[end:], 0)
@@ -31,9 +32,9 @@ def stream_forward(graph: Graph, floor: int = 0) -> Graph:
     return rewrite(graph, [*nodes, *graph.nodes[at:]])
 
 
-def find_least_forward(graph: Graph) -> int:
+def find_least_forward(graph: Graph, hold_input: bool = False) -> int:
     """The lowest peak of the forward program that ``stream_forward`` can reach in this order."""
-    costs = Costs(graph)
+    costs = Costs(graph, hold_input)
     return _least_peak([costs.node(i) for i in range(costs.forward)], _cost_chains(costs))
 
 
@@ -67,13 +68,15 @@ def _can_stream(node: Node) -> bool:
 class Costs:
     """Bytes alive at a node, or while a chain of nodes runs by rows. forward: how many nodes make the first output."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, hold_input: bool = False) -> None:
         self.graph = graph
         placed = work_in_place(graph)
         owners = placed.owners()
-        stored = {v.name for v in (*graph.inputs, *graph.params, *graph.consts)}
+        held = graph.inputs[:1] if hold_input else ()
+        stored = {v.name for v in (*graph.inputs[len(held) :], *graph.params, *graph.consts)}
         self.last = graph.last_use()
-        births = {v.name: i for i, node in enumerate(graph.nodes) for v in node.outputs}
+        births = {v.name: -1 for v in held}
+        births |= {v.name: i for i, node in enumerate(graph.nodes) for v in node.outputs}
         deaths: dict[str, int] = {}
         for name, end in self.last.items():
             deaths[owners[name]] = max(end, deaths.get(owners[name], -1))

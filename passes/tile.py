@@ -10,12 +10,12 @@ from tte.passes.reorder import reorder
 from tte.passes.stream import Costs, find_least_forward
 
 
-def tile_backward(graph: Graph, limit: int = 0) -> Graph:
+def tile_backward(graph: Graph, limit: int = 0, hold_input: bool = False) -> Graph:
     """Put nodes behind the loss into regions that run by tiles, where that lowers the peak: as few as will do it, in
     tiles as wide as will do.
 
     Every number is summed in the same order as before, so it keeps its bits, as long as kernels of convolutions that
-    are summed over are 1 x 1. limit: bytes that are needed anyway, or allowed.
+    are summed over are 1 x 1. limit: bytes that are needed anyway, or allowed; hold_input: see ``stream_forward``.
     """
     if not graph.updates:
         return graph
@@ -23,13 +23,14 @@ def tile_backward(graph: Graph, limit: int = 0) -> Graph:
     groups = find_groups(graph, forward)
     if not groups:
         return graph
-    limit = max(limit, _backward_peak(graph, groups), find_least_forward(_contracted(graph, groups)))
+    forward_peak = find_least_forward(_contracted(graph, groups), hold_input)
+    limit = max(limit, _backward_peak(graph, groups, hold_input), forward_peak)
     for group in sorted(groups, key=lambda g: g.saved):
         without = [g for g in groups if g != group]
-        if _backward_peak(graph, without) <= limit:
+        if _backward_peak(graph, without, hold_input) <= limit:
             groups = without
     ordered = _contracted(graph, groups)
-    costs = Costs(ordered)
+    costs = Costs(ordered, hold_input)
     return rewrite(ordered, [_widen(node, limit - costs.node(i)) for i, node in enumerate(ordered.nodes)])
 
 
@@ -47,9 +48,9 @@ def _contracted(graph: Graph, groups: Sequence["Group"]) -> Graph:
     return reorder(result)
 
 
-def _backward_peak(graph: Graph, groups: Sequence["Group"]) -> int:
+def _backward_peak(graph: Graph, groups: Sequence["Group"], hold_input: bool) -> int:
     ordered = _contracted(graph, groups)
-    costs = Costs(ordered)
+    costs = Costs(ordered, hold_input)
     return max(costs.node(i) for i in range(costs.forward, len(ordered.nodes)))
 
 

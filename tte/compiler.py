@@ -75,12 +75,12 @@ class Pipeline:
     dump: Path | None = None
     disabled: tuple[str, ...] = ()
 
-    def run(self, graph: Graph, passes: Sequence[Pass], stage: str, floor: int = 0) -> Graph:
-        """floor: bytes of arena that other programs need anyway."""
+    def run(self, graph: Graph, passes: Sequence[Pass], stage: str, floor: int = 0, held: bool = False) -> Graph:
+        """floor: bytes of arena that other programs need anyway; held: the input lies there, too."""
         for number, apply in enumerate(passes):
             if apply.__name__ in self.disabled:
                 continue
-            graph = verify(apply(graph, floor) if apply in LIMITED else apply(graph))
+            graph = verify(apply(graph, floor, held) if apply in LIMITED else apply(graph))
             self.write(graph, f"{stage}.{number:02d}-{apply.__name__}")
         return graph
 
@@ -195,7 +195,7 @@ def compile_graphs(
     programs: list[Program] = []
     for role, graph in roles.items():
         floor = max((program.plan.lower_bound for program in programs), default=0)
-        small = pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}", floor)
+        small = pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}", floor, input_in_arena)
         scratch = {i: size for i, node in enumerate(small.nodes) if (size := scratch_bytes(node))}
         plan = plan_memory(small, scratch, hold_input=input_in_arena)
         check_plan(small, plan, scratch)
