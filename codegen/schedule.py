@@ -153,7 +153,7 @@ class _Driver:
 
 @dataclass(frozen=True)
 class _Parts:
-    """A node taken apart: split weights, steps that make an operand as it is read, the operator with a kernel of its own
+    """A node taken apart: split weights, steps that make an operand as it is read, the operator with its own kernel
     (or none), what follows it."""
 
     weights: dict[str, Node]

@@ -35,11 +35,15 @@ def tile_backward(graph: Graph, limit: int = 0, hold_input: bool = False) -> Gra
 
 
 def _widen(node: Node, room: int) -> Node:
-    """The node with the widest tiles that need no more than ``room`` additional bytes."""
+    """The node with the tiles that kernels like best, among those that need no more than ``room`` additional bytes.
+
+    Kernels work on 8, or 4, or 2 channels at a time; beyond 16 wider tiles gain nothing.
+    """
     if node.body is None or node.attrs["strategy"] != "tiles":
         return node
-    wider = [replace(node, attrs=node.attrs | {"width": w}) for w in find_widths(node.body)]
-    return max((n for n in wider if scratch_bytes(n) - scratch_bytes(node) <= room), key=scratch_bytes)
+    widths = {w: replace(node, attrs=node.attrs | {"width": w}) for w in find_widths(node.body)}
+    widths = {w: n for w, n in widths.items() if scratch_bytes(n) - scratch_bytes(node) <= room}
+    return widths[max(widths, key=lambda w: (min(w & -w, 8), min(w, 16), -w))]
 
 
 def _contracted(graph: Graph, groups: Sequence["Group"]) -> Graph:

@@ -9,6 +9,6 @@ from tte.ir.verify import InvalidGraph, find_anchor, inplace_inputs, verify
 
 __all__ = [
     "OPS", "Attrs", "Builder", "Const", "Graph", "InvalidGraph", "InvalidType", "Node", "Op", "Origin", "Param",
-    "Quant", "Result", "TensorType", "Value", "Window", "evaluate", "find_anchor", "inplace_inputs", "parse", "register",
-    "rewrite", "tensor_type", "verify",
+    "Quant", "Result", "TensorType", "Value", "Window", "evaluate", "find_anchor", "inplace_inputs", "parse",
+    "register", "rewrite", "tensor_type", "verify",
 ]  # fmt: skip
