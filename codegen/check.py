@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from tte.codegen.plan import Plan
-from tte.ir import OPS, Graph, Node, inplace_inputs
-from tte.ir.rows import Stream, find_stream, find_windows
+from tte.ir import OPS, Graph, Node, Value, inplace_inputs
+from tte.ir.rows import Stream, find_stream, find_windows, row_bytes
 from tte.ir.tiles import Tiles, find_start, find_tiles
 
 
@@ -30,13 +30,19 @@ def check_plan(graph: Graph, plan: Plan, scratch: Mapping[int, int] | None = Non
     untouchable = {id(memory.storage[v.name]) for v in (*graph.inputs, *graph.consts) if v.name in memory.storage}
     for i, node in enumerate(graph.nodes):
         at = f"node {i} ({node.op}, layer {node.layer or '-'})"
-        if stream := find_stream(node):
-            check_stream(node, stream, at)
         if tiles := find_tiles(node):
             check_tiles(node, tiles, at)
         names = [v.name for v in node.inputs]
         for name in names:
             memory.read(name, at)
+        if stream := find_stream(node):
+            _replay_stream(node, stream, memory, f"scratch.{i}", at)
+            over = memory.find(node.output.name, node.output.type.nbytes, at)
+            for name in [n for n in names if not np.shares_memory(memory.find(n, len(memory.tags[n]), at), over)]:
+                memory.read(name, at)
+            for value in node.outputs:
+                memory.read(value.name, at)
+            continue
         if node.body is None and OPS[node.op].kind == "view":
             memory.share(names[0], node.output.name, at)
             continue
@@ -68,16 +74,29 @@ def check_plan(graph: Graph, plan: Plan, scratch: Mapping[int, int] | None = Non
         memory.read(param.name, "end")
 
 
-def check_stream(node: Node, stream: Stream, at: str) -> None:
-    """Run a region row by row, as its C does, on rings in which every place remembers whose row it holds.
+def _replay_stream(node: Node, stream: Stream, memory: "_Memory", scratch: str, at: str) -> None:
+    """Run a region row by row, as its C does, on the bytes of operands, results and rings.
 
     Raises PlanError where a row is read that is not there (any more), or a result is not complete.
     """
     assert node.body
     nodes = node.body.nodes
+    outer = dict(zip([v.name for v in node.body.inputs], [v.name for v in node.inputs], strict=True))
+    outer |= dict(zip([v.name for v in node.body.outputs], [v.name for v in node.outputs], strict=True))
     makers = {v.name: k for k, member in enumerate(nodes) for v in member.outputs}
-    rings: dict[str, list[int]] = {name: [-1] * rows for name, rows in stream.rings.items()}
     made = [0] * len(nodes)
+    for member in nodes:
+        for value in member.outputs:
+            memory.expect(outer.get(value.name, f"{scratch}.{value.name}"), value.type.nbytes)
+
+    def find_row(value: Value, row: int) -> tuple[str, np.ndarray, np.ndarray]:
+        """Name, bytes, and what they must be."""
+        name, size = outer.get(value.name, f"{scratch}.{value.name}"), row_bytes(value)
+        wanted = memory.tags[name][row * size : (row + 1) * size]
+        if value.name in stream.rings:
+            start = stream.offsets[value.name] + row % stream.rings[value.name] * size
+            return value.name, memory.find(scratch, stream.nbytes, at)[start : start + size], wanted
+        return name, memory.find(name, value.type.nbytes, at)[row * size : (row + 1) * size], wanted
 
     def make(k: int) -> None:
         row, windows = made[k], find_windows(nodes[k])
@@ -85,18 +104,21 @@ def check_stream(node: Node, stream: Stream, at: str) -> None:
             while made[demand.maker] < demand.end(row):
                 make(demand.maker)
         for value, own in zip(nodes[k].inputs, windows or (), strict=True):
-            if value.name not in makers:
-                continue
+            if not own:
+                memory.read(outer[value.name], at)
             for window in own:
                 first = row * window.stride - window.padding
                 for r in range(max(0, first), min(value.type.shape[1], first + window.size)):
-                    ring = rings.get(value.name)
-                    found = ring[r % len(ring)] if ring else r if made[makers[value.name]] > r else -1
-                    if found != r:
-                        raise PlanError(f"{at}: row {row} of %{k} reads row {r} of %{value.name}, but finds {found}")
+                    name, found, wanted = find_row(value, r)
+                    if not np.array_equal(found, wanted):
+                        raise PlanError(f"{at}: row {row} of member {k} reads row {r} of %{name}, which is not there")
         for value in nodes[k].outputs:
-            if ring := rings.get(value.name):
-                ring[row % len(ring)] = row
+            if value.type.dtype == "bit":  # rows share bytes
+                if row == 0:
+                    memory.find(outer[value.name], value.type.nbytes, at)[:] = memory.tags[outer[value.name]]
+                continue
+            _, found, wanted = find_row(value, row)
+            found[:] = wanted
         made[k] += 1
 
     for k in (len(nodes) - 1, *stream.rest):
@@ -180,12 +202,16 @@ class _Memory:
             )
         return self.arena[offset : offset + size]
 
-    def write(self, name: str, size: int, at: str) -> None:
+    def expect(self, name: str, size: int) -> None:
+        """Tags for what will be written."""
         first = self.firsts[-1]
         self.tags[name] = np.arange(first, first + size)
-        self.find(name, size, at)[:] = self.tags[name]
         self.authors.append(name)
         self.firsts.append(first + size)
+
+    def write(self, name: str, size: int, at: str) -> None:
+        self.expect(name, size)
+        self.find(name, size, at)[:] = self.tags[name]
 
     def read(self, name: str, at: str) -> None:
         found = self.find(name, len(self.tags[name]), at)

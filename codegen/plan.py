@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tte.ir import Graph, Value
+from tte.ir.rows import find_stream, joint_bytes
 
 # Effort of CP-SAT in its own deterministic time (a unit is 20 to 60 s): the same plan on every machine, however slow.
 # Questions that are answered at all are answered within a few hundredths.
@@ -89,9 +90,13 @@ def plan_memory(
     owners = graph.owners()
     held = graph.inputs[:1] if hold_input else ()
     buffers = find_buffers(graph, owners, scratch or {}, alignment, held)
-    live = tuple(sum(b.size for b in buffers if b.birth <= i <= b.death) for i in range(len(graph.nodes)))
+    pairs = find_pairs(graph, owners, buffers)
+    live = tuple(
+        sum(b.size for b in buffers if b.birth <= i <= b.death) - sum(p.saved for p in pairs if p.node == i)
+        for i in range(len(graph.nodes))
+    )
     bound = max(live, default=0)
-    placed, proof = place(buffers, bound, alignment)
+    placed, proof = place(buffers, bound, alignment, pairs)
     offset = {b.name: b.offset for b in placed}
     return Plan(
         arena_bytes=max((b.end for b in placed), default=0),
@@ -103,6 +108,40 @@ def plan_memory(
         scratch={i: offset[_scratch_name(i)] for i in scratch or {} if _scratch_name(i) in offset},
         live=live,
     )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two buffers (by number) that may overlap: ``born`` is written, by rows, over ``dying`` at ``node``, if it lies at
+    least ``shift`` bytes below; that saves ``saved`` bytes there."""
+
+    node: int
+    dying: int
+    born: int
+    shift: int
+    saved: int
+
+
+def find_pairs(graph: Graph, owners: Mapping[str, str], buffers: Sequence[Buffer]) -> tuple[Pair, ...]:
+    """Of each node that runs by rows the pair of an operand and the first result that saves most."""
+    number = {b.name: k for k, b in enumerate(buffers)}
+    pairs = []
+    for i, node in enumerate(graph.nodes):
+        stream = find_stream(node)
+        if stream is None or node.body is None or owners[node.output.name] != node.output.name:
+            continue
+        born = number[node.output.name]
+        found = []
+        for inner, value in zip(node.body.inputs, node.inputs, strict=True):
+            dying = number.get(owners[value.name], -1)
+            if inner.name in stream.shifts and dying >= 0 and buffers[dying].death == i:
+                both = buffers[dying].size + buffers[born].size
+                saved = both - joint_bytes(buffers[dying].size, buffers[born].size, stream.shifts[inner.name])
+                # An operand that is only the front of its buffer would say too little.
+                if saved > 0 and _align(value.type.nbytes, 4) == buffers[dying].size:
+                    found.append(Pair(i, dying, born, stream.shifts[inner.name], saved))
+        pairs += sorted(found, key=lambda p: -p.saved)[:1]
+    return tuple(pairs)
 
 
 def find_buffers(
@@ -129,21 +168,24 @@ def find_buffers(
     return tuple(buffers)
 
 
-def place(buffers: Sequence[Buffer], bound: int, alignment: int = 4) -> tuple[tuple[Buffer, ...], str]:
+def place(
+    buffers: Sequence[Buffer], bound: int, alignment: int = 4, pairs: Sequence[Pair] = ()
+) -> tuple[tuple[Buffer, ...], str]:
     """The buffers with offsets, and the proof (see ``Plan``): greedy in several orders, then CP-SAT."""
+    below = {(p.born, p.dying): p.shift for p in pairs}
     meets = [[j for j, other in enumerate(buffers) if j != i and b.meets(other)] for i, b in enumerate(buffers)]
     best: list[int] = []
     height = -1
     for key in SORT_KEYS:
         order = sorted(range(len(buffers)), key=lambda i: (not buffers[i].pinned, key(buffers[i]), i))
         for strategy in (_fill, _stack):
-            offsets = strategy(buffers, meets, order)
+            offsets = strategy(buffers, meets, order, below)
             top = max((o + b.size for o, b in zip(offsets, buffers, strict=True)), default=0)
             if height < 0 or top < height:
                 best, height = offsets, top
             if height == bound:
                 return _at(buffers, best), "bound"
-    best, height, proved = _search(buffers, best, bound, height, alignment)
+    best, height, proved = _search(buffers, best, bound, height, alignment, pairs)
     return _at(buffers, best), "bound" if height == bound else "search" if proved else ""
 
 
@@ -156,20 +198,29 @@ SORT_KEYS: tuple[Callable[[Buffer], tuple[int, ...]], ...] = (
 )
 
 
-def _fill(buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], order: Sequence[int]) -> list[int]:
+Below = Mapping[tuple[int, int], int]  # (born, dying) -> how far below, see ``Pair``
+
+
+def _fill(buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], order: Sequence[int], below: Below) -> list[int]:
     """Each buffer in turn at the lowest offset that is free while it lives."""
     offsets = [-1] * len(buffers)
     for i in order:
-        size, offset = buffers[i].size, 0
-        for low, high in sorted((offsets[j], offsets[j] + buffers[j].size) for j in meets[i] if offsets[j] >= 0):
-            if offset + size <= low:
+        offset = 0
+        for low, high in sorted(_between(buffers, offsets, i, j, below) for j in meets[i] if offsets[j] >= 0):
+            if offset <= low:
                 break
             offset = max(offset, high)
         offsets[i] = offset
     return offsets
 
 
-def _stack(buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], order: Sequence[int]) -> list[int]:
+def _between(buffers: Sequence[Buffer], offsets: Sequence[int], i: int, j: int, below: Below) -> tuple[int, int]:
+    """Buffer i may not begin between these offsets, because of j."""
+    low = offsets[j] - below.get((i, j), buffers[i].size)
+    return low, offsets[j] + below.get((j, i), buffers[j].size)
+
+
+def _stack(buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], order: Sequence[int], below: Below) -> list[int]:
     """Always next the buffer that can stand lowest on those it meets; ``order`` decides ties."""
     offsets = [0] * len(buffers)
     left = list(order)
@@ -178,12 +229,12 @@ def _stack(buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], order: Seq
         left.remove(i)
         for j in meets[i]:
             if j in left:
-                offsets[j] = max(offsets[j], offsets[i] + buffers[i].size)
+                offsets[j] = max(offsets[j], offsets[i] + below.get((i, j), buffers[i].size))
     return offsets
 
 
 def _search(
-    buffers: Sequence[Buffer], best: list[int], bound: int, height: int, alignment: int
+    buffers: Sequence[Buffer], best: list[int], bound: int, height: int, alignment: int, pairs: Sequence[Pair]
 ) -> tuple[list[int], int, bool]:
     """The lowest placement between ``bound`` and ``height`` (which ``best`` has), and whether lower ones are excluded.
 
@@ -191,7 +242,7 @@ def _search(
     """
     trial = bound
     while bound < height:
-        status, offsets = _fit(buffers, trial, alignment)
+        status, offsets = _fit(buffers, trial, alignment, pairs)
         if status == "UNKNOWN":
             return best, height, False
         if offsets:
@@ -202,18 +253,32 @@ def _search(
     return best, height, True
 
 
-def _fit(buffers: Sequence[Buffer], height: int, alignment: int) -> tuple[str, list[int]]:
-    """Offsets below ``height``, or none: rectangles (time x bytes) that must not overlap."""
+def _fit(buffers: Sequence[Buffer], height: int, alignment: int, pairs: Sequence[Pair]) -> tuple[str, list[int]]:
+    """Offsets below ``height``, or none: rectangles (time x bytes) that must not overlap, but for pairs.
+
+    What is written over ends one step early among the rectangles, and has its last step with each other one by one.
+    """
     from ortools.sat.python import cp_model
 
     model = cp_model.CpModel()
     starts, times, places = [], [], []
+    dying = {p.dying for p in pairs}
     for i, buffer in enumerate(buffers):
         size = buffer.size // alignment
         starts.append(model.new_int_var(0, 0 if buffer.pinned else height // alignment - size, f"offset{i}"))
-        times.append(model.new_fixed_size_interval_var(buffer.birth, buffer.death - buffer.birth + 1, f"time{i}"))
+        length = buffer.death - buffer.birth + (i not in dying)
+        times.append(model.new_fixed_size_interval_var(buffer.birth, length, f"time{i}"))
         places.append(model.new_fixed_size_interval_var(starts[i], size, f"place{i}"))
     model.add_no_overlap_2d(times, places)
+    for pair in pairs:
+        for j, other in enumerate(buffers):
+            if j == pair.dying or not other.birth <= pair.node <= other.death:
+                continue
+            above, under = model.new_bool_var(""), model.new_bool_var("")
+            room = _align(pair.shift, alignment) if j == pair.born else other.size
+            model.add(starts[j] + room // alignment <= starts[pair.dying]).only_enforce_if(under)
+            model.add(starts[pair.dying] + buffers[pair.dying].size // alignment <= starts[j]).only_enforce_if(above)
+            model.add_bool_or(above, under)
     solver = cp_model.CpSolver()
     solver.parameters.random_seed = 1
     solver.parameters.num_workers = 1

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from tte.ir import Graph, Node, Value, rewrite
-from tte.ir.rows import align, find_windows, stream_rows
+from tte.ir.rows import Stream, align, find_windows, joint_bytes, stream_rows
 from tte.ir.tiles import scratch_bytes
-from tte.passes.inplace import is_view, work_in_place
+from tte.passes.inplace import find_owners, is_view, work_in_place
 from tte.passes.regions import enclose
 
 
@@ -45,7 +45,10 @@ def _cost_chains(costs: "Costs") -> dict[tuple[int, int], int]:
 
 
 def _chains(graph: Graph, end: int) -> list[tuple[int, int]]:
-    """First and last node of all runs of neighbours that can go by rows and of which each reads one before it."""
+    """First and last node of all runs of neighbours that can go by rows and of which each reads one before it.
+
+    One node is a run as well: by rows, it may write its result over an operand.
+    """
     able = [_can_stream(node) for node in graph.nodes[:end]]
     result = []
     for a in range(end):
@@ -55,8 +58,7 @@ def _chains(graph: Graph, end: int) -> list[tuple[int, int]]:
             if not able[b] or (b > a and not made & {v.name for v in node.inputs}):
                 break
             made |= {v.name for v in node.outputs}
-            if b > a:
-                result.append((a, b))
+            result.append((a, b))
     return result
 
 
@@ -87,6 +89,11 @@ class Costs:
             if name not in stored
         ]
         self.viewed = {node.inputs[0].name for node in graph.nodes if is_view(node)}
+        self.roots = find_owners(graph)
+        self.ends: dict[str, int] = {}  # of what is ours to write, views included
+        for name, root in self.roots.items():
+            if root not in stored:
+                self.ends[root] = max(self.last.get(name, -1), self.ends.get(root, -1))
         needed = {v.name for v in graph.outputs}
         forward = 0
         for i in reversed(range(len(graph.nodes))):
@@ -111,7 +118,18 @@ class Costs:
         if any(v.type.dtype == "bit" and v.name not in names for node in nodes for v in node.outputs):
             return None  # rows of bits share bytes
         around = sum(size for birth, death, size in self.buffers if birth < a <= death)
-        return around + sum(align(v.type.nbytes) for v in kept) + stream_rows(nodes, names).nbytes
+        stream = stream_rows(nodes, names)
+        whole = around + sum(align(v.type.nbytes) for v in kept) + stream.nbytes
+        return whole - max(
+            (self.saved(v, nodes[-1].output, b, stream) for node in nodes for v in node.inputs), default=0
+        )
+
+    def saved(self, operand: Value, result: Value, b: int, stream: Stream) -> int:
+        """Bytes by which it helps to write the result of a chain, which ends at node b, over an operand."""
+        if operand.name not in stream.shifts or self.ends.get(self.roots[operand.name], b + 1) > b:
+            return 0
+        dying, born = align(operand.type.nbytes), align(result.type.nbytes)
+        return dying + born - joint_bytes(dying, born, stream.shifts[operand.name])
 
 
 def _least_peak(single: Sequence[int], chains: dict[tuple[int, int], int]) -> int:

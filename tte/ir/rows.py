@@ -31,12 +31,15 @@ class Stream:
     demands  of each node, those that are ever unmet when they are made, in order
     rest     nodes of which rows are left when the last node is done, in the order in which they are finished
     rings    value name -> how many of its rows have to be kept
+    sizes    value name -> bytes of a row
+    shifts   operand -> by how many bytes the last node's result must lie below it, at least, to be written over it
     """
 
     demands: tuple[tuple[Demand, ...], ...]
     rest: tuple[int, ...]
     rings: dict[str, int] = field(hash=False)
     sizes: dict[str, int] = field(hash=False)
+    shifts: dict[str, int] = field(hash=False)
 
     @property
     def offsets(self) -> dict[str, int]:
@@ -124,6 +127,7 @@ class _Step:
     outputs: tuple[tuple[str, int], ...]  # names, bytes of a row
     height: int
     reads: tuple[tuple[int, Window, str], ...]  # node, window, name of the value
+    operands: tuple[tuple[str, int, int, tuple[Window, ...]], ...]  # name, rows, bytes of a row, windows (none: whole)
 
     @staticmethod
     def of(node: Node, nodes: Sequence[Node]) -> "_Step":
@@ -137,7 +141,18 @@ class _Step:
             if value.name in makers
             for window in own
         ]
-        return _Step(tuple((v.name, row_bytes(v)) for v in node.outputs), height, tuple(reads))
+        operands = [
+            (value.name, *_rows(value), own)
+            for value, own in zip(node.inputs, windows, strict=True)
+            if value.name not in makers
+        ]
+        return _Step(tuple((v.name, row_bytes(v)) for v in node.outputs), height, tuple(reads), tuple(operands))
+
+
+def _rows(value: Value) -> tuple[int, int]:
+    """How many, and bytes of each; anything that is no picture is one."""
+    by_rows = value.type.rank == 4 and value.type.dtype != "bit"
+    return (value.type.shape[1], row_bytes(value)) if by_rows else (1, value.type.nbytes)
 
 
 def row_bytes(value: Value) -> int:
@@ -153,6 +168,8 @@ def _stream(steps: tuple[_Step, ...], kept: frozenset[str]) -> Stream:
         name: [-1] * s.height for s in steps for name, _ in s.outputs
     }  # event that reads it last
     demands: list[dict[Demand, None]] = [{} for _ in steps]
+    operands = {name: (rows, size) for s in steps for name, rows, size, _ in s.operands}
+    last |= {name: [-1] * rows for name, (rows, _) in operands.items()}
     clock = 0
 
     def make(k: int) -> None:
@@ -167,6 +184,11 @@ def _stream(steps: tuple[_Step, ...], kept: frozenset[str]) -> Stream:
             start = max(0, row * window.stride - window.padding)
             for i in range(start, Demand(maker, window, steps[maker].height).end(row)):
                 last[name][i] = clock
+        for name, rows, _, windows in steps[k].operands:
+            for window in windows or (Window(rows, 0, 0),):
+                start = row * window.stride - window.padding
+                for i in range(max(0, start), min(rows, start + window.size)):
+                    last[name][i] = clock
         written[k].append(clock)
         made[k] += 1
         clock += 1
@@ -185,7 +207,11 @@ def _stream(steps: tuple[_Step, ...], kept: frozenset[str]) -> Stream:
         for name, size in step.outputs:
             if name not in kept:
                 rings[name], sizes[name] = _ring(written[k], last[name]), size
-    return Stream(tuple(tuple(d) for d in demands), tuple(rest), rings, sizes)
+    result, size = steps[final].outputs[0]
+    shifts = {}
+    if result in kept:
+        shifts = {name: _shift(written[final], size, last[name], own) for name, (_, own) in operands.items()}
+    return Stream(tuple(tuple(d) for d in demands), tuple(rest), rings, sizes, shifts)
 
 
 def _ring(written: Sequence[int], last: Sequence[int]) -> int:
@@ -196,6 +222,24 @@ def _ring(written: Sequence[int], last: Sequence[int]) -> int:
             first += 1
         most = max(most, j - first + 1)
     return most
+
+
+def _shift(written: Sequence[int], size: int, last: Sequence[int], own: int) -> int:
+    """How far below an operand, rows of ``own`` bytes, a result, rows of ``size``, is not written over what is read.
+
+    Row j ends at (j + 1) * size, and must end where the first row that is still read begins.
+    """
+    shift, first = 0, 0
+    for j, event in enumerate(written):
+        while first < len(last) and last[first] < event:
+            first += 1
+        shift = max(shift, (j + 1) * size - first * own)
+    return align(shift)
+
+
+def joint_bytes(dying: int, born: int, shift: int) -> int:
+    """Of two buffers, one of which is written over the other."""
+    return max(born, dying + shift)
 
 
 def align(size: int) -> int:
