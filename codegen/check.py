@@ -103,15 +103,23 @@ def _replay_stream(node: Node, stream: Stream, memory: "_Memory", scratch: str, 
         for demand in stream.demands[k]:
             while made[demand.maker] < demand.end(row):
                 make(demand.maker)
+        reads: list[tuple[str, int, np.ndarray, np.ndarray]] = []
         for value, own in zip(nodes[k].inputs, windows or (), strict=True):
             if not own:
-                memory.read(outer[value.name], at)
+                name = outer[value.name]
+                reads.append((name, 0, memory.find(name, value.type.nbytes, at), memory.tags[name]))
             for window in own:
                 first = row * window.stride - window.padding
                 for r in range(max(0, first), min(value.type.shape[1], first + window.size)):
                     name, found, wanted = find_row(value, r)
-                    if not np.array_equal(found, wanted):
-                        raise PlanError(f"{at}: row {row} of member {k} reads row {r} of %{name}, which is not there")
+                    reads.append((name, r, found, wanted))
+
+        def read() -> None:
+            for name, r, found, wanted in reads:
+                if not np.array_equal(found, wanted):
+                    raise PlanError(f"{at}: row {row} of member {k} reads row {r} of %{name}, which is not there")
+
+        read()
         for value in nodes[k].outputs:
             if value.type.dtype == "bit":  # rows share bytes
                 if row == 0:
@@ -119,6 +127,7 @@ def _replay_stream(node: Node, stream: Stream, memory: "_Memory", scratch: str, 
                 continue
             _, found, wanted = find_row(value, row)
             found[:] = wanted
+        read()  # a kernel writes while it reads
         made[k] += 1
 
     for k in (len(nodes) - 1, *stream.rest):

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from tte.ir import Graph, Value
 from tte.ir.rows import find_stream, joint_bytes
 
-# Effort of CP-SAT in its own deterministic time (a unit is 20 to 60 s): the same plan on every machine, however slow.
-# Questions that are answered at all are answered within a few hundredths.
-EFFORT = 0.1
+# Effort of CP-SAT in its own deterministic time (a unit is 5 to 60 s): the same plan on every machine, however slow.
+EFFORT = 1.0
 
 
 @dataclass(frozen=True)
@@ -238,23 +237,25 @@ def _search(
 ) -> tuple[list[int], int, bool]:
     """The lowest placement between ``bound`` and ``height`` (which ``best`` has), and whether lower ones are excluded.
 
-    First asks for the bound itself, then bisects: questions with a fixed height are far easier than minimisation.
+    First asks for the bound itself, then bisects: questions with a fixed height are far easier than minimisation. A
+    question may take half of the effort that is left; one without an answer counts as a no that proves nothing.
     """
-    trial = bound
-    while bound < height:
-        status, offsets = _fit(buffers, trial, alignment, pairs)
-        if status == "UNKNOWN":
-            return best, height, False
+    trial, left, proved = bound, EFFORT, True
+    while bound < height and left > EFFORT / 16:
+        status, offsets, effort = _fit(buffers, trial, alignment, pairs, left / 2)
+        left -= effort
         if offsets:
             best, height = offsets, max(o + b.size for o, b in zip(offsets, buffers, strict=True))
         else:
-            bound = trial + alignment
+            bound, proved = trial + alignment, proved and status == "INFEASIBLE"
         trial = bound + (height - bound) // alignment // 2 * alignment
-    return best, height, True
+    return best, height, proved and bound >= height
 
 
-def _fit(buffers: Sequence[Buffer], height: int, alignment: int, pairs: Sequence[Pair]) -> tuple[str, list[int]]:
-    """Offsets below ``height``, or none: rectangles (time x bytes) that must not overlap, but for pairs.
+def _fit(
+    buffers: Sequence[Buffer], height: int, alignment: int, pairs: Sequence[Pair], effort: float
+) -> tuple[str, list[int], float]:
+    """Offsets below ``height``, or none, and the effort: rectangles, time x bytes, must not overlap, but for pairs.
 
     What is written over ends one step early among the rectangles, and has its last step with each other one by one.
     """
@@ -282,10 +283,11 @@ def _fit(buffers: Sequence[Buffer], height: int, alignment: int, pairs: Sequence
     solver = cp_model.CpSolver()
     solver.parameters.random_seed = 1
     solver.parameters.num_workers = 1
-    solver.parameters.max_deterministic_time = EFFORT
+    solver.parameters.max_deterministic_time = effort
     status = solver.status_name(solver.solve(model))
     found = status in ("OPTIMAL", "FEASIBLE")
-    return status, [solver.value(start) * alignment for start in starts] if found else []
+    offsets = [solver.value(start) * alignment for start in starts] if found else []
+    return status, offsets, solver.response_proto.deterministic_time
 
 
 def _at(buffers: Sequence[Buffer], offsets: Sequence[int]) -> tuple[Buffer, ...]:
