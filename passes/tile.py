@@ -1,6 +1,6 @@
 """Runs parts of the backward program in tiles of channels: of what lies between two layers only a tile exists."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tte.ir import Graph, Node, Value, rewrite
@@ -68,9 +68,13 @@ class Group:
 def find_groups(graph: Graph, first: int) -> list[Group]:
     """Groups of nodes from number ``first`` on that do not meet, those with the largest values inside before others."""
     search = _Search(graph, first)
-    found = [group for i in range(first, len(graph.nodes)) if (group := search.start_at(i))]
+    found: list[Group] = []
+    for i in range(first, len(graph.nodes)):
+        known = any(graph.nodes[i].output in group.inside for group in found)
+        if not known and (group := search.start_at(i)):
+            found.append(group)
     chosen: list[Group] = []
-    for group in sorted(dict.fromkeys(found), key=lambda g: -g.saved):
+    for group in sorted(found, key=lambda g: -g.saved):
         if not any(set(group.nodes) & set(other.nodes) for other in chosen):
             chosen.append(group)
             if contract(graph, chosen) is None:
@@ -90,15 +94,15 @@ class _Search:
     def start_at(self, i: int) -> Group | None:
         """The group in which what node ``i`` makes stays inside, and all that can be cut with it."""
         inside: dict[str, Value] = {}
-        nodes: set[int] = set()
+        nodes: dict[int, dict[str, Cut]] = {}
         queue = [self.graph.nodes[i].output]
         while queue:
             value = queue.pop()
             users = self.find_users(value) if value.name not in inside else None
-            if users is None:
+            if users is None or self.waits(nodes | users):
                 continue
             inside[value.name] = value
-            nodes |= set(users)
+            nodes |= users
             for j, cuts in users.items():
                 own = (*self.graph.nodes[j].inputs, *self.graph.nodes[j].outputs)
                 queue += [v for v in own if v != value and cuts.get(v.name) == _last(v)]
@@ -108,6 +112,22 @@ class _Search:
         body = enclose(self.graph, members, {}).body
         assert body
         return Group(members, tuple(inside.values())) if find_widths(body) else None
+
+    def waits(self, nodes: Mapping[int, Mapping[str, Cut]]) -> bool:
+        """Whether one of the nodes, with their cuts, needs what is there only when others have made all their tiles."""
+        made: set[str] = set()
+        late: set[str] = set()
+        for j in range(min(nodes), max(nodes) + 1):
+            node = self.graph.nodes[j]
+            waiting = any(v.name in late for v in node.inputs)
+            if cuts := nodes.get(j):
+                if waiting:
+                    return True
+                made |= {v.name for v in node.outputs}
+                late |= {v.name for v in node.outputs if v.name not in cuts}
+            elif waiting or any(v.name in made for v in node.inputs):
+                late |= {v.name for v in node.outputs}
+        return False
 
     def find_users(self, value: Value) -> dict[int, dict[str, Cut]] | None:
         """The nodes that make and read ``value``, and how they are cut; None if one needs more than a tile."""

@@ -182,11 +182,14 @@ def cut_body(body: Graph, width: int) -> Tiles | None:
     cuts = spread_cuts(body, {v.name: Cut(v.type.rank - 1) for v in inside})
     if not cuts:
         return None
+    sums = {v.name for node in body.nodes for v in node.outputs if v.name not in cuts}
     spans = []
     for node in body.nodes:
         own = [cuts[v.name].span(v) for v in (*node.outputs, *node.inputs) if v.name in cuts]
         if not own or any(end % width for span in own for end in span):
             return None
+        if any(v.name in sums for v in node.inputs):
+            return None  # it is not there before the last tile
         spans.append(own[0])
     sizes = {}
     for value in inside:
