@@ -83,6 +83,8 @@ def _find_letters(node: Node) -> tuple[str, ...] | None:
     if definition.axes:
         *operands, result = definition.axes(*(v.type for v in node.inputs), **node.attrs)
         return *operands, *(result for _ in node.outputs)
+    if node.output.type.dtype == "bit":
+        return None  # a byte of what it makes holds bits of several tiles
     if node.op == "concatenate" or definition.kind == "elementwise":
         shape = node.output.type.shape
         names = "".join(chr(ord("a") + d) for d in range(len(shape)))
