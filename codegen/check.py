@@ -178,8 +178,8 @@ def check_tiles(node: Node, tiles: Tiles, at: str) -> None:
                     buffers[name] = (name, tile)
                 elif name in tiles.cuts:
                     held.setdefault(place[name], {})[tile] = name
-                else:
-                    held[place[name]] = dict.fromkeys(line, name)
+                else:  # a sum, which nobody may read before the last tile
+                    held[place[name]] = dict.fromkeys(line, name if tile == span[1] - width else "")
                     added.setdefault(name, []).append(tile)
     for k, (member, span) in enumerate(zip(body.nodes, tiles.spans, strict=True)):
         for value in member.outputs:

@@ -224,7 +224,8 @@ class _Storage:
 def _comment(node: Node, updated: list[str]) -> str:
     members = list(expand(node))
     if len(members) > 1:
-        return _safe(f"{members[0].layer or '-'} to {members[-1].layer or '-'}: row by row")
+        way = {"rows": "row by row", "tiles": "tile by tile"}[str(node.attrs["strategy"])]
+        return _safe(f"{members[0].layer or '-'} to {members[-1].layer or '-'}: {way}")
     what = " + ".join(n.op.removeprefix("nn.") for n in node.body.nodes) if node.body else node.op.removeprefix("nn.")
     update = f" -> {', '.join(updated)}" if updated else ""
     return _safe(f"{node.layer or '-'}: {what}{update}")

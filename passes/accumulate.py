@@ -33,7 +33,7 @@ def accumulate(graph: Graph) -> Graph:
     for node in graph.nodes:
         node = replace(_permutation(node), inputs=tuple(new.get(v.name, v) for v in node.inputs))
         found = None
-        if node.op == "add" and node.inputs[0].type == node.inputs[1].type:
+        if node.op == "add" and node.inputs[0] != node.inputs[1] and node.inputs[0].type == node.inputs[1].type:
             found = next(((k, way) for k in (1, 0) if (way := find_sum(node.inputs[k]))), None)
         if found is None:
             makers[node.output.name] = node

@@ -1,37 +1,62 @@
 """Runs parts of the backward program in tiles of channels: of what lies between two layers only a tile exists."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tte.ir import Graph, Node, Value, rewrite
-from tte.ir.tiles import Cut, find_cuts, find_widths, scratch_bytes
+from tte.ir.tiles import Cut, find_cuts, find_line, scratch_bytes
+from tte.passes.costs import ANY, Arena, Costs
+from tte.passes.fuse import fuse_producers
 from tte.passes.regions import enclose
 from tte.passes.reorder import reorder
-from tte.passes.stream import Costs, find_least_forward
+from tte.passes.stream import find_least_forward
 
 
-def tile_backward(graph: Graph, limit: int = 0, hold_input: bool = False) -> Graph:
+def tile_backward(graph: Graph, arena: Arena = ANY) -> Graph:
     """Put nodes behind the loss into regions that run by tiles, where that lowers the peak: as few as will do it, in
     tiles as wide as will do.
 
     Every number is summed in the same order as before, so it keeps its bits, as long as kernels of convolutions that
-    are summed over are 1 x 1. limit: bytes that are needed anyway, or allowed; hold_input: see ``stream_forward``.
+    are summed over are 1 x 1.
     """
     if not graph.updates:
         return graph
-    forward = Costs(graph).forward
-    groups = find_groups(graph, forward)
-    if not groups:
-        return graph
-    forward_peak = find_least_forward(_contracted(graph, groups), hold_input)
-    limit = max(limit, _backward_peak(graph, groups, hold_input), forward_peak)
-    for group in sorted(groups, key=lambda g: g.saved):
-        without = [g for g in groups if g != group]
-        if _backward_peak(graph, without, hold_input) <= limit:
-            groups = without
-    ordered = _contracted(graph, groups)
-    costs = Costs(ordered, hold_input)
-    return rewrite(ordered, [_widen(node, limit - costs.node(i)) for i, node in enumerate(ordered.nodes)])
+    plain = _Choice(graph, arena)
+    if plain.least > arena.limit and (fused := fuse_producers(graph)) != graph:
+        slim = _Choice(fused, arena)
+        if slim.least < plain.least:  # else making values anew as they are read takes time for nothing
+            return slim.choose()
+    return plain.choose() if plain.groups else graph
+
+
+class _Choice:
+    """Which groups of a graph run by tiles. least: the lowest peak of all, if all do, in the narrowest tiles."""
+
+    def __init__(self, graph: Graph, arena: Arena) -> None:
+        self.graph, self.arena = graph, arena
+        self.groups = find_groups(graph, Costs(graph, arena).forward)
+        ordered = self.order(self.groups)
+        self.least = max(self.peak(ordered), find_least_forward(ordered, arena))
+
+    def order(self, groups: Sequence["Group"]) -> Graph:
+        result = contract(self.graph, groups)
+        assert result is not None, "groups that find_groups has tried together"
+        return reorder(result)
+
+    def peak(self, ordered: Graph) -> int:
+        """Behind the loss."""
+        costs = Costs(ordered, self.arena)
+        return max(costs.node(i) for i in range(costs.forward, len(ordered.nodes)))
+
+    def choose(self) -> Graph:
+        groups, limit = self.groups, max(self.arena.limit, self.least)
+        for group in sorted(groups, key=lambda g: g.saved):
+            without = [g for g in groups if g != group]
+            if self.peak(self.order(without)) <= limit:
+                groups = without
+        ordered = self.order(groups)
+        costs = Costs(ordered, self.arena)
+        return rewrite(ordered, [_widen(node, limit - costs.node(i)) for i, node in enumerate(ordered.nodes)])
 
 
 def _widen(node: Node, room: int) -> Node:
@@ -41,28 +66,20 @@ def _widen(node: Node, room: int) -> Node:
     """
     if node.body is None or node.attrs["strategy"] != "tiles":
         return node
-    widths = {w: replace(node, attrs=node.attrs | {"width": w}) for w in find_widths(node.body)}
+    widths = {w: replace(node, attrs=node.attrs | {"width": w}) for w in find_line(node.body).widths}
     widths = {w: n for w, n in widths.items() if scratch_bytes(n) - scratch_bytes(node) <= room}
     return widths[max(widths, key=lambda w: (min(w & -w, 8), min(w, 16), -w))]
 
 
-def _contracted(graph: Graph, groups: Sequence["Group"]) -> Graph:
-    result = contract(graph, groups)
-    assert result is not None, "groups that find_groups has tried together"
-    return reorder(result)
-
-
-def _backward_peak(graph: Graph, groups: Sequence["Group"], hold_input: bool) -> int:
-    ordered = _contracted(graph, groups)
-    costs = Costs(ordered, hold_input)
-    return max(costs.node(i) for i in range(costs.forward, len(ordered.nodes)))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
-    """Nodes (by number) that can run by tiles together; inside: values that then need no buffer of their own."""
+    """Nodes (by number) that can run by tiles together, as one region in the narrowest tiles.
+
+    inside: values that then need no buffer of their own
+    """
 
     nodes: tuple[int, ...]
+    region: Node
     inside: tuple[Value, ...]
 
     @property
@@ -73,9 +90,13 @@ class Group:
 def find_groups(graph: Graph, first: int) -> list[Group]:
     """Groups of nodes from number ``first`` on that do not meet, those with the largest values inside before others."""
     search = _Search(graph, first)
-    found = [group for i in range(first, len(graph.nodes)) if (group := search.start_at(i))]
+    found: list[Group] = []
+    for i in range(first, len(graph.nodes)):
+        known = any(graph.nodes[i].output in group.inside for group in found)
+        if not known and (group := search.start_at(i)):
+            found.append(group)
     chosen: list[Group] = []
-    for group in sorted(dict.fromkeys(found), key=lambda g: -g.saved):
+    for group in sorted(found, key=lambda g: -g.saved):
         if not any(set(group.nodes) & set(other.nodes) for other in chosen):
             chosen.append(group)
             if contract(graph, chosen) is None:
@@ -95,24 +116,42 @@ class _Search:
     def start_at(self, i: int) -> Group | None:
         """The group in which what node ``i`` makes stays inside, and all that can be cut with it."""
         inside: dict[str, Value] = {}
-        nodes: set[int] = set()
+        nodes: dict[int, dict[str, Cut]] = {}
         queue = [self.graph.nodes[i].output]
         while queue:
             value = queue.pop()
             users = self.find_users(value) if value.name not in inside else None
-            if users is None:
+            if users is None or self.waits(nodes | users):
                 continue
             inside[value.name] = value
-            nodes |= set(users)
+            nodes |= users
             for j, cuts in users.items():
                 own = (*self.graph.nodes[j].inputs, *self.graph.nodes[j].outputs)
                 queue += [v for v in own if v != value and cuts.get(v.name) == _last(v)]
         if not nodes:
             return None
         members = tuple(sorted(nodes))
-        body = enclose(self.graph, members, {}).body
-        assert body
-        return Group(members, tuple(inside.values())) if find_widths(body) else None
+        region = enclose(self.graph, members, {"strategy": "tiles"})
+        assert region.body
+        widths = find_line(region.body).widths
+        region = replace(region, attrs=region.attrs | {"width": widths[0]}) if widths else region
+        return Group(members, region, tuple(inside.values())) if widths else None
+
+    def waits(self, nodes: Mapping[int, Mapping[str, Cut]]) -> bool:
+        """Whether one of the nodes, with their cuts, needs what is there only when others have made all their tiles."""
+        made: set[str] = set()
+        late: set[str] = set()
+        for j in range(min(nodes), max(nodes) + 1):
+            node = self.graph.nodes[j]
+            waiting = any(v.name in late for v in node.inputs)
+            if cuts := nodes.get(j):
+                if waiting:
+                    return True
+                made |= {v.name for v in node.outputs}
+                late |= {v.name for v in node.outputs if v.name not in cuts}
+            elif waiting or any(v.name in made for v in node.inputs):
+                late |= {v.name for v in node.outputs}
+        return False
 
     def find_users(self, value: Value) -> dict[int, dict[str, Cut]] | None:
         """The nodes that make and read ``value``, and how they are cut; None if one needs more than a tile."""
@@ -133,11 +172,7 @@ def _last(value: Value) -> Cut:
 
 def contract(graph: Graph, groups: Sequence[Group]) -> Graph | None:
     """The graph with each group as a region in the narrowest tiles; None if one would wait for itself."""
-    region_of = {}
-    for group in groups:
-        region = enclose(graph, group.nodes, {"strategy": "tiles", "width": 1})
-        assert region.body
-        region_of[group.nodes[0]] = replace(region, attrs=region.attrs | {"width": find_widths(region.body)[0]})
+    region_of = {group.nodes[0]: group.region for group in groups}
     inside = {i for group in groups for i in group.nodes[1:]}
     waiting = [region_of.get(i, node) for i, node in enumerate(graph.nodes) if i not in inside]
     made = {v.name for v in (*graph.inputs, *graph.params, *graph.consts)}

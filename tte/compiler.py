@@ -22,7 +22,8 @@ from tte.passes.autodiff import differentiate
 from tte.passes.batch_norm import fold_batch_norm
 from tte.passes.canonicalize import canonicalize
 from tte.passes.channels import select_channels
-from tte.passes.fuse import fuse_elementwise, fuse_producers, fuse_updates
+from tte.passes.costs import ANY, Arena
+from tte.passes.fuse import fuse_elementwise, fuse_updates
 from tte.passes.head import replace_head
 from tte.passes.inplace import work_in_place
 from tte.passes.io import apply_input_format, own_layout, prepare
@@ -58,13 +59,12 @@ SHRINK: tuple[Pass, ...] = (
     accumulate,
     fuse_updates,
     fuse_elementwise,
-    fuse_producers,
     tile_backward,
     reorder,
     stream_forward,
     work_in_place,
 )
-LIMITED = (tile_backward, stream_forward)  # these need not go below what other programs need anyway
+SAVING = (tile_backward, stream_forward)  # these do what they have to
 OPTIONAL = {p.__name__: p for p in (eliminate_common_subexpressions, *SHRINK[2:])}
 
 
@@ -75,12 +75,11 @@ class Pipeline:
     dump: Path | None = None
     disabled: tuple[str, ...] = ()
 
-    def run(self, graph: Graph, passes: Sequence[Pass], stage: str, floor: int = 0, held: bool = False) -> Graph:
-        """floor: bytes of arena that other programs need anyway; held: the input lies there, too."""
+    def run(self, graph: Graph, passes: Sequence[Pass], stage: str, arena: Arena = ANY) -> Graph:
         for number, apply in enumerate(passes):
             if apply.__name__ in self.disabled:
                 continue
-            graph = verify(apply(graph, floor, held) if apply in LIMITED else apply(graph))
+            graph = verify(apply(graph, arena) if apply in SAVING else apply(graph))
             self.write(graph, f"{stage}.{number:02d}-{apply.__name__}")
         return graph
 
@@ -194,8 +193,8 @@ def compile_graphs(
     roles = {"train": train, "infer": forward, "evaluate": with_loss}
     programs: list[Program] = []
     for role, graph in roles.items():
-        floor = max((program.plan.lower_bound for program in programs), default=0)
-        small = pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}", floor, input_in_arena)
+        room = Arena(max((program.plan.lower_bound for program in programs), default=0), input_in_arena)
+        small = pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}", room)
         scratch = {i: size for i, node in enumerate(small.nodes) if (size := scratch_bytes(node))}
         plan = plan_memory(small, scratch, hold_input=input_in_arena)
         check_plan(small, plan, scratch)

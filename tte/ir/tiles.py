@@ -5,6 +5,7 @@ axis, it follows how the others are: cut along an axis of theirs, read whole, or
 operators may run tile by tile, and of a tensor inside the chain only one tile exists at any time.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -83,6 +84,8 @@ def _find_letters(node: Node) -> tuple[str, ...] | None:
     if definition.axes:
         *operands, result = definition.axes(*(v.type for v in node.inputs), **node.attrs)
         return *operands, *(result for _ in node.outputs)
+    if node.output.type.dtype == "bit":
+        return None  # a byte of what it makes holds bits of several tiles
     if node.op == "concatenate" or definition.kind == "elementwise":
         shape = node.output.type.shape
         names = "".join(chr(ord("a") + d) for d in range(len(shape)))
@@ -144,9 +147,50 @@ def find_tiles(node: Node) -> Tiles | None:
         return None
     width = node.attrs["width"]
     assert isinstance(width, int)
-    tiles = cut_body(node.body, width)
-    assert tiles is not None, "a region whose members run by tiles"
+    tiles = find_line(node.body).divide(width)
+    assert tiles is not None, "a width that the region may have"
     return tiles
+
+
+@dataclass(frozen=True)
+class Line:
+    """How the members of a body follow when all that stays inside is cut along its last axis; no cuts: they do not."""
+
+    cuts: dict[str, Cut]
+    spans: tuple[tuple[int, int], ...] = ()
+    inside: tuple[Value, ...] = ()
+    ends: frozenset[int] = frozenset()
+
+    @property
+    def widths(self) -> list[int]:
+        """All that tiles may have, ascending: no tile lies in two pieces of a tensor."""
+        common = math.gcd(*self.ends)
+        return [w for w in range(1, common + 1) if common % w == 0 and w < max(self.ends)]
+
+    def divide(self, width: int) -> Tiles | None:
+        if width not in self.widths:
+            return None
+        sizes = {}
+        for value in self.inside:
+            count = value.type.size // value.type.shape[-1] * width
+            sizes[value.name] = -(-count // 8) if value.type.dtype == "bit" else count * value.type.numpy.itemsize
+        return Tiles(width, self.cuts, self.spans, sizes)
+
+
+def find_line(body: Graph) -> Line:
+    kept = {v.name for v in body.outputs}
+    inside = tuple(v for node in body.nodes for v in node.outputs if v.name not in kept)
+    cuts = spread_cuts(body, {v.name: Cut(v.type.rank - 1) for v in inside}) or {}
+    sums = {v.name for node in body.nodes for v in node.outputs if v.name not in cuts}
+    spans: list[tuple[int, int]] = []
+    ends: set[int] = set()
+    for node in body.nodes:
+        own = [cuts[v.name].span(v) for v in (*node.outputs, *node.inputs) if v.name in cuts]
+        if not own or any(v.name in sums for v in node.inputs):
+            return Line({})  # a sum is not there before the last tile
+        spans.append(own[0])
+        ends |= {end for span in own for end in span}
+    return Line(cuts, tuple(spans), inside, frozenset(ends))
 
 
 def scratch_bytes(node: Node) -> int:
@@ -166,30 +210,3 @@ def find_start(node: Node) -> Value | None:
         return None
     outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True))
     return outer.get(inner.name)
-
-
-def find_widths(body: Graph) -> list[int]:
-    """All widths that tiles may have, ascending; none if the members cannot run by tiles."""
-    kept = {v.name for v in body.outputs}
-    size = max((v.type.shape[-1] for n in body.nodes for v in n.outputs if v.name not in kept), default=0)
-    return [w for w in range(1, size) if size % w == 0 and cut_body(body, w)]
-
-
-def cut_body(body: Graph, width: int) -> Tiles | None:
-    """Every result that stays inside is cut along its last axis; None where the members do not follow."""
-    kept = {v.name for v in body.outputs}
-    inside = [v for node in body.nodes for v in node.outputs if v.name not in kept]
-    cuts = spread_cuts(body, {v.name: Cut(v.type.rank - 1) for v in inside})
-    if not cuts:
-        return None
-    spans = []
-    for node in body.nodes:
-        own = [cuts[v.name].span(v) for v in (*node.outputs, *node.inputs) if v.name in cuts]
-        if not own or any(end % width for span in own for end in span):
-            return None
-        spans.append(own[0])
-    sizes = {}
-    for value in inside:
-        count = value.type.size // value.type.shape[-1] * width
-        sizes[value.name] = -(-count // 8) if value.type.dtype == "bit" else count * value.type.numpy.itemsize
-    return Tiles(width, cuts, tuple(spans), sizes)

@@ -1,0 +1,84 @@
+"""What passes that save memory have to know: how many bytes are alive at a node, and how many may be."""
+
+from dataclasses import dataclass
+
+from tte.ir import Graph, Value
+from tte.ir.rows import Stream, align, joint_bytes, stream_rows
+from tte.ir.tiles import scratch_bytes
+from tte.passes.inplace import find_owners, is_view, work_in_place
+
+
+@dataclass(frozen=True)
+class Arena:
+    """limit: bytes that it may have, or has anyway for another program; holds_input: the input lies in it, too."""
+
+    limit: int = 0
+    holds_input: bool = False
+
+
+ANY = Arena()
+
+
+class Costs:
+    """Bytes alive at a node, or while a chain of nodes runs by rows. forward: how many nodes make the first output."""
+
+    def __init__(self, graph: Graph, arena: Arena) -> None:
+        self.graph = graph
+        placed = work_in_place(graph)
+        owners = placed.owners()
+        held = graph.inputs[:1] if arena.holds_input else ()
+        stored = {v.name for v in (*graph.inputs[len(held) :], *graph.params, *graph.consts)}
+        self.last = graph.last_use()
+        births = {v.name: -1 for v in held}
+        births |= {v.name: i for i, node in enumerate(graph.nodes) for v in node.outputs}
+        deaths: dict[str, int] = {}
+        for name, end in self.last.items():
+            deaths[owners[name]] = max(end, deaths.get(owners[name], -1))
+        values = {v.name: v for v in graph.values()}
+        self.buffers = [
+            (births[name], deaths.get(name, births[name]), align(values[name].type.nbytes))
+            for name in dict.fromkeys(owners.values())
+            if name not in stored
+        ]
+        self.viewed = {node.inputs[0].name for node in graph.nodes if is_view(node)}
+        self.roots = find_owners(graph)
+        self.ends: dict[str, int] = {}  # of what is ours to write, views included
+        for name, root in self.roots.items():
+            if root not in stored:
+                self.ends[root] = max(self.last.get(name, -1), self.ends.get(root, -1))
+        needed = {v.name for v in graph.outputs}
+        forward = 0
+        for i in reversed(range(len(graph.nodes))):
+            if any(v.name in needed for v in graph.nodes[i].outputs):
+                needed |= {v.name for v in graph.nodes[i].inputs}
+                forward = max(forward, i + 1)
+        self.forward = forward
+
+    def node(self, i: int) -> int:
+        alive = sum(size for birth, death, size in self.buffers if birth <= i <= death)
+        return alive + align(scratch_bytes(self.graph.nodes[i]))
+
+    def kept(self, a: int, b: int) -> list[Value]:
+        """What nodes a to b make that is read behind them."""
+        made = [v for node in self.graph.nodes[a : b + 1] for v in node.outputs]
+        return [v for v in made if self.last.get(v.name, -1) > b or v.name in self.viewed]
+
+    def chain(self, a: int, b: int) -> int | None:
+        kept = self.kept(a, b)
+        names = frozenset(v.name for v in kept)
+        nodes = self.graph.nodes[a : b + 1]
+        if any(v.type.dtype == "bit" and v.name not in names for node in nodes for v in node.outputs):
+            return None  # rows of bits share bytes
+        around = sum(size for birth, death, size in self.buffers if birth < a <= death)
+        stream = stream_rows(nodes, names)
+        whole = around + sum(align(v.type.nbytes) for v in kept) + stream.nbytes
+        return whole - max(
+            (self.saved(v, nodes[-1].output, b, stream) for node in nodes for v in node.inputs), default=0
+        )
+
+    def saved(self, operand: Value, result: Value, b: int, stream: Stream) -> int:
+        """Bytes by which it helps to write the result of a chain, which ends at node b, over an operand."""
+        if operand.name not in stream.shifts or self.ends.get(self.roots[operand.name], b + 1) > b:
+            return 0
+        dying, born = align(operand.type.nbytes), align(result.type.nbytes)
+        return dying + born - joint_bytes(dying, born, stream.shifts[operand.name])
