@@ -42,6 +42,7 @@ def compile(
     *,
     arena: str = "static",
     input: str = "caller",
+    memory_plan: str | int = "auto",
     clock: str | float | None = None,
     disable_passes: Sequence[str] = (),
     dump_ir: Path | str | None = None,
@@ -57,6 +58,9 @@ def compile(
     arena:          "static", or "extern": the caller gives the arena's memory to <name>_init
     input:          "caller": the input stays in the caller's memory, or "arena": the arena has a place for it, which
                     is used for other tensors as soon as it has been read
+    memory_plan:    how many bytes the arena may have: "fastest" for any number, "smallest" for as few as possible, or a
+                    number, whose cheapest plan is taken; "auto": so that the scheme's budget of SRAM is met, smallest
+                    without one
     clock:          core clock for time estimates, "216MHz" or a number in Hz; by default the board's
     disable_passes: passes to leave out, see ``tte.compiler.OPTIONAL``
     dump_ir:        folder for the program after every pass
@@ -71,6 +75,10 @@ def compile(
             raise TTEError(
                 "TTE-E044", f"no {option} placement {value!r}", where=f"--{option}", fix=" or ".join(choices)
             )
+    plans = ("auto", "fastest", "smallest")
+    if memory_plan not in plans and (type(memory_plan) is not int or memory_plan < 1):
+        fix = f"{', '.join(plans)}, or how many bytes the arena may have"
+        raise TTEError("TTE-E044", f"no memory plan {memory_plan!r}", where="--memory-plan", fix=fix)
     clock_hz = board.clock_hz if clock is None else parse_clock(clock)
     pipeline = Pipeline(Path(dump_ir) if dump_ir else None, find_passes(disable_passes))
     compiled = compile_graphs(
@@ -83,6 +91,7 @@ def compile(
         pipeline,
         arena,
         input == "arena",
+        memory_plan,
     )
     artifact = Artifact(compiled, scheme, board, clock_hz, _find_module(model))
     artifact.require_budget()

@@ -102,6 +102,9 @@ def compile_model(
     input_: Annotated[
         str, typer.Option("--input", help="caller: the input stays where it is; arena: the arena has a place for it")
     ] = "caller",
+    memory_plan: Annotated[
+        str, typer.Option(help="fastest, smallest, or how large the arena may be: 96KB; auto: by the scheme's budget")
+    ] = "auto",
     clock: Annotated[str | None, typer.Option(help="core clock for time estimates, e.g. 216MHz")] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(help="leave out a pass (again for more)")] = None,
     dump_ir: Annotated[Path | None, typer.Option(help="write the program after every pass into this folder")] = None,
@@ -117,6 +120,7 @@ def compile_model(
         name=name,
         arena=arena,
         input=input_,
+        memory_plan=_memory_plan(memory_plan),
         clock=clock,
         disable_passes=disable_pass or (),
         dump_ir=dump_ir,
@@ -306,6 +310,14 @@ def targets(json_: Json = False) -> None:
         clock = f"{target.clock_hz // 1_000_000} MHz" if target.clock_hz else ""
         rows.append((target.name, sizes.get("flash"), sizes.get("ram"), clock, target.description))
     _print_table("targets", ("name", "flash", "RAM", "clock", ""), rows)
+
+
+def _memory_plan(text: str) -> str | int:
+    """A size as a number; words are for ``tte.compile`` to judge."""
+    try:
+        return parse_size(text)
+    except ValueError:
+        return text
 
 
 def _count(weight: str | None, channels: Sequence[int] | None) -> str:

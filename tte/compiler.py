@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from tte.passes.simplify import eliminate_common_subexpressions, eliminate_dead_
 from tte.passes.stream import stream_forward
 from tte.passes.tile import tile_backward
 from tte.scheme import Resolved, UpdateScheme, resolve
-from tte.target import Target
+from tte.target import KB, Target
 
 Pass = Callable[[Graph], Graph]
 
@@ -161,6 +161,7 @@ def compile_graphs(
     pipeline: Pipeline,
     arena: str = "static",
     input_in_arena: bool = False,
+    memory_plan: str | int = "auto",
 ) -> Compiled:
     """Everything up to the C: the three programs, planned and checked."""
     imported = verify(import_model(model, example_inputs))
@@ -191,14 +192,16 @@ def compile_graphs(
     pipeline.write(gradients, "3-gradients")
     train = verify(attach_sgd(gradients, scheme.optimizer.lr, scheme.quantized.qas, scheme.quantized.rounding))
     roles = {"train": train, "infer": forward, "evaluate": with_loss}
-    programs: list[Program] = []
-    for role, graph in roles.items():
-        room = Arena(max((program.plan.lower_bound for program in programs), default=0), input_in_arena)
-        small = pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}", room)
-        scratch = {i: size for i, node in enumerate(small.nodes) if (size := scratch_bytes(node))}
-        plan = plan_memory(small, scratch, hold_input=input_in_arena)
-        check_plan(small, plan, scratch)
-        programs.append(Program(role, small, plan))
+    limit = _find_limit(memory_plan, scheme.budget.sram, train)
+    programs = _fit_programs(roles, pipeline, Arena(limit, input_in_arena))
+    needed = max(program.plan.arena_bytes for program in programs)
+    if isinstance(memory_plan, int) and needed > memory_plan:
+        raise TTEError(
+            "TTE-E049",
+            f"the smallest arena found for this has {needed:,} bytes, {memory_plan:,} are allowed",
+            where="--memory-plan",
+            fix="allow more, or train fewer layers or channels",
+        )
     target_value = next((v for v in with_loss.inputs if v.name == "target"), None)
     given_layout = scheme.io.input.layout
     layout = own_layout(imported.inputs[0].type) if given_layout == "model" else given_layout
@@ -239,6 +242,44 @@ def compile_graphs(
         programs=tuple(programs),
         notes=tuple(notes),
     )
+
+
+UNLIMITED = 1 << 62
+RESERVED = 4 * KB  # of a budget, for stack and library, before the firmware is linked
+
+
+def _find_limit(memory_plan: str | int, budget: int | None, train: Graph) -> int:
+    """Bytes that the arena may have; 0 for as few as possible."""
+    if isinstance(memory_plan, int):
+        return memory_plan
+    if memory_plan == "auto" and budget is not None:
+        return max(0, budget - RESERVED - sum(param.type.nbytes for param, _ in train.updates))
+    return UNLIMITED if memory_plan == "fastest" else 0
+
+
+def _fit_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena, tries: int = 3) -> list[Program]:
+    """The programs, each as cheap as the arena allows; where that is too small, as small as possible."""
+    room = arena.limit
+    for left in reversed(range(tries)):
+        programs = _plan_programs(roles, pipeline, replace(arena, limit=room))
+        excess = max(program.plan.arena_bytes for program in programs) - arena.limit
+        if excess <= 0 or room == 0:
+            break
+        room = max(0, room - excess) if left > 1 else 0  # gaps between the buffers take what is too much
+    return programs
+
+
+def _plan_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) -> list[Program]:
+    programs: list[Program] = []
+    for role, graph in roles.items():
+        least = max((program.plan.lower_bound for program in programs), default=0)
+        room = replace(arena, limit=max(arena.limit, least))
+        small = pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}", room)
+        scratch = {i: size for i, node in enumerate(small.nodes) if (size := scratch_bytes(node))}
+        plan = plan_memory(small, scratch, hold_input=arena.holds_input)
+        check_plan(small, plan, scratch)
+        programs.append(Program(role, small, plan))
+    return programs
 
 
 def _as_user(const: Const, origin: Origin) -> np.ndarray:

@@ -33,7 +33,7 @@ SHORT_FORM = re.compile(r"full|last-layer|bias-only|last-k: ?[1-9][0-9]{0,5}")
 SHORT_FORMS = "full, last-layer, bias-only, last-k:N"
 
 
-def _parse_size(value: Any) -> int:
+def parse_size(value: Any) -> int:
     """Bytes from 262144, "256KB", "1.5 MB"; KB is 1024 bytes."""
     match = (
         re.fullmatch(r"(\d{1,10}(?:\.\d{1,6})?) ?(B|KB|KiB|MB|MiB)?", str(value)) if type(value) in (int, str) else None
@@ -231,8 +231,8 @@ class Quantized(_Model):
 class Budget(_Model):
     """Bytes; None is no limit but the target's own."""
 
-    sram: Annotated[int, BeforeValidator(_parse_size)] | None = None
-    flash: Annotated[int, BeforeValidator(_parse_size)] | None = None
+    sram: Annotated[int, BeforeValidator(parse_size)] | None = None
+    flash: Annotated[int, BeforeValidator(parse_size)] | None = None
 
 
 class UpdateScheme(_Model):
