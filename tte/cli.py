@@ -335,7 +335,8 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
     if memory["extra_macs"]:
         rows.append(("extra MACs of a step", memory["extra_macs"], "what is computed twice, so that less is kept"))
     peak = [(t["name"], t["bytes"], t["layer"]) for t in memory["peak_tensors"]]
-    _print_table("alive at the peak", ("tensor", "bytes", "layer"), peak)
+    title = f"alive at the peak of a training step: {report['train_step']['arena_bytes']:,} bytes"
+    _print_table(title, ("tensor", "bytes", "layer"), peak)
 
 
 def _print_run(result: dict[str, Any]) -> None:

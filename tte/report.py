@@ -122,7 +122,8 @@ def render_html(report: Mapping[str, Any], programs: Sequence[Program]) -> str:
 
 def _round_tick(span: int) -> int:
     """The least 1, 2 or 5 times a power of ten that divides an axis into no more than ten parts."""
-    return next(m * 10**k for k in range(20) for m in (1, 2, 5) if span <= 10 * m * 10**k)
+    power: int = 10 ** (len(str(span)) - 1)
+    return next(t for t in (power // 10, power // 5, power // 2, power) if 0 < span <= 10 * t)
 
 
 def find_program(programs: Sequence[Program], role: str) -> Program:
@@ -149,7 +150,7 @@ def list_tensors(program: Program) -> list[dict[str, Any]]:
     inplace: later results in the same bytes, each in the place of what it is computed from
     """
     nodes, owners, phases = program.graph.nodes, program.graph.owners(), find_phases(program.graph)
-    made = {v.name: (v, "", "input") for v in program.graph.inputs}
+    made: dict[str, tuple[Value | None, str, str]] = {v.name: (v, "", "input") for v in program.graph.inputs}
     inplace: dict[str, list[dict[str, Any]]] = {}
     for step, node in enumerate(nodes):
         for i, value in enumerate(node.outputs):
@@ -162,15 +163,15 @@ def list_tensors(program: Program) -> list[dict[str, Any]]:
     for buffer in sorted(program.plan.buffers, key=lambda b: (-b.size, b.offset, b.birth)):
         node = nodes[buffer.birth]
         scratch = ", ".join([name_layer(node), *([name_op(node)] if in_pieces(node) else [])])
-        value, layer, op = made.get(buffer.name, (None, scratch, "scratch"))
+        held, layer, op = made.get(buffer.name, (None, scratch, "scratch"))
         tensors.append(
             {
                 "name": buffer.name,
                 "layer": layer,
                 "op": op,
                 "phase": phases[buffer.birth],
-                "shape": list(value.type.shape) if value else [buffer.size],
-                "dtype": value.type.dtype if value else "uint8",
+                "shape": list(held.type.shape) if held else [buffer.size],
+                "dtype": held.type.dtype if held else "uint8",
                 "bytes": buffer.size,
                 "offset": buffer.offset,
                 "start": buffer.birth,
@@ -194,7 +195,7 @@ def count_saved(program: Program) -> int:
 
 
 def find_phases(graph: Graph) -> list[str]:
-    """Of each node: "forward" (the loss depends on it), "update" (only makes new parameters) or "backward" (the rest)."""
+    """Of each node: "forward" (the loss depends on it), "update" (makes only new parameters) or "backward"."""
     needed = {v.name for v in graph.outputs}
     updates = {v.name for _, v in graph.updates}
     phases = []
@@ -253,7 +254,7 @@ def main_op(node: Node) -> str:
 
 
 # Regions of which the members run in turns, each a piece at a time, and how a reader is told.
-STRATEGIES = {"rows": "row by row", "channels": "in tiles of channels"}
+STRATEGIES = {"rows": "row by row", "tiles": "tile by tile"}
 
 
 def in_pieces(node: Node) -> bool:
