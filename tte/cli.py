@@ -324,7 +324,7 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
     rows = [
         ("arena, at its peak", memory["arena_bytes"], bound),
         ("trained parameters", memory["trained_bytes"], f"{len(report['gradients'])} tensors learn"),
-        ("floor of the two", memory["floor_bytes"], floor),
+        ("floor", memory["floor_bytes"], floor),
         ("RAM, all in all", memory["static_ram_bytes"], f"{report['source']}: .data + .bss + stack"),
         ("flash", report["flash_bytes"], report["source"]),
     ]
