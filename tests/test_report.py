@@ -12,10 +12,10 @@ import pytest
 import tte.ops  # noqa: F401  fills the table
 from tte.codegen.emit import Program
 from tte.codegen.plan import plan_memory
-from tte.ir import Graph, TensorType, Value, parse, verify
+from tte.ir import Graph, TensorType, Value, parse, rewrite, verify
 from tte.ir.tiles import scratch_bytes
 from tte.passes.inplace import work_in_place
-from tte.passes.stream import stream_forward
+from tte.passes.regions import enclose
 from tte.report import Measured, count_saved, find_phases, list_steps, list_tensors, make_report, render_html
 from tte.runner.toolchain import Firmware
 from tte.target import STM32F746
@@ -144,7 +144,9 @@ def test_regions_in_pieces_say_from_where_to_where() -> None:
     """And of a result that leaves such a region, which of its layers made it."""
     residual = networks.residual()
     middle = next(node for node in residual.nodes if (node.layer, node.op) == ("a", "nn.relu"))
-    streamed = stream_forward(replace(residual, outputs=(*residual.outputs, middle.output)))
+    residual = replace(residual, outputs=(*residual.outputs, middle.output))
+    region = enclose(residual, range(8), {"strategy": "rows"})
+    streamed = verify(rewrite(residual, [region, *residual.nodes[8:]]))
     scratch = {i: size for i, node in enumerate(streamed.nodes) if (size := scratch_bytes(node))}
     program = Program("infer", streamed, plan_memory(streamed, scratch))
     first = list_steps(program)[0]

@@ -145,7 +145,9 @@ def test_phases_are_filtered(page: Any) -> None:
 def test_a_search_leaves_what_it_finds(page: Any) -> None:
     page.find_element("css selector", "#search").send_keys("BEND")
     bright = page.find_elements("css selector", "#boxes g:not(.dim)")
-    assert len(bright) == 1 and len(page.find_elements("css selector", "#boxes g.dim")) > 3
+    dim = page.find_elements("css selector", "#boxes g.dim")
+    assert len(bright) == 1 and len(dim) > 3
+    assert {float(e.value_of_css_property("opacity")) < 0.3 for e in dim} == {True}
     assert texts(page, "#layers tbody td:first-child") == ["bend"]
 
 
