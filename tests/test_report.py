@@ -3,16 +3,20 @@
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import networks
 import pytest
 
 import tte.ops  # noqa: F401  fills the table
 from tte.codegen.emit import Program
 from tte.codegen.plan import plan_memory
-from tte.ir import Graph, parse, verify
-from tte.report import Measured, find_phases, make_report, render_html
+from tte.ir import Graph, TensorType, Value, parse, rewrite, verify
+from tte.ir.tiles import scratch_bytes
+from tte.passes.inplace import work_in_place
+from tte.passes.regions import enclose
+from tte.report import Measured, count_saved, find_phases, list_steps, list_tensors, make_report, render_html
 from tte.runner.toolchain import Firmware
 from tte.target import STM32F746
 
@@ -103,12 +107,62 @@ def test_the_page_stands_alone_and_draws_every_tensor(programs: list[Program]) -
     assert page == render_html(report, programs)
     assert not re.search(r"(src|href)=|https?://", page)
     assert "<m>" not in page
-    drawing = re.search(r"<svg.*?</svg>", page, re.S)
+    drawing = re.search(r"<svg.*</svg>", page, re.S)
     assert drawing
-    boxes = [e.attrib for e in ElementTree.fromstring(drawing[0]) if e.tag == "rect"]
-    train = programs[0]
-    assert len(boxes) == len(train.plan.buffers)
-    area = sum(float(b["width"]) * float(b["height"]) for b in boxes)
-    exact = sum(b.size * (b.death - b.birth + 1) for b in train.plan.buffers)
-    exact *= 1000 * 420 / (len(train.graph.nodes) * train.plan.arena_bytes)
-    assert np.isclose(area, exact, rtol=1e-3)
+    boxes = ElementTree.fromstring(drawing[0]).findall(".//*[@id='boxes']/g/rect")
+    sides = sorted(tuple(int(box.attrib[side]) for side in ("x", "y", "width", "height")) for box in boxes)
+    plan = programs[0].plan
+    top = plan.arena_bytes
+    assert sides == sorted((b.birth, top - b.end, b.death - b.birth + 1, b.size) for b in plan.buffers)
+
+
+def test_what_is_alive_and_what_nothing_can_save(programs: list[Program]) -> None:
+    """At the loss: the first layer's result and the prediction, which the backward reads."""
+    report = make_report(programs, model="m", target="cortex-m7", scheme={}, unfused_macs=120)
+    memory = report["memory"]
+    assert memory["gap_bytes"] == 0 and memory["proof"] == "bound"
+    assert (memory["saved_bytes"], memory["floor_bytes"]) == (32 + 16, 32 + 16 + 128)
+    assert memory["extra_macs"] == sum(node.macs for node in programs[0].graph.nodes) - 120 == 8
+    assert [step["live_bytes"] for step in report["steps"]] == [32, 48, 52, 68, 180, 132 + 128]
+    last = {"step": 5, "layer": "fc", "op": "nn.sgd", "phase": "update", "live_bytes": 260}
+    assert report["steps"][5] == last
+    unproved = replace(programs[0].plan, arena_bytes=300, proof="")
+    memory = make_report([replace(programs[0], plan=unproved), programs[1]], model="m", target="cortex-m7", scheme={})[
+        "memory"
+    ]
+    assert (memory["gap_bytes"], memory["proved_optimal"], memory["proof"]) == (300 - 260, False, None)
+    assert memory["extra_macs"] is None
+
+
+def test_the_input_in_the_arena_is_saved_too() -> None:
+    held = graph(STEP.replace("matmul(%3, %0,", "matmul(%3, %x,"))
+    program = Program("train", held, plan_memory(held, hold_input=True))
+    assert count_saved(program) == 32 + 16
+
+
+def test_regions_in_pieces_say_from_where_to_where() -> None:
+    """And of a result that leaves such a region, which of its layers made it."""
+    residual = networks.residual()
+    middle = next(node for node in residual.nodes if (node.layer, node.op) == ("a", "nn.relu"))
+    residual = replace(residual, outputs=(*residual.outputs, middle.output))
+    region = enclose(residual, range(8), {"strategy": "rows"})
+    streamed = verify(rewrite(residual, [region, *residual.nodes[8:]]))
+    scratch = {i: size for i, node in enumerate(streamed.nodes) if (size := scratch_bytes(node))}
+    program = Program("infer", streamed, plan_memory(streamed, scratch))
+    first = list_steps(program)[0]
+    assert (first["layer"], first["op"]) == ("stem .. depthwise", "row by row")
+    found = {t["name"]: (t["layer"], t["op"], t["bytes"]) for t in list_tensors(program)}
+    assert found["scratch.0"] == ("stem .. depthwise, row by row", "scratch", scratch[0])
+    assert {found[v.name][:2] for v in streamed.nodes[0].outputs} == {("depthwise", "nn.conv2d"), ("a", "nn.relu")}
+
+
+def test_results_in_place_are_told() -> None:
+    """Views are not: they are the same bytes."""
+    net = networks.Network()
+    x = Value("x", TensorType((1, 8)))
+    flat = net.call("nn.relu", net.dense("first", x, 8), layer="first")
+    tall = net.call("reshape", flat, newshape=(1, 2, 4), layer="tall")
+    placed = work_in_place(net.graph(x, net.call("sigmoid", tall, layer="tall")))
+    tensors = list_tensors(Program("infer", placed, plan_memory(placed)))
+    told = [[(v["step"], v["name"], v["layer"], v["op"]) for v in t["inplace"]] for t in tensors]
+    assert told == [[(1, "1", "first", "nn.relu"), (3, "3", "tall", "sigmoid")]]

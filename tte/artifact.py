@@ -20,7 +20,7 @@ from tte.codegen.plan import Plan
 from tte.compiler import Compiled, Pipeline, c_name, compile_graphs, find_passes
 from tte.errors import TTEError
 from tte.ir import Graph
-from tte.report import Measured, make_report, render_html
+from tte.report import Measured, list_peak, make_report, render_html
 from tte.runner.board import Board, require_ok
 from tte.runner.build import Build
 from tte.runner.host import HostBoard, open_host
@@ -168,6 +168,7 @@ class Artifact:
             measured=measured,
             clock_hz=self.clock_hz,
             analytic_extra=extra_memory(self.compiled.source, self.compiled.resolved),
+            unfused_macs=sum(node.macs for node in self.compiled.gradients.nodes),
         )
 
     def export(self, folder: Path | str) -> None:
@@ -219,8 +220,9 @@ class Artifact:
                 )
 
     def _describe_peak(self) -> str:
-        peak = [f"{b.layer or b.name} {b.size:,} B" for b in self.plan.peak[:6]]
-        return ", ".join(peak) + (" ..." if len(self.plan.peak) > 6 else "")
+        tensors = list_peak(self.compiled.train)
+        peak = [f"{t['layer'] or t['name']} {t['bytes']:,} B" for t in tensors[:6]]
+        return ", ".join(peak) + (" ..." if len(tensors) > 6 else "")
 
     @cached_property
     def _files(self) -> dict[str, bytes]:

@@ -328,11 +328,15 @@ def _count(weight: str | None, channels: Sequence[int] | None) -> str:
 
 def _print_report(report: dict[str, Any], output: Path) -> None:
     memory = report["memory"]
-    gap = memory["arena_bytes"] - memory["lower_bound_bytes"]
-    arena = "proved optimal" if memory["proved_optimal"] else f"at most {gap:,} bytes above the optimum"
+    proof = (
+        "proved optimal" + (" by search" if memory["proof"] == "search" else "") if memory["proof"] else "not proved"
+    )
+    bound = f"lower bound {memory['lower_bound_bytes']:,}, gap {memory['gap_bytes']:,}: {proof}"
+    floor = f"trained parameters + {memory['saved_bytes']:,} that the forward saves for the backward"
     rows = [
-        ("arena", memory["arena_bytes"], arena),
+        ("arena, at its peak", memory["arena_bytes"], bound),
         ("trained parameters", memory["trained_bytes"], f"{len(report['gradients'])} tensors learn"),
+        ("floor", memory["floor_bytes"], floor),
         ("RAM, all in all", memory["static_ram_bytes"], f"{report['source']}: .data + .bss + stack"),
         ("flash", report["flash_bytes"], report["source"]),
     ]
@@ -340,8 +344,11 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
         note = "no size of this project: the formula of arXiv:2206.15472"
         rows.append(("extra memory, analytic", memory["analytic_extra_bytes"], note))
     _print_table(f"{report['model']} for {report['target']}: {output}", ("", "bytes", ""), rows)
+    if memory["extra_macs"]:
+        rows.append(("extra MACs of a step", memory["extra_macs"], "what is computed twice, so that less is kept"))
     peak = [(t["name"], t["bytes"], t["layer"]) for t in memory["peak_tensors"]]
-    _print_table("alive at the peak", ("tensor", "bytes", "layer"), peak)
+    title = f"alive at the peak of a training step: {report['train_step']['arena_bytes']:,} bytes"
+    _print_table(title, ("tensor", "bytes", "layer"), peak)
 
 
 def _print_run(result: dict[str, Any]) -> None:

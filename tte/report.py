@@ -44,12 +44,14 @@ def make_report(
     measured: Measured = UNMEASURED,
     clock_hz: int | None = None,
     analytic_extra: int | None = None,
+    unfused_macs: int | None = None,
 ) -> dict[str, Any]:
     """The content of report.json. Keys are stable; ``schema_version`` counts changes of their meaning.
 
     Sizes are of the linked firmware (``source`` is "linked"); its stack as measured, or else as reserved. Without a
     firmware they are the sum of what was planned ("planned"): a lower estimate that knows neither code nor stack.
     analytic_extra: no size of this project, but what a published formula says; see tte.analysis.extra_memory
+    unfused_macs:   multiply-accumulates of a training step before it was made small
     """
     train = find_program(programs, "train")
     graph = train.graph
@@ -57,6 +59,9 @@ def make_report(
     consts = {c.name: c for program in programs for c in program.graph.consts}
     trained = [p for p, _ in graph.updates]
     trained_bytes = sum(p.type.nbytes for p in trained)
+    saved_bytes = count_saved(train)
+    lower_bound = max(program.plan.lower_bound for program in programs)
+    macs = sum(node.macs for node in graph.nodes)
     if firmware:
         code, flash = firmware.text, firmware.flash_bytes
         stack = firmware.stack_reserved if measured.stack is None else measured.stack
@@ -74,15 +79,20 @@ def make_report(
         "source": "linked" if firmware else "planned",
         "memory": {
             "arena_bytes": largest.arena_bytes,
-            "lower_bound_bytes": max(program.plan.lower_bound for program in programs),
+            "lower_bound_bytes": lower_bound,
+            "gap_bytes": largest.arena_bytes - lower_bound,
             "proved_optimal": largest.proved,
+            "proof": largest.proof or None,
             "trained_bytes": trained_bytes,
+            "saved_bytes": saved_bytes,
+            "floor_bytes": trained_bytes + saved_bytes,
+            "extra_macs": None if unfused_macs is None else macs - unfused_macs,
             "input_bytes": graph.inputs[0].type.nbytes,
             "input_in_arena": graph.inputs[0].name in train.plan.offsets,
             "static_ram_bytes": ram,
             "analytic_extra_bytes": analytic_extra,
             "peak_node": train.plan.peak_node,
-            "peak_tensors": [t for t in list_tensors(train) if t["start"] <= train.plan.peak_node <= t["end"]],
+            "peak_tensors": list_peak(train),
         },
         "flash_bytes": flash,
         "flash": {
@@ -94,6 +104,7 @@ def make_report(
             find_program(programs, "infer").plan, measured.stack_infer, measured.instructions_infer, clock_hz
         ),
         "train_step": _cost(train.plan, measured.stack_train_step, measured.instructions_train_step, clock_hz),
+        "steps": list_steps(train),
         "layers": list_layers(graph),
         "gradients": list(dict.fromkeys(_user_name(p) for p in trained)),
     }
@@ -106,41 +117,85 @@ def render_html(report: Mapping[str, Any], programs: Sequence[Program]) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    tensors = sorted(list_tensors(train), key=lambda t: (t["start"], t["offset"]))
-    return environment.from_string(source).render(report=report, tensors=tensors, live=train.plan.live)
+    return environment.from_string(source).render(report=report, tensors=list_tensors(train), tick=_round_tick)
+
+
+def _round_tick(span: int) -> int:
+    """The least 1, 2 or 5 times a power of ten that divides an axis into no more than ten parts."""
+    power: int = 10 ** (len(str(span)) - 1)
+    return next(t for t in (power // 10, power // 5, power // 2, power) if 0 < span <= 10 * t)
 
 
 def find_program(programs: Sequence[Program], role: str) -> Program:
     return next(program for program in programs if program.role == role)
 
 
+def list_steps(program: Program) -> list[dict[str, Any]]:
+    """The nodes in their order, and how many bytes of the arena are alive at each."""
+    rows = zip(program.graph.nodes, find_phases(program.graph), program.plan.live, strict=True)
+    return [
+        {"step": i, "layer": name_layer(node), "op": name_op(node), "phase": phase, "live_bytes": live}
+        for i, (node, phase, live) in enumerate(rows)
+    ]
+
+
+def list_peak(program: Program) -> list[dict[str, Any]]:
+    """What is alive at the peak, largest first."""
+    return [t for t in list_tensors(program) if t["start"] <= program.plan.peak_node <= t["end"]]
+
+
 def list_tensors(program: Program) -> list[dict[str, Any]]:
-    """What lies in the arena, largest first: bytes at offset, taken from node start to node end, both included."""
-    made: dict[str, tuple[Node | None, Value]] = {v.name: (None, v) for v in program.graph.inputs}
-    made |= {v.name: (node, v) for node in program.graph.nodes for v in node.outputs}
-    phases = find_phases(program.graph)
+    """What lies in the arena, largest first: bytes at offset, taken from node start to node end, both included.
+
+    inplace: later results in the same bytes, each in the place of what it is computed from
+    """
+    nodes, owners, phases = program.graph.nodes, program.graph.owners(), find_phases(program.graph)
+    made: dict[str, tuple[Value | None, str, str]] = {v.name: (v, "", "input") for v in program.graph.inputs}
+    inplace: dict[str, list[dict[str, Any]]] = {}
+    for step, node in enumerate(nodes):
+        for i, value in enumerate(node.outputs):
+            maker = find_maker(node, i)
+            made[value.name] = (value, maker.layer, main_op(maker))
+            if owners[value.name] != value.name and (node.body or node.definition.kind != "view"):
+                entry = {"step": step, "name": value.name, "layer": maker.layer, "op": main_op(maker)}
+                inplace.setdefault(owners[value.name], []).append(entry)
     tensors = []
     for buffer in sorted(program.plan.buffers, key=lambda b: (-b.size, b.offset, b.birth)):
-        node, value = made.get(buffer.name, (None, None))
+        node = nodes[buffer.birth]
+        scratch = ", ".join([name_layer(node), *([name_op(node)] if in_pieces(node) else [])])
+        held, layer, op = made.get(buffer.name, (None, scratch, "scratch"))
         tensors.append(
             {
                 "name": buffer.name,
-                "layer": buffer.layer,
-                "op": main_op(node) if node else "input" if value else "scratch",
+                "layer": layer,
+                "op": op,
                 "phase": phases[buffer.birth],
-                "shape": list(value.type.shape) if value else [buffer.size],
-                "dtype": value.type.dtype if value else "uint8",
+                "shape": list(held.type.shape) if held else [buffer.size],
+                "dtype": held.type.dtype if held else "uint8",
                 "bytes": buffer.size,
                 "offset": buffer.offset,
                 "start": buffer.birth,
                 "end": buffer.death,
+                "inplace": inplace.get(buffer.name, []),
             }
         )
     return tensors
 
 
+def count_saved(program: Program) -> int:
+    """Bytes that the forward leaves to the backward: what the arena holds at the loss and is read behind it."""
+    owners, phases = program.graph.owners(), find_phases(program.graph)
+    loss = len(phases) - 1 - phases[::-1].index("forward")
+    made = {v.name for v in program.graph.inputs} | {v.name for n in program.graph.nodes[:loss] for v in n.outputs}
+    saved: dict[str, int] = {}
+    for value in (v for node in program.graph.nodes[loss + 1 :] for v in node.inputs):
+        if value.name in made and value.name in program.plan.offsets:
+            saved[owners[value.name]] = max(saved.get(owners[value.name], 0), value.type.nbytes)
+    return sum(saved.values())
+
+
 def find_phases(graph: Graph) -> list[str]:
-    """Of each node: "forward" (the loss depends on it), "update" (makes a new parameter) or "backward" (the rest)."""
+    """Of each node: "forward" (the loss depends on it), "update" (makes only new parameters) or "backward"."""
     needed = {v.name for v in graph.outputs}
     updates = {v.name for _, v in graph.updates}
     phases = []
@@ -150,7 +205,7 @@ def find_phases(graph: Graph) -> list[str]:
             needed |= {v.name for v in node.inputs}
             phases.append("forward")
         else:
-            phases.append("update" if names & updates else "backward")
+            phases.append("update" if names <= updates else "backward")
     return phases[::-1]
 
 
@@ -196,6 +251,34 @@ def main_op(node: Node) -> str:
         return node.op
     members = [main_op(n) for n in node.body.nodes]
     return next((op for op in members if OPS[op].kind in ("anchor", "opaque")), members[0])
+
+
+# Regions of which the members run in turns, each a piece at a time, and how a reader is told.
+STRATEGIES = {"rows": "row by row", "tiles": "tile by tile"}
+
+
+def in_pieces(node: Node) -> bool:
+    return node.attrs.get("strategy") in STRATEGIES
+
+
+def name_layer(node: Node) -> str:
+    """The layer of a node; of a region in pieces, the first and the last."""
+    if not node.body or not in_pieces(node):
+        return node.layer
+    ends = dict.fromkeys(node.body.nodes[i].layer for i in (0, -1))
+    return " .. ".join(ends)
+
+
+def name_op(node: Node) -> str:
+    """What a node does; of a region in pieces, how it runs."""
+    return STRATEGIES[str(node.attrs["strategy"])] if in_pieces(node) else main_op(node)
+
+
+def find_maker(node: Node, output: int) -> Node:
+    """What makes a result: of a region in pieces, one of its members."""
+    if not node.body or not in_pieces(node):
+        return node
+    return node.body.producer()[node.body.outputs[output].name]
 
 
 def _user_name(param: Param) -> str:
