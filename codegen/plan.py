@@ -133,7 +133,7 @@ def find_pairs(graph: Graph, owners: Mapping[str, str], buffers: Sequence[Buffer
         found = []
         for inner, value in zip(node.body.inputs, node.inputs, strict=True):
             dying = number.get(owners[value.name], -1)
-            if inner.name in stream.shifts and dying >= 0 and buffers[dying].death == i:
+            if inner.name in stream.shifts and dying >= 0 and buffers[dying].death == i and not buffers[dying].pinned:
                 both = buffers[dying].size + buffers[born].size
                 saved = both - joint_bytes(buffers[dying].size, buffers[born].size, stream.shifts[inner.name])
                 # An operand that is only the front of its buffer would say too little.

@@ -42,9 +42,9 @@ class Costs:
         ]
         self.viewed = {node.inputs[0].name for node in graph.nodes if is_view(node)}
         self.roots = find_owners(graph)
-        self.ends: dict[str, int] = {}  # of what is ours to write, views included
+        self.ends: dict[str, int] = {}  # of what may be written over by what lies below it, views included
         for name, root in self.roots.items():
-            if root not in stored:
+            if births.get(root, -1) >= 0:
                 self.ends[root] = max(self.last.get(name, -1), self.ends.get(root, -1))
         needed = {v.name for v in graph.outputs}
         forward = 0

@@ -314,6 +314,8 @@ def targets(json_: Json = False) -> None:
 
 def _memory_plan(text: str) -> str | int:
     """A size as a number; words are for ``tte.compile`` to judge."""
+    from tte.scheme import parse_size
+
     try:
         return parse_size(text)
     except ValueError:
