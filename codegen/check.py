@@ -181,13 +181,16 @@ def check_tiles(node: Node, tiles: Tiles, at: str) -> None:
                 else:  # a sum, which nobody may read before the last tile
                     held[place[name]] = dict.fromkeys(line, name if tile == span[1] - width else "")
                     added.setdefault(name, []).append(tile)
-    for k, (member, span) in enumerate(zip(body.nodes, tiles.spans, strict=True)):
+    for k, member in enumerate(body.nodes):
+        ends = [tiles.cuts[v.name].span(v) for v in member.inputs if v.name in tiles.cuts]
         for value in member.outputs:
-            expected = list(range(*span, width))
-            if value.name in place:
-                found = added.get(value.name) or [t for t in line if held[place[value.name]].get(t) == value.name]
-                if found != expected:
-                    raise PlanError(f"{at}: of the result of member {k}, %{value.name}, only tiles {found} are there")
+            if value.name not in place:
+                continue
+            cut = tiles.cuts.get(value.name)
+            start, stop = cut.span(value) if cut else (min(a for a, _ in ends), max(b for _, b in ends))
+            found = [t for t in line if held[place[value.name]].get(t) == value.name] if cut else added[value.name]
+            if found != list(range(start, stop, width)):
+                raise PlanError(f"{at}: of the result of member {k}, %{value.name}, only tiles {found} are there")
 
 
 class _Memory:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from tte.ir.graph import Node, Value
+from tte.ir.graph import Node, Value, remembered
 from tte.ir.op import OPS, Window
 
 
@@ -55,6 +55,7 @@ class Stream:
         return sum(align(rows * self.sizes[name]) for name, rows in self.rings.items())
 
 
+@remembered
 def find_windows(node: Node) -> tuple[tuple[Window, ...], ...] | None:
     """Of each input the windows that a row reads, () for an input that is read whole; None: it does not go by rows."""
     shapes = [v.type.shape for v in node.outputs]

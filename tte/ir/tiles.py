@@ -142,14 +142,11 @@ class Tiles:
 
 @remembered
 def find_tiles(node: Node) -> Tiles | None:
-    """How a node runs by tiles; None if it does not."""
+    """How a node runs by tiles; None if it does not, or cannot."""
     if node.body is None or node.attrs["strategy"] != "tiles":
         return None
-    width = node.attrs["width"]
-    assert isinstance(width, int)
-    tiles = find_line(node.body).divide(width)
-    assert tiles is not None, "a width that the region may have"
-    return tiles
+    width = node.attrs.get("width")
+    return find_line(node.body).divide(width) if isinstance(width, int) else None
 
 
 @dataclass(frozen=True)
@@ -188,7 +185,8 @@ def find_line(body: Graph) -> Line:
         own = [cuts[v.name].span(v) for v in (*node.outputs, *node.inputs) if v.name in cuts]
         if not own or any(v.name in sums for v in node.inputs):
             return Line({})  # a sum is not there before the last tile
-        spans.append(own[0])
+        made = [cuts[v.name].span(v) for v in node.outputs if v.name in cuts] or own
+        spans.append((min(start for start, _ in made), max(stop for _, stop in made)))
         ends |= {end for span in own for end in span}
     return Line(cuts, tuple(spans), inside, frozenset(ends))
 

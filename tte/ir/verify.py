@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tte.ir.graph import Const, Graph, Node, Param, Value
 from tte.ir.op import OPS, InvalidType
-from tte.ir.tiles import find_line, find_start, find_tiles
+from tte.ir.tiles import find_start, find_tiles
 
 
 class InvalidGraph(Exception):
@@ -40,13 +40,13 @@ def _verify(graph: Graph, where: str) -> None:
         if node.body:
             require(node.op == "region", f"{at} has a body")
             own = [v.type for v in node.body.inputs]
-            if node.attrs.get("strategy") == "tiles":
-                fits = node.attrs.get("width") in find_line(node.body).widths
-                require(fits, f"{at}: its members cannot run in tiles of {node.attrs.get('width')}")
             require(own == [v.type for v in node.inputs], f"{at}: operands do not fit the region's inputs")
             require(not node.body.params and not node.body.updates, f"{at}: params belong to the outer graph")
             _verify(node.body, f"{where} {at}")
             types = tuple(v.type for v in node.body.outputs)
+            if node.attrs.get("strategy") == "tiles":  # once the body is known to be sound
+                fits = find_tiles(node) is not None
+                require(fits, f"{at}: its members cannot run in tiles of {node.attrs.get('width')}")
         else:
             require(node.op in OPS, f"{at}: no such operator")
             try:
