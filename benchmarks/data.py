@@ -2,6 +2,7 @@
 
 import io
 import os
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ def require_pack() -> Path:
     return folder
 
 
+@cache
 def load_pictures(name: str, split: int) -> tuple[np.ndarray, np.ndarray]:
     """(N, H, W, 3) uint8 and labels of a collection of JPEG files in one npz."""
     from PIL import Image
