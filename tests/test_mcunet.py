@@ -102,7 +102,11 @@ def test_generated_c_agrees_with_the_references(published: Any, pictures: np.nda
         np.testing.assert_allclose(host.infer(x), evaluate(graph, [x[None]]).outputs[0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("stem", "train"), mcunet_table.GRADIENTS)
+# Whole layers, and parts of their channels; the benchmark's own list has more of both.
+@pytest.mark.parametrize(
+    ("stem", "train"),
+    [("mcunet-5fps", "49kb"), ("mcunet-5fps", "full"), ("mbv2-w0.35", "99kb"), ("mbv2-w0.35", "full")],
+)
 def test_gradients_are_those_of_the_oracle(stem: str, train: str, pack: Path) -> None:
     worst = mcunet_table.compare_gradients(stem, train, mcunet_table.draw_head(mcunet_table.convert(stem)))
     assert worst["ok"] and max(worst["gradient_error"], worst["weight_error"]) < 1e-5 and worst["apart"] <= 1.0001
