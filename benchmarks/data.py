@@ -1,13 +1,17 @@
 """Finds the data pack: real models and data sets that do not come with the project."""
 
+import importlib.util
 import io
 import os
 from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 VARIABLE = "TTE_DATA"
+MCUNET = Path(__file__).resolve().parents[1] / "examples" / "mcunet"
 
 
 def find_pack() -> Path | None:
@@ -21,6 +25,27 @@ def require_pack() -> Path:
     if folder is None:
         raise SystemExit(f"the data pack is not there: set {VARIABLE} to its folder")
     return folder
+
+
+@cache
+def load_module(path: Path) -> ModuleType:
+    """A Python file that is no part of a package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_published(stem: str) -> tuple[list[Any], Any]:
+    """Steps and tensors of one of MIT's int8 models."""
+    steps, tensors = load_module(MCUNET / "import_model.py").read_model(require_pack() / "models" / stem)
+    return steps, tensors
+
+
+def import_published(stem: str, classes: int) -> Any:
+    """The same as ONNX, with a new head."""
+    return load_module(MCUNET / "import_model.py").convert(*read_published(stem), classes)
 
 
 @cache

@@ -1,6 +1,5 @@
 """Real networks: as their authors meant them, the same from both frontends, trained as PyTorch trains them."""
 
-import importlib.util
 import time
 from functools import cache
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data import load_module
 from models import Network, export_onnx, load_networks
 
 import tte
@@ -42,10 +42,7 @@ def run_torch(network: Network, x: np.ndarray) -> np.ndarray:
 def test_networks_from_keras_compute_what_the_reference_computes(
     name: str, stem: str, known: dict[str, Network], pack: Path
 ) -> None:
-    spec = importlib.util.spec_from_file_location("kerasnet", pack / "reference" / "kerasnet.py")
-    assert spec and spec.loader
-    reference = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reference)
+    reference = load_module(pack / "reference" / "kerasnet.py")
     x = known[name].samples(3)["x"]
     theirs = reference.run(str(pack / "models" / stem), x)
     assert np.linalg.norm(run_torch(known[name], x) - theirs) <= 1e-5 * np.linalg.norm(theirs)
