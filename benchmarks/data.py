@@ -1,12 +1,17 @@
 """Finds the data pack: real models and data sets that do not come with the project."""
 
+import importlib.util
 import io
 import os
+from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 VARIABLE = "TTE_DATA"
+MCUNET = Path(__file__).resolve().parents[1] / "examples" / "mcunet"
 
 
 def find_pack() -> Path | None:
@@ -22,6 +27,28 @@ def require_pack() -> Path:
     return folder
 
 
+@cache
+def load_module(path: Path) -> ModuleType:
+    """A Python file that is no part of a package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_published(stem: str) -> tuple[list[Any], Any]:
+    """Steps and tensors of one of MIT's int8 models."""
+    steps, tensors = load_module(MCUNET / "import_model.py").read_model(require_pack() / "models" / stem)
+    return steps, tensors
+
+
+def import_published(stem: str, classes: int) -> Any:
+    """The same as ONNX, with a new head."""
+    return load_module(MCUNET / "import_model.py").convert(*read_published(stem), classes)
+
+
+@cache
 def load_pictures(name: str, split: int) -> tuple[np.ndarray, np.ndarray]:
     """(N, H, W, 3) uint8 and labels of a collection of JPEG files in one npz."""
     from PIL import Image

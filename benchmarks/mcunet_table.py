@@ -5,18 +5,16 @@ For docs/quantized.md: python benchmarks/mcunet_table.py; with --gradients, how 
 """
 
 import argparse
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 import yaml
-from data import load_pictures, require_pack
+from data import MCUNET, import_published, load_module, load_pictures, read_published, require_pack
 from rich.progress import track
 
 import tte
@@ -24,7 +22,6 @@ from tte.compiler import lower
 from tte.ir import Graph, evaluate
 from tte.passes.quantized import Settings, lower_qdq
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "mcunet"
 CLASSES = 10
 INPUT = {"dtype": "int8", "layout": "nhwc", "std": [127.5]}
 
@@ -52,20 +49,6 @@ GRADIENTS = [
 ]
 
 
-def load(path: Path) -> ModuleType:
-    """A Python file that is no part of a package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def convert(stem: str) -> Any:
-    importer = load(EXAMPLE / "import_model.py")
-    return importer.convert(*importer.read_model(require_pack() / "models" / stem), classes=CLASSES)
-
-
 def draw_head(model: Any) -> Any:
     """The same model with a classifier that is not zero: only such a one sends gradients back in the first step."""
     made = onnx.ModelProto()
@@ -78,7 +61,7 @@ def draw_head(model: Any) -> Any:
 
 def compare_gradients(stem: str, train: str, model: Any) -> dict[str, Any]:
     """``tte verify`` on pictures."""
-    scheme = EXAMPLE / "schemes" / f"{stem}-{train}.yaml"
+    scheme = MCUNET / "schemes" / f"{stem}-{train}.yaml"
     artifact = tte.compile(model, update_scheme=scheme if scheme.exists() else train, target="host")
     pictures = pick_pictures(1)
     x = pictures["x"].transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5)
@@ -125,7 +108,7 @@ def compare_integers(steps: list[Any], tensors: Any, model: Any, pictures: np.nd
     largest: difference; from_half: how far from a half the exact number is at most, where integers differ; different:
     integers that differ, without those of global averages (true halves)
     """
-    reference = load(require_pack() / "reference" / "packlib.py")
+    reference = load_module(require_pack() / "reference" / "packlib.py")
     graph = lower_qdq(lower(model), Settings(mode))
     values = different = largest = 0
     from_half = 0.0
@@ -156,7 +139,7 @@ def compare_integers(steps: list[Any], tensors: Any, model: Any, pictures: np.nd
 
 def compile_for_board(scheme: str, model: Any, target: str = "stm32f746") -> tte.Artifact:
     """The project for a camera that gives int8 pixels; they lie in the arena."""
-    rules = yaml.safe_load((EXAMPLE / "schemes" / f"{scheme}.yaml").read_text())
+    rules = yaml.safe_load((MCUNET / "schemes" / f"{scheme}.yaml").read_text())
     return tte.compile(model, update_scheme=rules | {"io": {"input": INPUT}}, target=target, input="arena")
 
 
@@ -170,7 +153,7 @@ def pick_pictures(each: int) -> dict[str, np.ndarray]:
 
 def measure(scheme: str, target: str, each: int, epochs: int) -> dict[str, Any]:
     """Sizes and counts; what is learned on the emulated board, and whether this computer learns the same."""
-    artifact = compile_for_board(scheme, convert(scheme.rpartition("-")[0]), target)
+    artifact = compile_for_board(scheme, import_published(scheme.rpartition("-")[0], CLASSES), target)
     pictures = pick_pictures(each)
     there, here = (artifact.run(pictures, evaluation=pictures, runner=r, epochs=epochs) for r in ("unicorn", "host"))
     report = artifact.report
@@ -220,15 +203,14 @@ def main() -> None:
     parser.add_argument("--forward", action="store_true", help="compare integers with exact rounding instead")
     given = parser.parse_args()
     if given.forward:
-        importer, pictures = load(EXAMPLE / "import_model.py"), pick_crops()
+        pictures = pick_crops()
         for mode in ("fixed", "float"):
             for stem in dict(GRADIENTS):
-                steps, tensors = importer.read_model(require_pack() / "models" / stem)
-                found = compare_integers(steps, tensors, importer.convert(steps, tensors, CLASSES), pictures, mode)
+                found = compare_integers(*read_published(stem), import_published(stem, CLASSES), pictures, mode)
                 print(stem, mode, found, flush=True)
         return
     if given.gradients:
-        models = {stem: draw_head(convert(stem)) for stem, _ in GRADIENTS}
+        models = {stem: draw_head(import_published(stem, CLASSES)) for stem, _ in GRADIENTS}
         proofs = {f"{stem} {train}": compare_gradients(stem, train, models[stem]) for stem, train in track(GRADIENTS)}
         return print(render_gradients(proofs))
     rows = {name: measure(name, given.target, given.pictures, given.epochs) for name in track(ROWS)}

@@ -10,7 +10,6 @@ of zeros, the order of epoch e being the e-th torch.randperm of the seed's gener
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import multiprocessing
 import re
@@ -27,7 +26,7 @@ import numpy as np
 import onnx
 import torch
 import yaml
-from data import require_pack
+from data import MCUNET, import_published, load_module, read_published, require_pack
 
 import tte
 import tte.artifact
@@ -38,7 +37,6 @@ from tte.passes.quantized import Settings, lower_qdq
 from tte.runner.host import HostBoard
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "mcunet"
 EPOCHS, SEEDS = 4, 3
 BEGIN, END = "<!-- begin of the tables -->", "<!-- end of the tables -->"
 
@@ -134,14 +132,6 @@ def list_jobs() -> list[Job]:
 # --- the model and its pictures ---------------------------------------------------------------------------------------
 
 
-def load_module(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @cache
 def load(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Pictures as int8 (N, 3, 128, 128), labels, and which of them are for training and for the test."""
@@ -167,13 +157,7 @@ def load(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 def read_train(scheme: str) -> Any:
     train = TRAIN[scheme]
     published = isinstance(train, str) and train.endswith(".yaml")
-    return yaml.safe_load((EXAMPLE / "schemes" / train).read_text())["train"] if published else train
-
-
-def read_source(classes: int) -> onnx.ModelProto:
-    importer = load_module(EXAMPLE / "import_model.py")
-    model: onnx.ModelProto = importer.convert(*importer.read_model(require_pack() / "models" / "mcunet-5fps"), classes)
-    return model
+    return yaml.safe_load((MCUNET / "schemes" / train).read_text())["train"] if published else train
 
 
 def compile_variant(
@@ -186,7 +170,9 @@ def compile_variant(
         "io": {"input": {"dtype": "int8", "std": [127.5]}},
     }
     with mistake(wrong):
-        artifact = tte.compile(model or read_source(classes), update_scheme=settings, target="host", name="mcunet")
+        artifact = tte.compile(
+            model or import_published("mcunet-5fps", classes), update_scheme=settings, target="host", name="mcunet"
+        )
         assert artifact.build  # the C is written while the mistake is being made
     return artifact
 
@@ -398,14 +384,11 @@ def compare_with_references() -> tuple[float, float]:
     The reference gets the scales in float32, as QDQ ONNX holds them. Means of 16 integers that are true halves do not
     count: it rounds those to even, requantize: fixed rounds them up.
     """
-    importer, packlib = (
-        load_module(EXAMPLE / "import_model.py"),
-        load_module(require_pack() / "reference" / "packlib.py"),
-    )
-    steps, tensors = importer.read_model(require_pack() / "models" / "mcunet-5fps")
+    packlib = load_module(require_pack() / "reference" / "packlib.py")
+    steps, tensors = read_published("mcunet-5fps")
     for step in steps:
         step |= {key: float(np.float32(step[key])) for key in step if key.endswith("_scale")}
-    model = read_source(10)
+    model = import_published("mcunet-5fps", 10)
     head = next(t for t in model.graph.initializer if t.name == "classifier.weight")
     drawn = np.random.default_rng(0).standard_normal(tuple(head.dims)).astype(np.float32)
     head.CopyFrom(onnx.numpy_helper.from_array(drawn / np.sqrt(drawn.shape[-1], dtype=np.float32), head.name))

@@ -263,9 +263,9 @@ def _array(name: str, stored: Const | Param) -> dict[str, Any]:
     flat = stored.data.reshape(-1)
     if stored.type.dtype == "float32":
         assert np.isfinite(flat).all(), f"{stored.name} has values that are not finite"
-        items = [_float(float(v)) for v in flat]
+        items = [_float(v) for v in flat.tolist()]
     else:
-        items = [_integer(v, stored.type.dtype, stored.name) for v in flat.tolist()]
+        items = _integers(flat, stored.type.dtype, stored.name)
     rows = [", ".join(items[i : i + 8]) for i in range(0, len(items), 8)]
     return {
         "name": name,
@@ -283,10 +283,12 @@ def _float(value: float | str) -> str:
     return text + ("" if "." in text or "e" in text else ".0") + "f"
 
 
-def _integer(value: float, dtype: str, name: str) -> str:
-    limits = np.iinfo("uint8" if dtype == "bit" else dtype)
-    assert limits.min <= value <= limits.max and value == int(value), f"{name}: {value} does not fit {CTYPES[dtype]}"
-    return str(int(value))
+def _integers(values: np.ndarray, dtype: str, name: str) -> list[str]:
+    limits, whole = np.iinfo("uint8" if dtype == "bit" else dtype), values.astype(np.int64)
+    for value in (whole.min(initial=0), whole.max(initial=0)):
+        assert limits.min <= value <= limits.max, f"{name}: {value} does not fit {CTYPES[dtype]}"
+    assert np.array_equal(whole, values), f"{name} has values that are not whole"
+    return [str(value) for value in whole.tolist()]
 
 
 def _index_type(indices: Sequence[int]) -> str:
@@ -308,7 +310,9 @@ def _cycles(order: Sequence[int]) -> list[list[int]]:
 
 
 def _literal(value: float, dtype: str) -> str:
-    return _float(value) if dtype == "float32" else _integer(value, dtype, "a constant in a kernel")
+    if dtype == "float32":
+        return _float(value)
+    return _integers(np.asarray([value]), dtype, "a constant in a kernel")[0]
 
 
 def _description(interface: Interface, layout: StateLayout, programs: Sequence[Program]) -> dict[str, Any]:

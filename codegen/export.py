@@ -23,6 +23,9 @@ def write_tree(folder: Path, files: Mapping[str, bytes]) -> None:
     hashes = {path: hashlib.sha256(files[path]).hexdigest() for path in sorted(files)}
     manifest = json.dumps({"manifest_version": 1, "files": hashes}, indent=2) + "\n"
     complete = {**files, MANIFEST: manifest.encode()}  # last: while files are replaced, the old one is still true
+    file = next((parent for parent in folder.parents if parent.exists() and not parent.is_dir()), None)
+    if file is not None:
+        raise TTEError("TTE-E045", f"{file} is a file, not a folder", where=str(folder), fix="choose another place")
     try:
         if not folder.exists() and not folder.is_symlink():
             _write_new(folder, complete)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+import tte.ops  # noqa: F401  fills the table of operators
 from tte.arrays import read_npz
 from tte.errors import TTEError
 from tte.frontends.lower import refuse_nonfinite

@@ -1,4 +1,5 @@
-"""Makes a graph smaller without changing what it computes: constant folding, common subexpressions, dead code."""
+"""Makes a graph smaller without changing what it computes: constant folding, common subexpressions, dead code, and
+conversions of the input that change nothing."""
 
 from dataclasses import replace
 
@@ -81,3 +82,48 @@ def eliminate_dead_code(graph: Graph) -> Graph:
             nodes.append(node)
             live |= {v.name for v in node.inputs}
     return rewrite(graph, reversed(nodes))
+
+
+def drop_identity(graph: Graph) -> Graph:
+    """Read an int8 input as it is where its numbers are the model's integers already.
+
+    Elementwise operators whose other operands are scalars are a function of 256 values. It is evaluated on all.
+    """
+    given = value = graph.inputs[0]
+    table = every = np.arange(-128, 128).astype(np.int8)
+    chain: set[str] = set()
+    while value is given or value.type.dtype != "int8":
+        readers = [node for node in graph.nodes if value in node.inputs]
+        if (
+            given.type.dtype != "int8"
+            or len(readers) != 1
+            or value in graph.outputs
+            or not _is_scalar(readers[0], value)
+        ):
+            return graph
+        (node,) = readers
+        operands = [v.data.reshape(()) if isinstance(v, Const) else table for v in node.inputs]
+        with np.errstate(all="ignore"):
+            table, value = OPS[node.op].ref(*operands, **node.attrs), node.output
+        chain.add(value.name)
+    if value in graph.outputs or not np.array_equal(table, every):
+        return graph
+    x = Value(given.name, value.type)
+    nodes = [
+        replace(node, inputs=tuple(x if v == value else v for v in node.inputs))
+        for node in graph.nodes
+        if node.output.name not in chain
+    ]
+    return rewrite(graph, nodes, inputs=(x, *graph.inputs[1:]))
+
+
+def _is_scalar(node: Node, value: Value) -> bool:
+    """Each element of the one result is a function of the same element of ``value``, and everywhere the same one."""
+    others = [v for v in node.inputs if v != value]
+    alone = len(node.outputs) == 1 and node.inputs.count(value) == 1
+    return (
+        alone
+        and node.body is None
+        and node.definition.kind == "elementwise"
+        and all(isinstance(v, Const) and v.type.size == 1 for v in others)
+    )

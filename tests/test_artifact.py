@@ -45,9 +45,10 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import test_artifact, tte
 model, scheme, dumping = sys.argv[2:]
-for kind, given in (("onnx", (model, None)), ("torch", (test_artifact.Net(), (test_artifact.X,)))):
-    plain, dumped = (tte.compile(*given, scheme, "cortex-m7", name="net", dump_ir=d) for d in (None, f"ir/{kind}"))
-    (dumped if dumping else plain).export(f"out/{kind}")
+net = test_artifact.Net()
+for kind, given, target in (("onnx", (model, None), "cortex-m7"), ("torch", (net, (test_artifact.X,)), "host")):
+    made = tte.compile(*given, scheme, target, name="net", dump_ir=f"ir/{kind}")
+    (made if dumping else tte.compile(*given, scheme, target, name="net")).export(f"out/{kind}")
 """
 
 

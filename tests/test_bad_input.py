@@ -489,6 +489,12 @@ def test_texts_that_are_no_models(text: str, code: str, said: str, tmp_path: Pat
     assert caught.value.code == code and said in str(caught.value) and str(tmp_path / "m.ir") in caught.value.where
 
 
+@pytest.mark.parametrize("form", ["last-k:0", "last-k", "last-k:x"])
+def test_a_short_form_is_no_file(form: str, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said = refuse(capfd, "TTE-E031", "compile", model, "-u", form, "-o", tmp_path / "build")
+    assert f"'{form}' is not a short form" in said and "last-k:N" in said
+
+
 def test_output_that_cannot_be_written(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ("compile", model, "-u", "last-layer", "-t", "host", "-o")
     (tmp_path / "file").write_text("in the way")
@@ -496,7 +502,8 @@ def test_output_that_cannot_be_written(model: Path, tmp_path: Path, capfd: pytes
     (tmp_path / "other" / "report.json").write_text("{}")
     before = tree(tmp_path)
     refuse(capfd, "TTE-E045", *arguments, tmp_path / "file")
-    refuse(capfd, "TTE-E045", *arguments, tmp_path / "file" / "below")
+    for below in ("below", "far/below"):
+        assert "file is a file, not a folder" in refuse(capfd, "TTE-E045", *arguments, tmp_path / "file" / below)
     refuse(capfd, "TTE-E046", *arguments, tmp_path / "other")
     refuse(capfd, "TTE-E045", "compile", model, "-o", tmp_path / "build", "--dump-ir", tmp_path / "file")
     refuse(capfd, "TTE-E045", "analyze", model, "--write-scheme", tmp_path / "no" / "s.yaml")
@@ -541,6 +548,9 @@ def test_data_that_do_not_fit(model: Path, tmp_path: Path, capfd: pytest.Capture
     for name, arrays in cases.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
         refuse(capfd, "TTE-E057", "run", build, "--data", tmp_path / f"{name}.npz", "--host")
+    (tmp_path / "words.npz").write_text("x,y\n1,2\n")
+    said = refuse(capfd, "TTE-E057", "run", build, "--data", tmp_path / "words.npz", "--host")
+    assert "not a readable .npz file: nothing that numpy wrote" in said
     np.savez(tmp_path / "fits.npz", x=x, y=y)
     refuse(capfd, "TTE-E058", "run", build, "--data", tmp_path / "fits.npz", "--emulator", "bochs")
     assert tree(build) == before

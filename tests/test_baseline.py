@@ -1,6 +1,5 @@
 """What the generated code costs, to the byte and to the instruction, against what it cost before."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import networks
 import numpy as np
 import pytest
 import torch
+from data import import_published, load_module
 from models import load_networks
 
 import tte
@@ -29,10 +29,7 @@ def residual(folder: Path) -> Model:
 
 def digits(folder: Path) -> Model:
     """The network of the example, not trained."""
-    spec = importlib.util.spec_from_file_location("demo", DIGITS)
-    assert spec and spec.loader
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
+    demo = load_module(DIGITS)
     torch.manual_seed(0)
     return demo.Digits().eval(), (torch.zeros(1, 1, 8, 8),)
 
@@ -88,7 +85,7 @@ def test_real_networks(name: str, scheme: str, target: str, pack: Path, update_g
 
 def test_published_model_learns_on_its_board(pack: Path, update_golden: bool) -> None:
     """MCUNet on an STM32F746, whose memory map the linker keeps to: the same weights as here; they tell kinds apart."""
-    artifact = mcunet_table.compile_for_board("mcunet-5fps-49kb", mcunet_table.convert("mcunet-5fps"))
+    artifact = mcunet_table.compile_for_board("mcunet-5fps-49kb", import_published("mcunet-5fps", mcunet_table.CLASSES))
     compare("mcunet-5fps 49kb stm32f746", costs(artifact), update_golden)
     flowers = mcunet_table.pick_pictures(3)
     there, here = (artifact.run(flowers, runner=runner, steps=2) for runner in ("unicorn", "host"))

@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import qdq
 import torch
 from torch import nn
 
 import tte
+from tte.compiler import lower
 from tte.errors import TTEError
+from tte.runner.board import STATE_HEADER
 
 PICTURE, LINE, ROW = (1, 3, 6, 5), (1, 3, 10), (1, 8)
 MODULES = {
@@ -104,6 +107,26 @@ def test_an_autoencoder_gives_back_the_prepared_input(format: dict[str, Any]) ->
     expected = torch.nn.functional.mse_loss(module(prepared), prepared)
     assert artifact.host().train_step(x, None).loss == pytest.approx(float(expected.detach()), rel=1e-5)
     assert artifact.verify(steps=3)["ok"]
+
+
+def test_integers_of_the_model_are_read_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion that gives back every number costs nothing, and changes no bit."""
+    model = qdq.quantize(qdq.RECIPES["mcunet"], tmp_path)
+    quantize = next(n for n in lower(model).nodes if n.op == "qnn.quantize")
+    scale, zero = quantize.attrs["scale"], quantize.attrs["zero_point"]
+    scheme = {"train": "last-k:2", "io": {"input": {"dtype": "int8", "mean": [zero], "std": [1 / scale]}}}
+    artifacts = [tte.compile(model, update_scheme=scheme, target="host")]
+    monkeypatch.setattr("tte.compiler.drop_identity", lambda graph: graph)
+    artifacts.append(tte.compile(model, update_scheme=scheme, target="host"))
+    ops = [[n.op for n in artifact.compiled.forward.nodes] for artifact in artifacts]
+    assert ["cast", "subtract", "multiply", "qnn.quantize", *ops[0]] == ops[1]
+    boards = [artifact.host() for artifact in artifacts]
+    for i, x in enumerate(draw((3, *artifacts[0].build.input.shape[1:]), "int8")):
+        one, other = (board.train_step(x, np.asarray(i)) for board in boards)
+        assert one == other
+    states = [board.save_state()[STATE_HEADER:-4] for board in boards]
+    assert states[0] == states[1]
+    assert artifacts[0].verify(steps=2)["ok"]
 
 
 def test_run_takes_the_callers_format(tmp_path: Path) -> None:

@@ -67,6 +67,16 @@ def test_command_measures_before_and_after(files: Path) -> None:
     assert "accuracy, before and after" in table.stdout and "1.0000" in table.stdout
 
 
+@pytest.mark.parametrize(
+    ("count", "said"), [(1, "there is one calibration sample"), (4, "the calibration samples are all the same")]
+)
+def test_calibration_that_says_little_is_noted(count: int, said: str, files: Path) -> None:
+    np.savez(files / "same.npz", x=np.ones((count, *SHAPE[1:]), np.float32))
+    line = [str(files / "float.onnx"), "--calibration", str(files / "same.npz"), "-o", str(files / "int8.onnx")]
+    assert f"note: {said}: the ranges fit this input" in CliRunner().invoke(app, ["quantize", *line]).stdout
+    assert tte.quantize(files / "float.onnx", samples(2, 1), files / "int8.onnx").notes == ()
+
+
 @pytest.mark.parametrize("int8_head", [False, True])
 @pytest.mark.parametrize("kind", ["module", "path", "proto"])
 def test_every_kind_of_model(kind: str, int8_head: bool, files: Path) -> None:
@@ -182,7 +192,16 @@ def test_other_mistakes_are_refused(files: Path, monkeypatch: pytest.MonkeyPatch
     refused("TTE-E020", "not an .onnx file", files / "missing.onnx")
     refused("TTE-E029", "training mode", network().train())
     refused("TTE-E045", "cannot write", files / "float.onnx", out=files / "no" / "int8.onnx")
-    refused("TTE-E081", "has no array y", files / "float.onnx", evaluation={"x": calibration["x"]})
+    for y, message in (
+        (None, "has no array y"),
+        ([0, 1, 2], "x has 4 samples"),
+        ([0, 1, 2, 99], "labels reach from 0 to 99"),
+        (np.eye(10, dtype=int)[:4], "not one-hot rows"),
+        ([0.0, 1.0, 2.0, 3.0], r"y is \(4,\)"),
+    ):
+        targets = {} if y is None else {"y": np.asarray(y)}
+        refused("TTE-E081", message, files / "float.onnx", evaluation={"x": calibration["x"], **targets})
+    assert not out.exists()
     refused("TTE-E081", "cannot be exported for inputs of", nn.Linear(5, 3).eval())
     tte.quantize(files / "float.onnx", calibration, out)
     refused("TTE-E080", "quantised already", out, out=files / "again.onnx")

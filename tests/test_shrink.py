@@ -11,7 +11,7 @@ from tte.ir import Builder, Graph, Origin, TensorType, Value, evaluate, verify
 from tte.passes.autodiff import differentiate
 from tte.passes.fuse import fuse_elementwise, fuse_updates
 from tte.passes.optimizer import attach_sgd
-from tte.passes.simplify import eliminate_common_subexpressions, eliminate_dead_code, fold_constants
+from tte.passes.simplify import drop_identity, eliminate_common_subexpressions, eliminate_dead_code, fold_constants
 
 
 def training(graph: Graph) -> Graph:
@@ -122,3 +122,30 @@ def test_a_graph_of_constants_folds_to_its_value() -> None:
     assert folded.nodes == ()
     assert float(evaluate(folded, []).outputs[0]) == 3.0
     assert replace(folded, name="x") != folded
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "scale", "attrs", "gone"),
+    [
+        ("int8", 0.0, 1 / 127.5, {}, True),
+        ("int8", 7.0, 0.031, {"zero_point": 7}, True),
+        ("int8", 0.0, 1 / 127.5, {"low": -127}, False),  # of one value
+        ("int8", 0.0, 1 / 127.5, {"zero_point": 1}, False),
+        ("uint8", 128.0, 1 / 127.5, {}, False),  # other bits
+        ("int8", [0.0, 0.0, 0.0], 1 / 127.5, {}, False),  # per channel
+    ],
+)
+def test_what_gives_an_input_its_own_integers_is_dropped(
+    dtype: str, mean: object, scale: float, attrs: dict, gone: bool
+):
+    builder, x = Builder(), Value("x", TensorType((1, 86, 3), dtype))
+    real = builder.call(
+        "subtract", builder.call("cast", x, dtype="float32"), builder.const(np.asarray(mean, np.float32))
+    )
+    real = builder.call("multiply", real, builder.const(np.float32(scale)))
+    y = builder.call("qnn.dequantize", builder.call("qnn.quantize", real, scale=scale, **attrs), scale=scale)
+    graph = Graph("main", (x,), (), tuple(builder.consts.values()), tuple(builder.nodes), (y,)).renumbered()
+    small = verify(drop_identity(verify(graph)))
+    assert [n.op for n in small.nodes] == (["qnn.dequantize"] if gone else [n.op for n in graph.nodes])
+    every = np.resize(np.arange(256).astype(dtype), x.type.shape)
+    np.testing.assert_array_equal(*(evaluate(g, [every]).outputs[0] for g in (graph, small)))

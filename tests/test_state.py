@@ -9,7 +9,9 @@ from pathlib import Path
 
 import networks
 import numpy as np
+import onnx
 import pytest
+import qdq
 import torch
 from typer.testing import CliRunner
 
@@ -450,6 +452,20 @@ def test_another_model_and_a_file_of_the_project_are_refused(tmp_path: Path) -> 
         options = ("--model", tmp_path / f"{number}.onnx", "-o", tmp_path / "new.onnx")
         assert run_state(blob, artifact, tmp_path, *options) == expected
         assert (tmp_path / "new.onnx").exists() == (expected is None)
+    frozen = qdq.quantize(qdq.RECIPES["mcunet"], tmp_path)
+    last = tte.compile(frozen, update_scheme="last-layer", target="host")
+    kept, fresh = learned(last).save_state(), onnx.load(frozen)
+    for changed in ("", "onnx::Conv_204_quantized", "onnx::Conv_204_scale", "input.1_scale"):
+        other = onnx.ModelProto()
+        other.CopyFrom(fresh)
+        for tensor in (t for t in other.graph.initializer if t.name == changed):
+            array = onnx.numpy_helper.to_array(tensor).copy()
+            array.flat[0] += 1
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, changed))
+        assert not changed or other != fresh
+        onnx.save(other, tmp_path / "other.onnx")
+        options = ("--model", tmp_path / "other.onnx", "-o", tmp_path / "same.onnx")
+        assert run_state(kept, last, tmp_path, *options) == ("TTE-E065" if changed else None)
     artifact.export(tmp_path / "p")
     with pytest.raises(tte.TTEError, match="belongs to the project"):
         _require_foreign(tmp_path / "p" / ".." / "p" / "weights.npz", tmp_path / "p")

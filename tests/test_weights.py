@@ -126,6 +126,9 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     assert error.code == "TTE-E064" and "(5, 3)" in error.what
     save_weights(path, {"bias": np.array(["a", "b"])})
     assert refuse(module, path).code == "TTE-E064"
+    save_weights(path, {"bias": np.zeros(2, np.int32)}, {"bias": 1})
+    error = refuse(module, path)
+    assert error.code == "TTE-E064" and "of a quantised model" in error.what and "--model" in error.fix
     assert refuse(module, tmp_path / "nowhere.npz").code == "TTE-E061"
     with pytest.raises(TTEError):
         save_weights(tmp_path / "no" / "folder.npz", {})

@@ -33,6 +33,9 @@ def read_npz(path: Path | str, code: str, fix: str) -> dict[str, np.ndarray]:
     try:
         # Opened here: a file that numpy.load refuses would otherwise stay open.
         with Path(path).open("rb") as file:
+            if not file.read(6).startswith((b"PK", b"\x93NUMPY")):
+                raise ValueError("nothing that numpy wrote")
+            file.seek(0)
             archive = np.load(file, allow_pickle=False)
             if isinstance(archive, np.ndarray):
                 raise ValueError("one array without a name (.npy)")

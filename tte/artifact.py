@@ -234,7 +234,9 @@ class Artifact:
         files = {path: text.encode() for path, text in texts.items()}
         files["model.npz"] = _npz({c.name: c.data for c in self.compiled.source.consts})
         params = [p for p, _ in self.compiled.train.graph.updates]
-        files["weights.npz"] = _npz(pack_weights(params, self.compiled.originals, self.compiled.replaced))
+        files["weights.npz"] = _npz(
+            pack_weights(params, self.compiled.originals, self.compiled.replaced, self.compiled.imported)
+        )
         if not interface.selftest:
             return files
         # Its own golden values come from a run without it.

@@ -155,6 +155,8 @@ def quantize(
     made = tte.quantize(model, calibration, output, evaluation=eval_, int8_head=int8_head)
     if json_:
         return _print_json({k: str(v) if isinstance(v, Path) else v for k, v in vars(made).items()})
+    for note in made.notes:
+        print(f"note: {note}")
     rows = [("calibrated on", f"{made.samples} samples"), ("stays float", made.head or "nothing")]
     if made.metric:
         rows.append((f"{made.metric}, before and after", f"{made.before:.4f} {made.after:.4f}"))
@@ -449,7 +451,7 @@ def _save_weights(path: Path, state: bytes, build: Path, model: Path | None = No
 
     weights = read_state(state, build)
     if model:
-        write_onnx(path, weights, model, original_checksums(build))
+        write_onnx(path, weights, model, build)
     else:
         save_weights(path, weights, original_checksums(build))
     return {name: list(array.shape) for name, array in weights.items()}

@@ -33,7 +33,7 @@ from tte.passes.optimizer import attach_sgd
 from tte.passes.quantized import Settings, keep_saturation_masks, lower_with_notes
 from tte.passes.reorder import reorder
 from tte.passes.select_updates import select_updates
-from tte.passes.simplify import eliminate_common_subexpressions, eliminate_dead_code, fold_constants
+from tte.passes.simplify import drop_identity, eliminate_common_subexpressions, eliminate_dead_code, fold_constants
 from tte.passes.stream import stream_forward
 from tte.passes.tile import tile_backward
 from tte.scheme import Resolved, UpdateScheme, resolve
@@ -182,7 +182,7 @@ def compile_graphs(
     forward = verify(fold_constants(verify(select_updates(verify(forward), resolved)), shared=True))
     quantized = Settings(scheme.quantized.requantize, scheme.quantized.weight_storage)
     forward, left = lower_with_notes(forward, quantized)
-    forward, notes = verify(forward), [*notes, *left]
+    forward, notes = verify(drop_identity(verify(forward))), [*notes, *left]
     pipeline.write(forward, "2-forward")
     clipped = scheme.optimizer.clip_loss_grad is not None
     own = partial(prepare, own=imported.inputs[0].type, format=scheme.io.input)

@@ -17,6 +17,7 @@ from tte.arrays import read_npz
 from tte.errors import TTEError
 from tte.frontends.onnx_model import fold_constants, read_onnx
 from tte.frontends.pytorch import refuse_training_mode
+from tte.runner.train import check_targets
 
 LAYERS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 OPSET = 17
@@ -29,6 +30,7 @@ class Quantization:
     """What was written. before, after: of the float and of the int8 model, where there was something to measure on.
 
     metric: "accuracy", or "mse" where y are no class numbers; head: the layer that stays float, None where none does
+    notes: what may make the result worse than it could be
     """
 
     output: Path
@@ -37,6 +39,7 @@ class Quantization:
     metric: str | None = None
     before: float | None = None
     after: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 def quantize(
@@ -61,6 +64,9 @@ def quantize(
     calibrating = _fitting(
         samples, name, shape, "calibration data" if isinstance(calibration, Mapping) else calibration
     )
+    tests, y, metric = (
+        _read_tests(evaluation, given, name, shape) if evaluation is not None else ([], np.empty(0), None)
+    )
     head = None if int8_head else _last_layer(given)
     output = Path(output)
     if isinstance(model, str | Path) and output.resolve() == Path(model).resolve():
@@ -72,20 +78,32 @@ def quantize(
     except OSError as problem:
         what = f"cannot write: {problem.strerror}"
         raise TTEError("TTE-E045", what, where=str(output), fix="choose another place") from problem
-    made = Quantization(output, len(calibrating), head)
-    if evaluation is None:
-        return made
-    where = "evaluation data" if isinstance(evaluation, Mapping) else evaluation
-    arrays = _read(evaluation, "evaluation data")
-    tests = _fitting(arrays, name, shape, where)
-    if "y" not in arrays or len(arrays["y"]) != len(tests):
-        raise _bad(
-            where, f"has no array y of {len(tests)} labels or targets", "save it with numpy.savez(path, x=..., y=...)"
-        )
-    y = arrays["y"]
-    metric = "accuracy" if y.dtype.kind in "iub" else "mse"
-    before, after = (_measure(m, tests, y, metric) for m in (given, result))
-    return Quantization(output, len(calibrating), head, metric, before, after)
+    before, after = (_measure(m, tests, y, metric) for m in (given, result)) if metric else (None, None)
+    return Quantization(output, len(calibrating), head, metric, before, after, _warn(samples["x"]))
+
+
+def _read_tests(
+    data: Data, model: Any, name: str, shape: Sequence[int]
+) -> tuple[list[dict[str, Any]], np.ndarray, str]:
+    """Feeds, class numbers or targets, and what is measured on them."""
+    where = "evaluation data" if isinstance(data, Mapping) else data
+    arrays = _read(data, "evaluation data")
+    feeds = _fitting(arrays, name, shape, where)
+    with _translated():
+        made = _session(model)(feeds[0]).shape[1:]
+    metric = "mse" if arrays.get("y", np.empty(0, int)).dtype.kind == "f" else "accuracy"
+    sample, classes = (made[:-1], made[-1]) if metric == "accuracy" and made else (made, None)
+    try:
+        return feeds, check_targets(arrays, len(feeds), sample, classes, np.dtype(np.float32), where), metric
+    except TTEError as problem:
+        raise _bad(problem.where, problem.what, problem.fix) from problem
+
+
+def _warn(x: np.ndarray) -> tuple[str, ...]:
+    if not (x == x[:1]).all():
+        return ()
+    what = "the calibration samples are all the same" if len(x) > 1 else "there is one calibration sample"
+    return (f"{what}: the ranges fit this input, and what lies outside of them is cut off; give a few dozen others",)
 
 
 def fold_batch_norm(model: Any) -> None:

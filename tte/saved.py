@@ -1,5 +1,6 @@
 """From the bytes that a device saved back to the user's own tensors: the file weights.npz of a project."""
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -8,22 +9,23 @@ import numpy as np
 from tte.arrays import read_npz
 from tte.document import suggest
 from tte.errors import TTEError
-from tte.ir import Origin, Param
+from tte.ir import Graph, Origin, Param
 from tte.runner.board import unpack_state
 from tte.runner.build import Build
 from tte.weights import checksum, export_weights
 
-INITIAL, INDEX, SCALE, ORIGINAL, HEAD = "initial/", "index/", "scale/", "original/", "head/"
+INITIAL, INDEX, SCALE, ORIGINAL, HEAD, MODEL = "initial/", "index/", "scale/", "original/", "head/", "model"
 
 
 def pack_weights(
-    params: Sequence[Param], originals: Mapping[str, np.ndarray], replaced: Collection[str]
+    params: Sequence[Param], originals: Mapping[str, np.ndarray], replaced: Collection[str], imported: Graph
 ) -> dict[str, np.ndarray]:
     """What is needed to put trained tensors back: initial values, origins, and the user's tensors they belong to.
 
-    Those of a new head (``replaced``) are kept apart: no model has them.
+    Those of a new head (``replaced``) are kept apart: no model has them. Of all other tensors of the model that was
+    ``imported`` a digest is kept.
     """
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {MODEL: digest_model(imported)}
     for param in params:
         origin = param.origin
         if origin is None:
@@ -63,6 +65,19 @@ def original_checksums(folder: Path | str) -> dict[str, int]:
     return {name: checksum(array) for name, array in _select(_read(folder), ORIGINAL).items()}
 
 
+def digest_model(imported: Graph) -> np.ndarray:
+    """SHA-256 of the user's tensors, with their names, and of all scales and zero points: 32 bytes."""
+    digest = hashlib.sha256()
+    for origin, const in sorted(((c.origin, c) for c in imported.consts if c.origin), key=lambda pair: pair[0].name):
+        stored = const.data if origin.quantized is None else origin.quantized
+        sums = [checksum(array) for array in (stored, *(() if origin.scale is None else (origin.scale,)))]
+        digest.update(f"{origin.name} {origin.shape} {sums}\n".encode())
+    for node in imported.nodes:
+        if "scale" in node.attrs:
+            digest.update(f"{node.attrs['scale']} {node.attrs.get('zero_point')}\n".encode())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
 def _read(folder: Path | str) -> dict[str, np.ndarray]:
     return read_npz(Path(folder) / "weights.npz", "TTE-E061", "compile the model again")
 
@@ -71,32 +86,37 @@ def _select(arrays: Mapping[str, np.ndarray], kind: str) -> dict[str, np.ndarray
     return {key.removeprefix(kind): array for key, array in arrays.items() if key.startswith(kind)}
 
 
-def write_onnx(
-    path: Path, weights: Mapping[str, np.ndarray], model: Path, checksums: Mapping[str, int] | None = None
-) -> None:
+def write_onnx(path: Path, weights: Mapping[str, np.ndarray], model: Path, folder: Path | str | None = None) -> None:
     """Write the ONNX file ``model`` with ``weights`` in the place of its own tensors of these names.
 
-    checksums: of these tensors when the model was compiled
+    folder: the project, which knows the model that was compiled: any other is refused
     Raises TTEError: E020 no model, E062 not writable, E063 unknown name, E064 wrong shape, E065 another model.
     """
     import onnx
 
+    from tte.frontends import import_model
     from tte.frontends.onnx_model import read_onnx
 
     proto = read_onnx(model)
+    compiled = {} if folder is None else _read(folder)
+    originals = _select(compiled, ORIGINAL)
+    other, fix = "this is not the model that was compiled", "give the file that `tte compile` was given"
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
     for name, array in weights.items():
         if name not in tensors:
-            what, fix = f"the model has no initializer {name!r}", suggest(name, tensors, "initializers")
-            raise TTEError("TTE-E063", what, where=str(model), fix=fix)
+            what = f"the model has no initializer {name!r}"
+            raise TTEError("TTE-E063", what, where=str(model), fix=suggest(name, tensors, "initializers"))
         shape = tuple(tensors[name].dims)
         if array.shape != shape:
             what = f"{name} has shape {array.shape}, the model's {shape}"
             raise TTEError("TTE-E064", what, where=str(model), fix="after `head` in the scheme: write an .npz instead")
-        known = (checksums or {}).get(name)
-        if known is not None and known != checksum(onnx.numpy_helper.to_array(tensors[name])):
-            what = f"this is not the model that was compiled: {name} differs"
-            raise TTEError("TTE-E065", what, where=str(model), fix="give the file that `tte compile` was given")
+        if name in originals and checksum(originals[name]) != checksum(onnx.numpy_helper.to_array(tensors[name])):
+            raise TTEError("TTE-E065", f"{other}: {name} differs", where=str(model), fix=fix)
+    if compiled and not np.array_equal(digest_model(import_model(model)), compiled.get(MODEL, [])):
+        raise TTEError(
+            "TTE-E065", f"{other}: a tensor that did not learn, or a scale, differs", where=str(model), fix=fix
+        )
+    for name, array in weights.items():
         tensors[name].CopyFrom(onnx.numpy_helper.from_array(array, name))
     try:
         path.write_bytes(proto.SerializeToString())

@@ -273,6 +273,9 @@ class UpdateScheme(_Model):
             return source
         if isinstance(source, str) and SHORT_FORM.fullmatch(source):
             document = Document("update scheme", {"train": source})
+        elif isinstance(source, str) and source.startswith("last-k") and not Path(source).exists():
+            what = f"{show(source)} is not a short form"
+            raise TTEError("TTE-E031", what, where="update scheme", fix="write last-k:N, the last N layers, N from 1")
         elif isinstance(source, str | Path):
             near = difflib.get_close_matches(str(source), ("full", "last-layer", "bias-only", "last-k:6"), 1)
             hint = f"did you mean {near[0]}? " if near else ""

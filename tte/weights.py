@@ -130,6 +130,11 @@ def load_weights(module: Any, path: Path | str, strict: bool = True) -> None:
     import torch
 
     weights = read_npz(path, "TTE-E061", "give a file written by `tte run --save`")
+    for name, array in weights.items():
+        if array.dtype.kind in "iu":
+            what = f"{name} holds {array.dtype}: these weights are of a quantised model, the module's are floats"
+            fix = "write them into the quantised .onnx file that was compiled: --model model.onnx, to new.onnx"
+            raise TTEError("TTE-E064", what, where=str(path), fix=fix)
     checksums = read_checksums(path, weights)
     parameters = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
     known = {

@@ -133,14 +133,13 @@ def _link(build: Build, board: Target, toolchain: str, options: Sequence[str]) -
     sources = [*build.sources, *sorted(emulator.glob("emu_*.c"))]
     headers = [*build.include.glob("*.h"), *build.sources[0].parent.glob("*.h"), *emulator.glob("*.h")]
     version = toolchain_version(toolchain)
-    plain = [f for f in flags if not f.startswith("-I")]
-    key = _digest([*sources, *headers], [version, script, *plain, *board.gcc_flags])
-    elf = _cache(build) / f"{board.name}-{toolchain}-{key}.elf"
+    words = [version, *(f for f in flags if not f.startswith("-I")), *board.gcc_flags]
+    elf = _cache(build) / f"{board.name}-{toolchain}-{_digest([*sources, *headers], [script, *words])}.elf"
     if not elf.exists():
         with tempfile.TemporaryDirectory(dir=elf.parent) as scratch:
             ld = Path(scratch) / "link.ld"
             ld.write_text(script)
-            objects = _compile(command + flags, sources, Path(scratch))
+            objects = _compile(command + flags, sources, headers, words, elf.parent)
             made = Path(scratch) / "firmware.elf"
             link = [*command, "-nostartfiles", "-Wl,--gc-sections", f"-Wl,-T,{ld}", "-o", str(made), *map(str, objects)]
             link += ["-nostdlib"] if toolchain == "zig" else ["-nostdlib", "-lc", "-lgcc"]
@@ -174,11 +173,11 @@ def build_host(build: Build, sanitize: bool = False) -> Path:
     if sanitize:
         flags += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     headers = [*build.include.glob("*.h"), *build.sources[0].parent.glob("*.h")]
-    key = _digest([*build.sources, *headers], [*command, *flags[:-1], _this_cpu()])
-    library = _cache(build) / f"host-{key}.so"
+    words = [*command, *(f for f in flags if not f.startswith("-I")), _this_cpu()]
+    library = _cache(build) / f"host-{_digest([*build.sources, *headers], words)}.so"
     if not library.exists():
+        objects = _compile(command + flags, build.sources, headers, words, library.parent)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            objects = _compile(command + flags, build.sources, Path(scratch))
             made = Path(scratch) / "host.so"
             extra = ["-fsanitize=address,undefined"] if sanitize else []
             link = [*command, "-shared", *extra, "-o", str(made), *map(str, objects)]
@@ -216,13 +215,22 @@ def _zig() -> list[str]:
     return [sys.executable, "-m", "ziglang", "cc"]
 
 
-def _compile(command: Sequence[str], sources: Sequence[Path], folder: Path) -> list[Path]:
+def _compile(
+    command: Sequence[str], sources: Sequence[Path], headers: Sequence[Path], words: Sequence[str], cache: Path
+) -> list[Path]:
+    """The object of every source. One that was compiled before from the same bytes is taken as it is: programs of one
+    project share most of their sources."""
     objects = []
     for source in sources:
-        objects.append(folder / f"{source.stem}.o")
-        result = _run([*command, "-c", str(source), "-o", str(objects[-1])])
-        if result.returncode:
-            raise _refused([*command, str(source)], result.stderr)
+        objects.append(cache / f"{source.stem}-{_digest([source, *headers], words)}.o")
+        if objects[-1].exists():
+            continue
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            made = Path(scratch) / "made.o"
+            result = _run([*command, "-c", str(source), "-o", str(made)])
+            if result.returncode:
+                raise _refused([*command, str(source)], result.stderr)
+            made.replace(objects[-1])
     return objects
 
 

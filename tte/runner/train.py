@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,29 +74,40 @@ def check_data(arrays: dict[str, np.ndarray], build: Build, path: Path | str) ->
     x = _numbers(path, "x", x, build.input.dtype)
     if build.target is None:
         return Data(x, None)
+    return Data(x, check_targets(arrays, len(x), build.target.sample, build.classes, build.target.dtype, path))
+
+
+def check_targets(
+    arrays: Mapping[str, np.ndarray],
+    count: int,
+    sample: tuple[int, ...],
+    classes: int | None,
+    dtype: np.dtype[Any],
+    path: Path | str,
+) -> np.ndarray:
+    """y as (count, *sample): class numbers where there are ``classes``. Raises TTEError (E057)."""
     if "y" not in arrays:
         raise _bad(path, f"has no array y, only {sorted(arrays)}", "add the labels or targets as y")
     y = arrays["y"]
-    if y.shape[:1] != x.shape[:1]:
-        raise _bad(path, f"x has {len(x)} samples, y is {y.shape}", "give one target per sample")
-    sample = build.target.sample
-    if y.shape[1:] not in (sample, build.target.shape, (build.target.size,)):
+    if y.shape[:1] != (count,):
+        raise _bad(path, f"x has {count} samples, y is {y.shape}", "give one target per sample")
+    if y.shape[1:] not in (sample, (1, *sample), (math.prod(sample),)):
         what = f"y is {y.shape}, the model wants ({_list(('N', *sample))})"
-        if build.classes is not None and y.shape[1:] == (*sample, build.classes):
+        if classes is not None and y.shape[1:] == (*sample, classes):
             raise _bad(path, f"{what}: class numbers, not one-hot rows", "save y.argmax(axis=-1)")
         raise _bad(path, what, _refit("y", y.shape, sample))
-    y = y.reshape(len(y), *sample)
-    if build.classes is not None:
-        if y.dtype.kind not in "iub":
-            raise _bad(path, f"y holds {y.dtype}, not class numbers", "save y as integers")
-        if y.min() < 0 or y.max() >= build.classes:
-            raise _bad(
-                path,
-                f"labels reach from {y.min()} to {y.max()}, the model has {build.classes} classes",
-                f"number the classes 0 to {build.classes - 1}, or give the model a head with more classes",
-            )
-        return Data(x, y.astype(np.int32))
-    return Data(x, _numbers(path, "y", y, build.target.dtype))
+    y = y.reshape(count, *sample)
+    if classes is None:
+        return _numbers(path, "y", y, dtype)
+    if y.dtype.kind not in "iub":
+        raise _bad(path, f"y holds {y.dtype}, not class numbers", "save y as integers")
+    if y.min() < 0 or y.max() >= classes:
+        raise _bad(
+            path,
+            f"labels reach from {y.min()} to {y.max()}, the model has {classes} classes",
+            f"number the classes 0 to {classes - 1}, or give the model a head with more classes",
+        )
+    return y.astype(np.int32)
 
 
 def _numbers(path: Path | str, name: str, array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
