@@ -1,0 +1,81 @@
+"""How much memory the arena may take: as little as possible, as the budget allows, or whatever is fastest."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tte
+from tte.artifact import Artifact
+from tte.errors import TTEError
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, wide: int) -> None:
+        super().__init__()
+        self.expand, self.project = nn.Conv2d(channels, wide, 1), nn.Conv2d(wide, channels, 1)
+        self.depthwise = nn.Conv2d(wide, wide, 3, 1, 1, groups=wide)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.relu6(self.depthwise(nn.functional.relu6(self.expand(x))))
+        return x + self.project(y)
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), Block(8, 48), Block(8, 48), *head).eval()
+
+
+def make(network: nn.Module, scheme: object = "full", **options: object) -> Artifact:
+    return tte.compile(network, (torch.zeros(1, 3, 32, 32),), scheme, "host", **options)  # type: ignore[arg-type]
+
+
+def size(artifact: Artifact) -> int:
+    return max(program.plan.arena_bytes for program in artifact.compiled.programs)
+
+
+def strategies(artifact: Artifact) -> int:
+    """How many regions save memory."""
+    return sum(n.attrs.get("strategy") in ("rows", "tiles") for p in artifact.compiled.programs for n in p.graph.nodes)
+
+
+def test_each_size_gets_the_cheapest_plan_that_fits(network: nn.Module) -> None:
+    smallest, fastest = (make(network, memory_plan=plan) for plan in ("smallest", "fastest"))
+    low, high = size(smallest), size(fastest)
+    assert low < 0.9 * high
+    assert strategies(fastest) == 0 < strategies(smallest)
+    between = [make(network, memory_plan=low + (high - low) * k // 4) for k in range(5)]
+    for k, artifact in enumerate(between):
+        assert size(artifact) <= low + (high - low) * k // 4
+    counts = [strategies(artifact) for artifact in between]
+    assert counts == sorted(counts, reverse=True) and counts[-1] == 0
+    data = {"x": np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32), "y": np.arange(4)}
+    assert len({a.run(data, runner="host").weights_sha256 for a in (smallest, fastest, *between)}) == 1
+
+
+def test_a_budget_is_met_with_no_more_than_it_takes(network: nn.Module) -> None:
+    low, high = size(make(network)), size(make(network, memory_plan="fastest"))
+    trained = make(network).report["memory"]["trained_bytes"]
+    roomy = make(network, {"train": "full", "budget": {"sram": high + trained + 8192}})
+    assert strategies(roomy) == 0
+    tight = make(network, {"train": "full", "budget": {"sram": low + trained + 8192}})
+    assert size(tight) <= low + 4096 and strategies(tight)
+    with pytest.raises(TTEError, match="bytes of sram are needed") as refused:
+        make(network, {"train": "full", "budget": {"sram": low + trained - 4}})
+    assert refused.value.code == "TTE-E049"
+
+
+def test_less_than_possible_is_refused(network: nn.Module) -> None:
+    low = size(make(network))
+    with pytest.raises(TTEError, match=f"has {low:,} bytes, {low - 4:,} are allowed") as refused:
+        make(network, memory_plan=low - 4)
+    assert refused.value.code == "TTE-E049"
+
+
+@pytest.mark.parametrize("plan", ["small", "", 0, -5, 1.5, True, None])
+def test_other_plans_are_refused(network: nn.Module, plan: object) -> None:
+    with pytest.raises(TTEError, match="no memory plan") as refused:
+        make(network, memory_plan=plan)
+    assert refused.value.code == "TTE-E044"
