@@ -133,7 +133,7 @@ def _replay_stream(node: Node, stream: Stream, memory: "_Memory", scratch: str, 
     for k in (len(nodes) - 1, *stream.rest):
         while made[k] < nodes[k].output.type.shape[1]:
             make(k)
-    for value in node.body.outputs:
+    for value in (*node.body.outputs, *(m.output for m in nodes if m.op == "source")):
         if made[makers[value.name]] < value.type.shape[1]:
             raise PlanError(f"{at}: only {made[makers[value.name]]} rows of %{value.name} are made")
 

@@ -37,6 +37,7 @@ class Program:
 class Interface:
     """What the C API exposes. Types are those of the caller's buffers; ``target`` is None for `target: input`.
 
+    input_place: "caller", "arena" or "rows", see ``tte.compile``
     output_layout: of a rank that has channels, else "model"; selftest: with golden values from a run on this computer
     """
 
@@ -53,7 +54,7 @@ class Interface:
     model_hash: str
     version: str
     arena: str = "static"
-    input_in_arena: bool = False
+    input_place: str = "caller"
     selftest: bool = True
     notes: tuple[str, ...] = field(default=())
 
@@ -164,6 +165,7 @@ def _program(
                 "kernel": kernels[call.kernel],
                 "arguments": arguments,
                 "comment": _comment(node, updated),
+                "takes_rows": any(member.op == "source" for member in expand(node)),
                 "is_loss": bool(graph.updates or program.role == "evaluate") and node.output == graph.outputs[0],
                 "logits": storage.pointer(node.inputs[0]),
                 "logits_size": node.inputs[0].type.shape[-1] if node.inputs[0].type.rank else 1,
@@ -359,7 +361,8 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -
         function = {"name": name, "template": kernel.template} | kernel.arguments()
         function["parts"] = [kernels[part] for part in kernel.parts]
         result.append(function | {"body": _kernel_body(environment, function)})
-    return {"functions": result, "finds_nan": any(s["op"] in NAN_ENDS for f in result for s in f["tail"])}
+    finds_nan = any(s["op"] in NAN_ENDS for f in result for s in f["tail"])
+    return {"functions": result, "finds_nan": finds_nan, "takes_rows": any(f["template"] == "source" for f in result)}
 
 
 def _math(prefix: str) -> dict[str, str]:

@@ -252,7 +252,7 @@ def _call(
         context["attrs"] = {k: _plain(v) for k, v in parts.anchor.attrs.items()}
         if tile and context["attrs"].get("groups", 1) > 1:
             context["attrs"]["groups"] = tile.width  # only where there is one channel to a group
-        for value in parts.anchor.inputs:
+        for value in parts.anchor.inputs if parts.anchor.op != "source" else ():  # what comes in by rows is nowhere
             if makers := [m for m in parts.head if m.output == value]:
                 record = tensor(value, "")
                 steps = _steps(parts.head, {}, record, "p", operand)

@@ -4,7 +4,7 @@ import numpy as np
 
 from tte.errors import TTEError
 from tte.ir import Builder, Graph, TensorType, Value, rewrite
-from tte.scheme import InputFormat
+from tte.scheme import InputFormat, InputOutput
 
 # The model's own layout by rank; the other name of the same data puts channels last.
 OWN_LAYOUT = {4: "nchw", 3: "ncl"}
@@ -40,6 +40,27 @@ def apply_input_format(graph: Graph, format: InputFormat) -> Graph:
     nodes += [_renamed(node, {value.name: prepared}) for node in graph.nodes]
     outputs = tuple(prepared if v.name == value.name else v for v in graph.outputs)
     return rewrite(graph, nodes, inputs=(given,), consts=(*graph.consts, *builder.consts.values()), outputs=outputs)
+
+
+def require_rows(own: TensorType, io: InputOutput) -> None:
+    """Raises TTEError (E043) where the input cannot come row by row. own: type of the model's input"""
+    if own.rank != 4:
+        what, fix = f"{own.shape} is no picture, which has rows of (width, channels)", "leave out `--input rows`"
+        raise TTEError("TTE-E043", what, where="--input rows", fix=fix)
+    if io.input.layout != "nhwc":
+        what = "a row holds the channels of each of its pixels side by side"
+        raise TTEError("TTE-E043", what, where="--input rows", fix="say `layout: nhwc` under `io: {input: ...}`")
+    if io.target == "input":
+        what = "a picture that comes row by row is gone when its loss is computed, so it cannot be the target"
+        raise TTEError("TTE-E043", what, where="--input rows", fix="choose `--input arena`, or another `io.target`")
+
+
+def take_rows(graph: Graph) -> Graph:
+    """The graph whose input is not in memory: its rows are asked for."""
+    x = graph.inputs[0]
+    builder = Builder()
+    taken = {x.name: builder.call("source", x, layer="input")}
+    return rewrite(graph, [*builder.nodes, *(_renamed(node, taken) for node in graph.nodes)])
 
 
 def prepare(builder: Builder, x: Value, own: TensorType, format: InputFormat) -> Value:

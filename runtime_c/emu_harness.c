@@ -4,8 +4,8 @@
  *   command               result
  *   I                     status                                           init
  *   L rate                -                                                set the learning rate
- *   T input target        status, loss, predicted, confidence, count       training step
- *   E input target        the same                                         evaluation
+ *   T target input        status, loss, predicted, confidence, count       training step
+ *   E target input        the same                                         evaluation
  *   F input               status, count, output                            inference
  *   S                     size, state, status                              save
  *   D size                status                                           load from the file "state"
@@ -28,10 +28,19 @@ size_t emu_stack_high_water(void);
 extern uint8_t emu_arena_start[], emu_arena_end[];
 
 static int commands, results;
+#if SIZE(INPUT_ROWS)
+#define CALL(name) API(name##_rows)
+#define INPUT receive_row, 0
+#define INPUT_TYPES API(row_fn), void *
+#else
+#define CALL(name) API(name)
+#define INPUT x
+#define INPUT_TYPES const API(input_t) *
 #if SIZE(INPUT_IN_ARENA)
 #define x API(input)()
 #else
 static API(input_t) x[SIZE(INPUT_SIZE)];
+#endif
 #endif
 static API(target_t) target[SIZE(TARGET_SIZE) > 0 ? SIZE(TARGET_SIZE) : 1];
 static API(output_t) y[SIZE(OUTPUT_SIZE)];
@@ -52,6 +61,35 @@ static void receive(void *data, size_t n) {
         n = left;
     }
 }
+
+#if SIZE(INPUT_ROWS)
+static size_t left; /* bytes of the input that are still to come */
+
+static int receive_row(void *ctx, uint32_t row, API(input_t) * to) {
+    (void)ctx;
+    (void)row;
+    receive(to, sizeof *to * SIZE(ROW_SIZE));
+    left -= sizeof *to * SIZE(ROW_SIZE);
+    return 0;
+}
+
+static void begin_input(void) {
+    left = SIZE(INPUT_BYTES);
+}
+
+/* A call that was refused has asked for no row. */
+static void end_input(void) {
+    for (uint8_t skipped; left > 0; left--)
+        receive(&skipped, 1);
+}
+#else
+static void begin_input(void) {
+    receive(x, SIZE(INPUT_BYTES));
+}
+
+static void end_input(void) {
+}
+#endif
 
 static int send(void *ctx, const void *data, size_t n) {
     (void)ctx;
@@ -86,14 +124,15 @@ static uint32_t timer(void) {
 }
 #endif
 
-static void run_step(int (*step)(const API(input_t) *, const API(target_t) *, API(result_t) *)) {
+static void run_step(int (*step)(INPUT_TYPES, const API(target_t) *, API(result_t) *)) {
     API(result_t) result = {0.0f, -1, 0.0f};
-    receive(x, SIZE(INPUT_BYTES));
     if (SIZE(TARGET_SIZE) > 0)
         receive(target, sizeof target[0] * SIZE(TARGET_SIZE));
+    begin_input();
     const uint32_t before = timer();
-    const int status = step(x, target, &result);
+    const int status = step(INPUT, target, &result);
     const uint32_t ticks = before - timer();
+    end_input();
     send_u32((uint32_t)status);
     (void)send(0, &result, sizeof result);
     send_u32(ticks);
@@ -121,16 +160,17 @@ int main(void) {
             break;
         }
         case 'T':
-            run_step(API(train_step));
+            run_step(CALL(train_step));
             break;
         case 'E':
-            run_step(API(evaluate));
+            run_step(CALL(evaluate));
             break;
         case 'F': {
-            receive(x, SIZE(INPUT_BYTES));
+            begin_input();
             const uint32_t before = timer();
-            const int status = API(infer)(x, y);
+            const int status = CALL(infer)(INPUT, y);
             const uint32_t ticks = before - timer();
+            end_input();
             send_u32((uint32_t)status);
             send_u32(ticks);
             (void)send(0, y, sizeof y);

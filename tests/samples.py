@@ -394,6 +394,7 @@ for method, coordinate, options in RESIZES:
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
+add("source", (1, 4, 3, 2), torch=lambda x: x)
 add("reshape", (2, 6), torch=lambda x: x.reshape(3, 4), newshape=(3, 4))
 add("reshape", (1, 2, 3, 2), torch=lambda x: x.flatten(), newshape=(12,))
 add("transpose", (1, 3, 4, 5), torch=lambda x: x.permute(0, 3, 1, 2), axes=(0, 3, 1, 2))

@@ -29,18 +29,19 @@ FLAGS = {
 
 @pytest.fixture(scope="module")
 def projects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The same network, trained whole with labels, and its biases only towards a tensor in an arena of the caller."""
+    """The same network, trained whole with labels, and its biases only towards a tensor in an arena of the caller,
+    and its head on inputs that come row by row."""
     folder = tmp_path_factory.mktemp("projects")
     graph = networks.residual()
     (folder / "net.ir").write_text(str(graph))
     schemes = {
-        "whole": ({"train": "full"}, "static"),
-        "bias": ({"train": "bias-only", "loss": "mse", "io": {"input": {"dtype": "uint8"}}}, "extern"),
+        "whole": ({"train": "full"}, "static", "caller"),
+        "bias": ({"train": "bias-only", "loss": "mse", "io": {"input": {"dtype": "uint8"}}}, "extern", "arena"),
+        "rows": ({"train": "last-layer", "io": {"input": {"layout": "nhwc"}}}, "static", "rows"),
     }
-    for name, (scheme, arena) in schemes.items():
-        tte.compile(folder / "net.ir", update_scheme=scheme, target="host", name=name, arena=arena).export(
-            folder / name
-        )
+    for name, (scheme, arena, place) in schemes.items():
+        artifact = tte.compile(folder / "net.ir", None, scheme, "host", name, arena=arena, input=place)
+        artifact.export(folder / name)
     return [folder / name for name in schemes]
 
 

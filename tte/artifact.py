@@ -57,7 +57,8 @@ def compile(
     name:           prefix of every C symbol and file; by default made from the model's file or class
     arena:          "static", or "extern": the caller gives the arena's memory to <name>_init
     input:          "caller": the input stays in the caller's memory, or "arena": the arena has a place for it, which
-                    is used for other tensors as soon as it has been read
+                    is used for other tensors as soon as it has been read, or "rows": a function of the caller gives one
+                    row of the picture after the other, and nobody needs a place for the whole of it
     memory_plan:    how many bytes the arena may have: "fastest" for any number, "smallest" for as few as possible, or a
                     number, whose cheapest plan is taken; "auto": so that the scheme's budget of SRAM is met, smallest
                     without one
@@ -70,7 +71,8 @@ def compile(
     board = find_target(target)
     if not isinstance(name, str | None):
         raise TTEError("TTE-E044", f"{name!r} is not a name", where="--name", fix="a string, such as 'net'")
-    for option, value, choices in (("arena", arena, ("static", "extern")), ("input", input, ("caller", "arena"))):
+    places = {"arena": (arena, ("static", "extern")), "input": (input, ("caller", "arena", "rows"))}
+    for option, (value, choices) in places.items():
         if value not in choices:
             raise TTEError(
                 "TTE-E044", f"no {option} placement {value!r}", where=f"--{option}", fix=" or ".join(choices)
@@ -90,7 +92,7 @@ def compile(
         __version__,
         pipeline,
         arena,
-        input == "arena",
+        input,
         memory_plan,
     )
     artifact = Artifact(compiled, scheme, board, clock_hz, _find_module(model))

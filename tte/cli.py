@@ -100,7 +100,7 @@ def compile_model(
     name: Annotated[str | None, typer.Option(help="prefix of every C symbol and file")] = None,
     arena: Annotated[str, typer.Option(help="static: inside the project; extern: given to <name>_init")] = "static",
     input_: Annotated[
-        str, typer.Option("--input", help="caller: the input stays where it is; arena: the arena has a place for it")
+        str, typer.Option("--input", help="caller: stays where it is; arena: has a place there; rows: comes row by row")
     ] = "caller",
     memory_plan: Annotated[
         str, typer.Option(help="fastest, smallest, or how large the arena may be: 96KB; auto: by the scheme's budget")

@@ -26,7 +26,7 @@ from tte.passes.costs import ANY, Arena
 from tte.passes.fuse import fuse_elementwise, fuse_updates
 from tte.passes.head import replace_head
 from tte.passes.inplace import work_in_place
-from tte.passes.io import apply_input_format, own_layout, prepare
+from tte.passes.io import apply_input_format, own_layout, prepare, require_rows, take_rows
 from tte.passes.layout import to_nhwc
 from tte.passes.loss import append_loss
 from tte.passes.optimizer import attach_sgd
@@ -160,12 +160,14 @@ def compile_graphs(
     version: str,
     pipeline: Pipeline,
     arena: str = "static",
-    input_in_arena: bool = False,
+    input_place: str = "caller",
     memory_plan: str | int = "auto",
 ) -> Compiled:
     """Everything up to the C: the three programs, planned and checked."""
     imported = verify(import_model(model, example_inputs))
     pipeline.write(imported, "0-import")
+    if input_place == "rows":
+        require_rows(imported.inputs[0].type, scheme.io)
     prepared = apply_input_format(imported, scheme.io.input)
     forward = _simplify(prepared, pipeline)
     given = {id(c) for c in forward.consts}
@@ -192,8 +194,10 @@ def compile_graphs(
     pipeline.write(gradients, "3-gradients")
     train = verify(attach_sgd(gradients, scheme.optimizer.lr, scheme.quantized.qas, scheme.quantized.rounding))
     roles = {"train": train, "infer": forward, "evaluate": with_loss}
+    if input_place == "rows":
+        roles = {role: verify(take_rows(graph)) for role, graph in roles.items()}
     limit = _find_limit(memory_plan, scheme.budget.sram, train)
-    programs = _fit_programs(roles, pipeline, Arena(limit, input_in_arena))
+    programs = _fit_programs(roles, pipeline, Arena(limit, input_place == "arena"))
     needed = max(program.plan.arena_bytes for program in programs)
     if isinstance(memory_plan, int) and needed > memory_plan:
         raise TTEError(
@@ -219,7 +223,7 @@ def compile_graphs(
         model_hash=hash_model(forward, train),
         version=version,
         arena=arena,
-        input_in_arena=input_in_arena,
+        input_place=input_place,
         notes=tuple(notes),
     )
     originals = {

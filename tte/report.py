@@ -50,6 +50,7 @@ def make_report(
 
     Sizes are of the linked firmware (``source`` is "linked"); its stack as measured, or else as reserved. Without a
     firmware they are the sum of what was planned ("planned"): a lower estimate that knows neither code nor stack.
+    input_bytes: of the caller's input; 0 where it comes by rows and is nowhere as a whole
     analytic_extra: no size of this project, but what a published formula says; see tte.analysis.extra_memory
     unfused_macs:   multiply-accumulates of a training step before it was made small
     """
@@ -62,6 +63,7 @@ def make_report(
     saved_bytes = count_saved(train)
     lower_bound = max(program.plan.lower_bound for program in programs)
     macs = sum(node.macs for node in graph.nodes)
+    by_rows = any(member.op == "source" for node in graph.nodes for member in expand(node))
     if firmware:
         code, flash = firmware.text, firmware.flash_bytes
         stack = firmware.stack_reserved if measured.stack is None else measured.stack
@@ -87,7 +89,7 @@ def make_report(
             "saved_bytes": saved_bytes,
             "floor_bytes": trained_bytes + saved_bytes,
             "extra_macs": None if unfused_macs is None else macs - unfused_macs,
-            "input_bytes": graph.inputs[0].type.nbytes,
+            "input_bytes": 0 if by_rows else graph.inputs[0].type.nbytes,
             "input_in_arena": graph.inputs[0].name in train.plan.offsets,
             "static_ram_bytes": ram,
             "analytic_extra_bytes": analytic_extra,

@@ -129,6 +129,7 @@ class _Step:
     height: int
     reads: tuple[tuple[int, Window, str], ...]  # node, window, name of the value
     operands: tuple[tuple[str, int, int, tuple[Window, ...]], ...]  # name, rows, bytes of a row, windows (none: whole)
+    drains: bool  # all rows are made, even those that nobody reads
 
     @staticmethod
     def of(node: Node, nodes: Sequence[Node]) -> "_Step":
@@ -147,7 +148,8 @@ class _Step:
             for value, own in zip(node.inputs, windows, strict=True)
             if value.name not in makers
         ]
-        return _Step(tuple((v.name, row_bytes(v)) for v in node.outputs), height, tuple(reads), tuple(operands))
+        outputs = tuple((v.name, row_bytes(v)) for v in node.outputs)
+        return _Step(outputs, height, tuple(reads), tuple(operands), node.op == "source")
 
 
 def _rows(value: Value) -> tuple[int, int]:
@@ -199,7 +201,8 @@ def _stream(steps: tuple[_Step, ...], kept: frozenset[str]) -> Stream:
         make(final)
     rest = []
     for k in reversed(range(final)):
-        if made[k] < steps[k].height and any(name in kept for name, _ in steps[k].outputs):
+        needed = steps[k].drains or any(name in kept for name, _ in steps[k].outputs)
+        if needed and made[k] < steps[k].height:
             rest.append(k)
             while made[k] < steps[k].height:
                 make(k)

@@ -5,8 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from tte.ir import Op, TensorType, register
-from tte.ops.rules import require, require_axis, require_float
+from tte.ir import Op, TensorType, Window, register
+from tte.ops.rules import require, require_axis, require_float, require_rank
+
+
+def _source(x: TensorType) -> TensorType:
+    """The picture x as its rows come in: each is asked for once, in ascending order"""
+    require_rank("x", x, 4)
+    return x
+
+
+register(Op("source", _source, lambda x: x, rows=lambda x: (Window(1, 1, 0),)))
 
 
 def _reshape(x: TensorType, *, newshape: tuple[int, ...]) -> TensorType:

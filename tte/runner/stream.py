@@ -50,10 +50,10 @@ class StreamBoard:
         return self._step(b"E", x, target)
 
     def _step(self, command: bytes, x: np.ndarray, target: np.ndarray | None) -> Step:
-        data = command + check_sample("the input", x, self.build.input).tobytes()
+        given = check_sample("the input", x, self.build.input).tobytes()
         if self.build.target is not None:
-            data += check_sample("the target", target, self.build.target).tobytes()
-        status, loss, predicted, confidence, ticks = struct.unpack("<IfifI", self.exchange(data, 20))
+            given = check_sample("the target", target, self.build.target).tobytes() + given
+        status, loss, predicted, confidence, ticks = struct.unpack("<IfifI", self.exchange(command + given, 20))
         return Step(status, loss, predicted, confidence, self._instructions(ticks))
 
     def _instructions(self, ticks: int) -> int:
