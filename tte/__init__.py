@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from tte.analysis import analyze
     from tte.artifact import Artifact, compile
     from tte.errors import TTEError
+    from tte.explain import explain_memory
     from tte.ptq import quantize
     from tte.scheme import UpdateScheme
     from tte.target import targets
@@ -20,12 +21,16 @@ _HOMES = {
     "UpdateScheme": "tte.scheme",
     "analyze": "tte.analysis",
     "compile": "tte.artifact",
+    "explain_memory": "tte.explain",
     "load_weights": "tte.weights",
     "quantize": "tte.ptq",
     "targets": "tte.target",
 }
 
-__all__ = ["Artifact", "TTEError", "UpdateScheme", "analyze", "compile", "load_weights", "ops", "quantize", "targets"]
+__all__ = [
+    "Artifact", "TTEError", "UpdateScheme", "analyze", "compile", "explain_memory", "load_weights", "ops", "quantize",
+    "targets",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

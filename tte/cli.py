@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
 import typer
 
 from tte.errors import TTEError
+
+if TYPE_CHECKING:
+    from tte.explain import MemoryRow, MemoryTable
 
 # Everything else is imported inside the commands: `tte --help` must not wait for torch.
 
@@ -68,11 +71,23 @@ def start(
 def analyze(
     model: Model,
     write_scheme: Annotated[Path | None, typer.Option(help="write a commented scheme to start from")] = None,
+    update_scheme: Annotated[
+        str | None, typer.Option("-u", "--update-scheme", help="with a scheme: what its training costs in memory")
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """List the layers of a model: names for a scheme, shapes, parameters, cost, and what can learn."""
+    """List the layers of a model: names for a scheme, shapes, parameters, cost, and what can learn.
+
+    With a scheme: plans of its training step from the smallest to the fastest, and what each way of saving memory buys.
+    """
     import tte
 
+    if update_scheme is not None:
+        if write_scheme:
+            raise TTEError(
+                "TTE-E059", "one reads a scheme, the other writes one", where="--write-scheme", fix="leave out one"
+            )
+        return _print_memory(tte.explain_memory(model, update_scheme=update_scheme), json_)
     if write_scheme and write_scheme.exists():
         raise _unwritable(write_scheme, "there is a file already")
     analysis = tte.analyze(model)
@@ -312,6 +327,21 @@ def targets(json_: Json = False) -> None:
         clock = f"{target.clock_hz // 1_000_000} MHz" if target.clock_hz else ""
         rows.append((target.name, sizes.get("flash"), sizes.get("ram"), clock, target.description))
     _print_table("targets", ("name", "flash", "RAM", "clock", ""), rows)
+
+
+def _print_memory(table: "MemoryTable", as_json: bool) -> None:
+    from tte.explain import TECHNIQUES
+
+    if as_json:
+        return _print_json(table.to_dict())
+
+    def cells(row: "MemoryRow") -> list[object]:
+        return [row.arena_bytes, row.arena_bytes + table.trained_bytes, row.macs, row.regions]
+
+    columns = ["", "arena", "arena and trained parameters", "MACs", "regions by rows or tiles"]
+    _print_table("plans", columns, [[f"plan {k}", *cells(row)] for k, row in enumerate(table.plans, 1)])
+    rows = [[TECHNIQUES[name], *cells(row)] for name, row in table.left_out.items()]
+    _print_table("the smallest plan without", columns, rows)
 
 
 def _memory_plan(text: str) -> str | int:

@@ -151,19 +151,29 @@ def _simplify(graph: Graph, pipeline: Pipeline) -> Graph:
     return graph
 
 
-def compile_graphs(
+@dataclass(frozen=True)
+class Lowered:
+    """What a scheme makes of a model, before memory is thought of; names as in ``Compiled``, programs by their role."""
+
+    imported: Graph
+    source: Graph
+    replaced: tuple[Const, ...]
+    forward: Graph
+    with_loss: Graph
+    gradients: Graph
+    roles: dict[str, Graph]
+    resolved: Resolved
+    notes: tuple[str, ...]
+
+
+def lower_programs(
     model: Any,
     example_inputs: Sequence[Any] | None,
     scheme: UpdateScheme,
-    target: Target,
-    name: str,
-    version: str,
     pipeline: Pipeline,
-    arena: str = "static",
     input_place: str = "caller",
-    memory_plan: str | int = "auto",
-) -> Compiled:
-    """Everything up to the C: the three programs, planned and checked."""
+) -> Lowered:
+    """Model and scheme as three programs: train, infer, evaluate."""
     imported = verify(import_model(model, example_inputs))
     pipeline.write(imported, "0-import")
     if input_place == "rows":
@@ -196,8 +206,37 @@ def compile_graphs(
     roles = {"train": train, "infer": forward, "evaluate": with_loss}
     if input_place == "rows":
         roles = {role: verify(take_rows(graph)) for role, graph in roles.items()}
+    return Lowered(
+        imported=imported,
+        source=source,
+        replaced=tuple(replaced),
+        forward=forward,
+        with_loss=with_loss,
+        gradients=gradients,
+        roles=roles,
+        resolved=resolved,
+        notes=tuple(notes),
+    )
+
+
+def compile_graphs(
+    model: Any,
+    example_inputs: Sequence[Any] | None,
+    scheme: UpdateScheme,
+    target: Target,
+    name: str,
+    version: str,
+    pipeline: Pipeline,
+    arena: str = "static",
+    input_place: str = "caller",
+    memory_plan: str | int = "auto",
+) -> Compiled:
+    """Everything up to the C: the three programs, planned and checked."""
+    lowered = lower_programs(model, example_inputs, scheme, pipeline, input_place)
+    imported, forward, with_loss = lowered.imported, lowered.forward, lowered.with_loss
+    train = lowered.roles["train"]
     limit = _find_limit(memory_plan, scheme.budget.sram, train)
-    programs = _fit_programs(roles, pipeline, Arena(limit, input_place == "arena"))
+    programs = _fit_programs(lowered.roles, pipeline, Arena(limit, input_place == "arena"))
     needed = max(program.plan.arena_bytes for program in programs)
     if isinstance(memory_plan, int) and needed > memory_plan:
         raise TTEError(
@@ -224,7 +263,7 @@ def compile_graphs(
         version=version,
         arena=arena,
         input_place=input_place,
-        notes=tuple(notes),
+        notes=lowered.notes,
     )
     originals = {
         c.origin.name: (c.data if c.origin.quantized is None else c.origin.quantized).reshape(c.origin.shape)
@@ -232,19 +271,19 @@ def compile_graphs(
         if c.origin
     }
     # A new layer begins as it was made.
-    originals |= {c.origin.name: _as_user(c, c.origin) for c in replaced if c.origin}
+    originals |= {c.origin.name: _as_user(c, c.origin) for c in lowered.replaced if c.origin}
     return Compiled(
         imported=imported,
-        source=source,
+        source=lowered.source,
         originals=originals,
-        replaced=tuple(c.origin.name for c in replaced if c.origin),
+        replaced=tuple(c.origin.name for c in lowered.replaced if c.origin),
         forward=forward,
-        gradients=gradients,
-        resolved=resolved,
+        gradients=lowered.gradients,
+        resolved=lowered.resolved,
         target=target,
         interface=interface,
         programs=tuple(programs),
-        notes=tuple(notes),
+        notes=lowered.notes,
     )
 
 
@@ -265,7 +304,7 @@ def _fit_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena, 
     """The programs, each as cheap as the arena allows; where that is too small, as small as possible."""
     room = arena.limit
     for left in reversed(range(tries)):
-        programs = _plan_programs(roles, pipeline, replace(arena, limit=room))
+        programs = plan_programs(roles, pipeline, replace(arena, limit=room))
         excess = max(program.plan.arena_bytes for program in programs) - arena.limit
         if excess <= 0 or room == 0:
             break
@@ -273,7 +312,7 @@ def _fit_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena, 
     return programs
 
 
-def _plan_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) -> list[Program]:
+def plan_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) -> list[Program]:
     programs: list[Program] = []
     for role, graph in roles.items():
         least = max((program.plan.lower_bound for program in programs), default=0)
