@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from tte.ir import OPS, Const, Graph, Node, Param, Value, find_anchor, rewrite
+from tte.ir import OPS, Builder, Const, Graph, Node, Param, Value, find_anchor, rewrite
 from tte.passes.regions import enclose
 
 UPDATES = ("nn.sgd", "qnn.sgd")
@@ -16,6 +16,34 @@ def fuse_updates(graph: Graph) -> Graph:
 def fuse_elementwise(graph: Graph) -> Graph:
     """Convolution (or other anchor) + bias + residual add + activation, and chains of elementwise operators."""
     return _fuse(graph, updates=False)
+
+
+def transpose_first(graph: Graph) -> Graph:
+    """``transpose(f(x))`` becomes ``f(transpose(x))``, so that f is done as the elements are stored."""
+    builder = Builder()
+    makers: dict[str, Node] = {}
+    uses = graph.uses()
+    kept = {v.name for v in (*graph.outputs, *(v for _, v in graph.updates))}
+    for node in graph.nodes:
+        maker = makers.get(node.inputs[0].name) if node.op == "transpose" else None
+        if maker is None or len(uses[maker.output.name]) > 1 or maker.output.name in kept:
+            builder.append(node)
+            makers |= {node.output.name: node} if _turns(node) else {}
+            continue
+        builder.nodes.remove(maker)
+        x = builder.call("transpose", maker.inputs[0], layer=node.layer, **node.attrs)
+        turned = replace(maker, inputs=(x, *maker.inputs[1:]), outputs=node.outputs)
+        builder.append(turned)
+        makers[node.output.name] = turned
+    return rewrite(graph, builder.nodes)
+
+
+def _turns(node: Node) -> bool:
+    """Elementwise work on one tensor, and on numbers, whose result is of its shape."""
+    if not _is_elementwise(node) or len(node.outputs) > 1 or node.output.type.dtype == "bit":
+        return False
+    numbers = all(isinstance(v, Const) and v.type.size == 1 for v in node.inputs[1:])
+    return numbers and node.inputs[0].type.shape == node.output.type.shape and node.op != "broadcast_to"
 
 
 # Kernels that can make an operand as they read it: which.

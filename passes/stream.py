@@ -53,16 +53,22 @@ def _chains(graph: Graph, end: int) -> list[tuple[int, int]]:
         made: set[str] = set()
         for b in range(a, end):
             node = graph.nodes[b]
-            if not able[b] or (b > a and not made & {v.name for v in node.inputs}):
+            if not able[b] or (b > a and not _follows(node, made)):
                 break
             made |= {v.name for v in node.outputs}
             result.append((a, b))
     return result
 
 
+def _follows(node: Node, made: set[str]) -> bool:
+    """It reads some of what is made, and none of that whole."""
+    windows = find_windows(node) or ()
+    read = [own for value, own in zip(node.inputs, windows, strict=True) if value.name in made]
+    return bool(read) and all(read)
+
+
 def _can_stream(node: Node) -> bool:
-    windows = find_windows(node)
-    return windows is not None and any(windows) and node.output.type.shape[1] > 1 and node.output.type.dtype != "bit"
+    return find_windows(node) is not None and node.output.type.shape[1] > 1 and node.output.type.dtype != "bit"
 
 
 def _least_peak(single: Sequence[int], chains: dict[tuple[int, int], int]) -> int:

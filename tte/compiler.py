@@ -23,7 +23,7 @@ from tte.passes.batch_norm import fold_batch_norm
 from tte.passes.canonicalize import canonicalize
 from tte.passes.channels import select_channels
 from tte.passes.costs import ANY, Arena
-from tte.passes.fuse import fuse_elementwise, fuse_updates
+from tte.passes.fuse import fuse_elementwise, fuse_updates, transpose_first
 from tte.passes.head import replace_head
 from tte.passes.inplace import work_in_place
 from tte.passes.io import apply_input_format, own_layout, prepare, require_rows, take_rows
@@ -57,6 +57,7 @@ SHRINK: tuple[Pass, ...] = (
     eliminate_common_subexpressions,
     eliminate_dead_code,
     accumulate,
+    transpose_first,
     fuse_updates,
     fuse_elementwise,
     tile_backward,

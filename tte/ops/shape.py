@@ -46,7 +46,11 @@ def _transpose_grad(backward, dy, x, *, axes):  # type: ignore[no-untyped-def]
     return backward.call("transpose", dy, axes=tuple(int(a) for a in np.argsort(axes)))
 
 
-register(Op("transpose", _transpose, _transpose_ref, _transpose_grad))
+def _transpose_rows(x, *, axes):  # type: ignore[no-untyped-def]
+    return (None,)
+
+
+register(Op("transpose", _transpose, _transpose_ref, _transpose_grad, kind="anchor", rows=_transpose_rows))
 
 
 def _concatenate(*xs: TensorType, axis: int) -> TensorType:
