@@ -1,5 +1,6 @@
 """Runs parts of the backward program in tiles of channels: of what lies between two layers only a tile exists."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -176,16 +177,23 @@ def contract(graph: Graph, groups: Sequence[Group]) -> Graph | None:
     inside = {i for group in groups for i in group.nodes[1:]}
     waiting = [region_of.get(i, node) for i, node in enumerate(graph.nodes) if i not in inside]
     made = {v.name for v in (*graph.inputs, *graph.params, *graph.consts)}
+    targets = {v.name: p.name for p, v in graph.updates}
+    unread = Counter(name for node in waiting for name in {v.name for v in node.inputs})
     nodes: list[Node] = []
+    patient = True  # what replaces a param waits for all who read it, if they do not wait for what is made with it
     while waiting:
         held = []
         for node in waiting:
-            if all(v.name in made for v in node.inputs):
+            own = {v.name for v in node.inputs}
+            replaced = {targets[v.name] for v in node.outputs if v.name in targets}
+            if own <= made and not (patient and any(unread[p] > (p in own) for p in replaced)):
                 nodes.append(node)
                 made |= {v.name for v in node.outputs}
+                unread.subtract(own)
             else:
                 held.append(node)
-        if len(held) == len(waiting):
+        stuck = len(held) == len(waiting)
+        if stuck and not patient:
             return None
-        waiting = held
+        patient, waiting = not stuck, held
     return rewrite(graph, nodes)

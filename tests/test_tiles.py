@@ -262,6 +262,8 @@ def test_the_same_training_in_no_more_memory(name: str) -> None:
     assert regions(tiles) and not regions(whole)
     assert_same_training(tiles, whole, case.exact)
     assert normal.plan.arena_bytes <= whole.plan.arena_bytes and normal.plan.proved
+    owners = normal.graph.owners()
+    assert all(owners[value.name] == param.name for param, value in normal.graph.updates), "updates are in place"
     assert name not in SMALLER or (regions(normal) and normal.plan.arena_bytes < whole.plan.arena_bytes)
 
 
