@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import hard_plans
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -123,6 +124,16 @@ def test_search_reaches_the_bound_where_greedy_does_not(monkeypatch) -> None:
     monkeypatch.setattr("tte.codegen.plan.SORT_KEYS", (lambda b: (b.size,),))
     placed, proof = place(buffers_of(*rows), 24)
     assert (max(b.end for b in placed), proof) == (24, "bound")
+
+
+def test_a_hard_instance_reaches_the_bound_from_the_bottom_up() -> None:
+    """CP-SAT's own search gives up on it. What is cut out of a full rectangle fits into it."""
+    buffers, bound = hard_plans.draw(120, hard_plans.KINDS["pinwheels"], 0.2, 3)
+    assert max(sum(b.size for b in buffers if b.birth <= t <= b.death) for t in range(240)) == bound
+    placed, proof = place(buffers, bound)
+    assert max(b.end for b in placed) == bound and proof == "bound"
+    for i, one in enumerate(placed):
+        assert not any(one.meets(o) and one.offset < o.end and o.offset < one.end for o in placed[:i])
 
 
 @settings(deadline=None)
