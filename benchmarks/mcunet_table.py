@@ -138,9 +138,9 @@ def compare_integers(steps: list[Any], tensors: Any, model: Any, pictures: np.nd
 
 
 def compile_for_board(scheme: str, model: Any, target: str = "stm32f746") -> tte.Artifact:
-    """The project for a camera that gives int8 pixels; they lie in the arena."""
+    """The project for a camera that gives int8 pixels; they come row by row."""
     rules = yaml.safe_load((MCUNET / "schemes" / f"{scheme}.yaml").read_text())
-    return tte.compile(model, update_scheme=rules | {"io": {"input": INPUT}}, target=target, input="arena")
+    return tte.compile(model, update_scheme=rules | {"io": {"input": INPUT}}, target=target, input="rows")
 
 
 def pick_pictures(each: int) -> dict[str, np.ndarray]:
