@@ -1,6 +1,6 @@
 """Computes some forward results a second time, shortly before the backward pass reads them, so that nobody keeps them."""
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import gcd, isqrt
@@ -156,7 +156,7 @@ class _Line:
             else:
                 self.groups[-1] = range(self.groups[-1].start, t + 1)
             alone = reads
-        group_of = {t: g for g, tasks in enumerate(self.groups) for t in tasks}
+        self.group_of = group_of = {t: g for g, tasks in enumerate(self.groups) for t in tasks}
         self.last: dict[int, int] = {}
         self.slots: dict[int, range] = {}
         for t in reversed(self.able):
@@ -214,7 +214,7 @@ class _Line:
         overwritable: list[list[tuple[int, int]]] = []
         for at, t in enumerate(order):
             for b in p.reads[t]:
-                ends[b, latest[b]] = at
+                ends[b, latest[b]] = max(at, ends[b, latest[b]])
             overwritable.append([(b, latest[b]) for b in p.reusable[t]])
             for b in p.writes[t]:
                 latest[b] = at
@@ -236,6 +236,15 @@ class _Line:
     def order(self, schedule: Schedule) -> list[int]:
         task_of = {i: t for t, i in enumerate(self.work)}
         return [task_of[i] for i in schedule.nodes]
+
+    def repeats(self, order: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """Position, task, and the group in front of which it comes a second time."""
+        group = 0
+        for at, t in enumerate(order[self.start :], self.start):
+            if t < self.start:
+                yield at, t, group
+            else:
+                group = self.group_of[t] + 1
 
     def extra(self, order: Sequence[int]) -> int:
         return sum(self.macs[t] for t in order) - sum(self.macs)
@@ -339,7 +348,11 @@ class _Question:
             self._bound(t, line.fixed[t], kept, {b: [self._alive(b, -1)] for b in line.may_overwrite(t)})
         for g, tasks in enumerate(line.groups):
             there = [(p.sizes[b], self._alive(b, g)) for b in line.values]
-            later = {b: [self._alive(b, g + 1), *self._reads(b, g + 1)] for b in line.may_overwrite(tasks.start)}
+            # Computed again just behind the group, it is another copy that is needed later.
+            later = {
+                b: [v - self._made(b, g + 1) for v in (self._alive(b, g + 1), *self._reads(b, g + 1))]
+                for b in line.may_overwrite(tasks.start)
+            }
             self._bound(tasks.start, max(line.fixed[t] for t in tasks), there, later)
         # Fewest multiply-accumulates, then fewest nodes.
         self.step = gcd(*(line.macs[t] for t in line.able)) or 1
@@ -371,20 +384,12 @@ class _Question:
             for b in line.values.intersection(p.reads[t]):
                 model.add(again <= self._alive(b, g - 1) + self._made(b, g))
             model.add(again <= sum(sum([self._alive(b, g), *self._reads(b, g)]) for b in p.writes[t]))
-            if len(p.writes[t]) == 1:
-                model.add(again + self._alive(p.writes[t][0], g - 1) <= 1)
 
     def _hint(self, order: Sequence[int]) -> None:
         """Where the search begins."""
         line, p = self.line, self.line.problem
-        group, position = 0, {-1: line.start - 1}
-        again = set()
-        for at, t in enumerate(order[line.start :], line.start):
-            if t < line.start:
-                again.add((t, group))
-            elif t == line.groups[group].start:
-                position[group] = at
-                group += 1
+        again = {(t, g) for _, t, g in line.repeats(order)}
+        position = {line.group_of[t]: at for at, t in enumerate(order) if t in line.group_of} | {-1: line.start - 1}
         spans: dict[int, list[list[int]]] = {}
         for at, t in enumerate(order):
             for b in p.reads[t]:
@@ -419,15 +424,11 @@ class _Question:
 
     def refine(self, order: Sequence[int], heights: Sequence[int], limit: int) -> bool:
         """State what is alive where task t comes again and more than ``limit`` bytes are; False if there is no such place."""
-        group, found = 0, False
-        for t, height in zip(order[self.line.start :], heights[self.line.start :], strict=True):
-            if t >= self.line.start:
-                group += t == self.line.groups[group].start
-                group = min(group, len(self.line.groups) - 1)
-            elif height > limit:
-                assert (t, group) not in self.stated
-                self.stated.add((t, group))
-                self._bound_again(t, group)
+        found = False
+        for at, t, g in self.line.repeats(order):
+            if heights[at] > limit and (t, g) not in self.stated:
+                self.stated.add((t, g))
+                self._bound_again(t, g)
                 found = True
         return found
 
@@ -488,7 +489,8 @@ def _search(line: _Line, limit: int | None, start: Sequence[int], effort: float 
     while effort > 0:
         order, proved, took = question.ask(effort)
         bound, effort = max(bound, proved), effort - max(took, effort / 1000)
-        if LOG: print("round", limit, order and (line.extra(order), max(line.heights(order))), bound, "left", effort, len(question.stated))
+        if LOG:
+            print("round", limit, order and (line.extra(order), max(line.heights(order))), bound, "left", effort, len(question.stated))
         if order is None:
             break
         heights = line.heights(order)
