@@ -46,7 +46,7 @@ def macs(graph: Graph) -> int:
 
 @pytest.fixture(autouse=True)
 def work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An operator of any size and cost."""
+    """Operators of any size and cost; ``over`` may overwrite its first operand, ``two`` has a second result."""
 
     def infer(*xs: TensorType, size: int, macs: int = 1) -> TensorType:
         return TensorType((size,), "int8")
@@ -54,18 +54,30 @@ def work(monkeypatch: pytest.MonkeyPatch) -> None:
     def ref(*xs: np.ndarray, size: int, macs: int = 1) -> np.ndarray:
         return np.full(size, sum(int(x.sum()) for x in xs) + 1).astype(np.int8)
 
-    monkeypatch.setitem(OPS, "test.work", Op("test.work", infer, ref, macs=lambda *xs, size, macs=1: macs))
+    def two(*xs: TensorType, size: int, macs: int = 1) -> tuple[TensorType, TensorType]:
+        return TensorType((size,), "int8"), TensorType((4,), "int8")
+
+    cost = {"macs": lambda *xs, size, macs=1: macs}
+    monkeypatch.setitem(OPS, "test.work", Op("test.work", infer, ref, **cost))
+    monkeypatch.setitem(OPS, "test.over", Op("test.over", infer, ref, inplace=(0,), **cost))
+    monkeypatch.setitem(OPS, "test.two", Op("test.two", two, ref, **cost))
 
 
-def step(reads: Sequence[Sequence[int]], sizes: Sequence[int], costs: Sequence[int], start: int) -> Graph:
-    """Task i makes sizes[i] * 4 bytes from what tasks reads[i] make; ``start`` tasks come before and with the loss."""
+def step(
+    reads: Sequence[Sequence[int]], sizes: Sequence[int], costs: Sequence[int], start: int, kinds: Sequence[str] = ()
+) -> Graph:
+    """Task i makes sizes[i] * 4 bytes from what tasks reads[i] make; ``start`` tasks come before and with the loss.
+
+    Of what has a second result, those behind the loss read the second.
+    """
     builder = Builder()
     x = Value("x", TensorType((4,), "int8"))
-    made: list[Value] = []
-    for tasks, size, cost in zip(reads, sizes, costs, strict=True):
-        inputs = [made[i] for i in tasks] or [x]
-        made.append(builder.call("test.work", *inputs, size=4 * size, macs=cost))
-    graph = Graph("train", (x,), nodes=tuple(builder.nodes), outputs=(made[start - 1], made[-1]))
+    made: list[tuple[Value, ...]] = []
+    for i, tasks in enumerate(reads):
+        inputs = [made[t][-1 if i >= start else 0] for t in tasks] or [x]
+        kind = kinds[i] if kinds else "work"
+        made.append(builder.calls(f"test.{kind}", *inputs, size=4 * sizes[i], macs=costs[i]))
+    graph = Graph("train", (x,), nodes=tuple(builder.nodes), outputs=(made[start - 1][0], made[-1][0]))
     return verify(graph.renumbered())
 
 
@@ -83,8 +95,9 @@ def random_step(seed: int) -> Graph:
     for i in range(backward):
         reads.append(sorted({forward + i, *rng.sample(range(forward), rng.randint(0, 2))}))
     n = len(reads)
-    sizes = [rng.randint(1, 4) for _ in range(n)]
-    return step(reads, sizes, [rng.randint(0, 3) for _ in range(n)], forward + 1)
+    sizes = [rng.randint(1, 3) for _ in range(n)]
+    kinds = rng.choices(["work", "over", "two"], [3, 2, 1], k=n)
+    return step(reads, sizes, [rng.randint(0, 3) for _ in range(n)], forward + 1, kinds)
 
 
 def all_orders(graph: Graph) -> Iterator[list[int]]:
@@ -98,18 +111,26 @@ def all_orders(graph: Graph) -> Iterator[list[int]]:
 
 def count_bytes(graph: Graph, order: Sequence[int]) -> int:
     """The most bytes alive at one task; a reader takes the latest copy."""
-    makers = {v.name: i for i, node in enumerate(graph.nodes) for v in node.outputs}
-    most = 0
-    for at in range(len(order)):
-        live = set()
-        for birth, task in enumerate(order[: at + 1]):
-            again = next((k for k in range(birth + 1, len(order)) if order[k] == task), len(order))
-            reads = [k for k in range(birth + 1, len(order)) if task in [makers.get(v.name) for v in graph.nodes[order[k]].inputs]]
-            kept = graph.nodes[task].output in graph.outputs
-            if birth == at or kept or any(at <= k <= again for k in reads):
-                live.add((birth, task))
-        most = max(most, sum(-(-graph.nodes[t].output.type.nbytes // 4) * 4 for _, t in live))
-    return most
+    latest: dict[str, int] = {"x": -1}
+    span: dict[tuple[str, int], int] = {}  # a copy -> where it is read last
+    first = []
+    for at, task in enumerate(order):
+        node = graph.nodes[task]
+        copies = [(v.name, latest[v.name]) for v in node.inputs]
+        span |= dict.fromkeys(copies, at)
+        first.append(copies[0])
+        for value in node.outputs:
+            latest[value.name] = at
+            span[value.name, at] = at
+    sizes = {v.name: -(-v.type.nbytes // 4) * 4 for node in graph.nodes for v in node.outputs} | {"x": 0}
+    kept = {(v.name, latest[v.name]) for v in graph.outputs}
+    heights = []
+    for at, task in enumerate(order):
+        node = graph.nodes[task]
+        live = sum(sizes[name] for (name, birth), end in span.items() if birth <= at and (at <= end or (name, birth) in kept))
+        dies = span[first[at]] == at and first[at] not in kept and sizes[first[at][0]] == sizes[node.output.name]
+        heights.append(live - (sizes[node.output.name] if node.op == "test.over" and dies else 0))
+    return max(heights)
 
 
 @pytest.mark.parametrize("seed", range(12))
