@@ -1,5 +1,6 @@
-"""Computes some forward results a second time, shortly before the backward pass reads them, so that nobody keeps them."""
+"""Computes some forward results a second time, just before the backward pass reads them, so that nobody keeps them."""
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -10,9 +11,11 @@ from tte.errors import TTEError
 from tte.ir import Graph, Node, Value, rewrite
 from tte.ir.rows import find_stream
 from tte.passes.inplace import find_owners, is_view
-from tte.passes.reorder import Problem, find_problem
+from tte.passes.reorder import find_problem
 
-EFFORT = 20.0  # of one question to CP-SAT, in its own deterministic time
+EFFORT = 10.0  # of one question to CP-SAT, in its own deterministic time
+LARGEST = 40_000  # variables of such a question; beyond, the heuristic answers alone
+CHOICES = 12  # that one step of the heuristic compares
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Schedule:
 
 
 def recompute(graph: Graph, limit: int) -> Graph:
-    """The same program with at most ``limit`` bytes alive at every node, for the fewest extra multiply-accumulates found.
+    """The same program with at most ``limit`` bytes alive at a node, for the fewest extra multiply-accumulates found.
 
     Comes behind ``reorder`` and before ``work_in_place``. Every number is what it was: the same operators read the same
     operands. Raises TTEError (E049) when no way was found.
@@ -47,14 +50,14 @@ def recompute(graph: Graph, limit: int) -> Graph:
 def pareto(graph: Graph, points: int = 10) -> tuple[tuple[int, int], ...]:
     """(bytes at the peak, extra multiply-accumulates), from none to the smallest peak found; neither falls for free."""
     line = _Line(graph)
-    first, best = line.schedule(line.tasks), _find_least(line)
-    found = [first, best]
-    limits = [best.peak + (first.peak - best.peak) * i // points for i in range(points)]
-    for limit in limits:  # what fits a smaller limit is a beginning for a larger one
-        best = _find_cheapest(line, limit, best)
-        found.append(best)
+    first, order = max(line.heights(line.tasks), default=0), _find_lowest(line)
+    least = max(line.heights(order), default=0)
+    orders: list[Sequence[int]] = [line.tasks, order]
+    for i in range(points):  # what fits a smaller limit is a beginning for a larger one
+        order, _ = _find_cheapest(line, least + (first - least) * i // points, order)
+        orders.append(order)
     front: list[tuple[int, int]] = []
-    for macs, peak in sorted({(s.macs, s.peak) for s in found}):
+    for macs, peak in sorted((line.extra(o), max(line.heights(o), default=0)) for o in orders):
         if not front or peak < front[-1][0]:
             front.append((peak, macs))
     return tuple(front)
@@ -63,22 +66,18 @@ def pareto(graph: Graph, points: int = 10) -> tuple[tuple[int, int], ...]:
 def find_schedule(graph: Graph, limit: int) -> Schedule:
     """The cheapest schedule found that keeps within ``limit`` bytes. Deterministic: effort is counted, not timed."""
     line = _Line(graph)
-    start = line.schedule(line.tasks)
-    if start.peak <= limit:
-        return start
-    if limit >= max(line.working_sets()) and (order := _guess(line, limit)):
-        start = line.schedule(order)
-    else:
-        start = _find_least(line)
-    if start.peak > limit:
-        raise TTEError(
-            "TTE-E049",
-            f"{limit:,} bytes do not hold what is alive at once, even with results computed twice: "
-            f"the smallest peak found is {start.peak:,}",
-            where=graph.name,
-            fix=f"allow {start.peak:,} bytes, or train less",
-        )
-    return _find_cheapest(line, limit, start)
+    order: Sequence[int] = line.tasks
+    bound = 0
+    if max(line.heights(order), default=0) > limit:
+        fits = max(line.working_sets()) <= limit
+        order = (fits and _guess(line, limit)) or _find_lowest(line)
+        least = max(line.heights(order))
+        if least > limit:
+            what = f"{least:,} bytes are alive at once even if results are computed twice, {limit:,} are allowed"
+            raise TTEError("TTE-E049", what, where=graph.name, fix=f"allow {least:,} bytes, or train less")
+        order, bound = _find_cheapest(line, limit, order)
+    peak = max(line.heights(order), default=0)
+    return Schedule(tuple(line.work[t] for t in order), peak, line.extra(order), bound)
 
 
 def execute(graph: Graph, nodes: Sequence[int]) -> Graph:
@@ -123,6 +122,7 @@ class _Line:
             before a group
     last    value -> the last group that may need it or in front of which it may be read, -1 if none
     slots   able task -> the groups in front of which it may come again
+    size    how many variables a question about it has
     dying   buffer -> the last task that reads it; of ``values``, that reads it before the loss is known
     """
 
@@ -162,11 +162,14 @@ class _Line:
         for t in reversed(self.able):
             for b in p.writes[t]:
                 direct = [group_of[r] for r in p.readers[b] if r >= self.start]
-                self.last[b] = max([*direct, *(self.slots[r].stop - 1 for r in p.readers[b] if r in self.slots)], default=-1)
+                self.last[b] = max(
+                    [*direct, *(self.slots[r].stop - 1 for r in p.readers[b] if r in self.slots)], default=-1
+                )
             # What it reads must be as it was: it comes before the update.
             until = min((updates.get(owners[v.name], len(nodes)) for v in nodes[t].inputs), default=len(nodes))
             before = sum(tasks.start <= until for tasks in self.groups)
             self.slots[t] = range(min(before, 1 + max(self.last[b] for b in p.writes[t])))
+        self.size = sum(map(len, self.slots.values())) + sum(2 + g for g in self.last.values())
         self.dying = {}
         for b, t in self.maker.items():
             readers = [r for r in p.readers[b] if b not in self.values or r < self.start]
@@ -185,7 +188,7 @@ class _Line:
         return self.problem.sizes[self.problem.writes[t][0]]
 
     def may_overwrite(self, t: int) -> list[int]:
-        """The values that task ``t`` overwrites if nobody needs them afterwards; none if it overwrites another buffer."""
+        """The values that task ``t`` overwrites if nobody needs them later; none where it overwrites another buffer."""
         p = self.problem
         if any(b not in self.values and self.dying[b] == t for b in p.reusable[t]):
             return []
@@ -206,36 +209,33 @@ class _Line:
             result.append(self.fixed[t] + read - (self.first_size(t) if self.may_overwrite(t) else 0))
         return result
 
-    def heights(self, order: Sequence[int]) -> list[int]:
-        """Bytes alive at each task of an order in which tasks may come twice; reads are of the latest copy."""
+    def copies(self, order: Sequence[int]) -> dict[tuple[int, int], int]:
+        """Buffer and where it is made -> where it is read last, in an order in which tasks may come twice."""
         p = self.problem
-        latest: dict[int, int] = {}  # buffer -> where it was made
-        ends: dict[tuple[int, int], int] = {}  # buffer and where it was made -> where it is read last
-        overwritable: list[list[tuple[int, int]]] = []
+        latest: dict[int, int] = {}
+        ends: dict[tuple[int, int], int] = {}
         for at, t in enumerate(order):
             for b in p.reads[t]:
                 ends[b, latest[b]] = max(at, ends[b, latest[b]])
-            overwritable.append([(b, latest[b]) for b in p.reusable[t]])
             for b in p.writes[t]:
                 latest[b] = at
                 ends[b, at] = len(order) if p.kept[b] else at
+        return ends
+
+    def heights(self, order: Sequence[int]) -> list[int]:
+        """Bytes alive at each task of the order."""
+        p = self.problem
         change = [0] * (len(order) + 2)
-        for (b, birth), end in ends.items():
+        last: set[tuple[int, int]] = set()
+        for (b, birth), end in self.copies(order).items():
             change[birth] += p.sizes[b]
             change[end + 1] -= p.sizes[b]
+            last.add((b, end))
         result = []
         for at, (t, live) in enumerate(zip(order, accumulate(change), strict=False)):
-            overwrites = any(ends[copy] == at for copy in overwritable[at])
+            overwrites = any((b, at) in last for b in p.reusable[t])
             result.append(live + self.scratch[t] - (self.first_size(t) if overwrites else 0))
         return result
-
-    def schedule(self, order: Sequence[int], bound: int = 0) -> Schedule:
-        """bound: of the multiply-accumulates."""
-        return Schedule(tuple(self.work[t] for t in order), max(self.heights(order), default=0), self.extra(order), bound)
-
-    def order(self, schedule: Schedule) -> list[int]:
-        task_of = {i: t for t, i in enumerate(self.work)}
-        return [task_of[i] for i in schedule.nodes]
 
     def repeats(self, order: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """Position, task, and the group in front of which it comes a second time."""
@@ -252,7 +252,7 @@ class _Line:
     def on_demand(self, dropped: Set[int]) -> list[int] | None:
         """The order that computes these values again when they are first needed behind the loss; None if too late."""
         order = list(self.tasks[: self.start])
-        missing = {b for b in dropped}
+        missing = set(dropped)
 
         def provide(b: int, group: int) -> bool:
             t = self.maker[b]
@@ -273,47 +273,71 @@ class _Line:
         return order
 
 
+def _find_lowest(line: _Line) -> list[int]:
+    """The order of least peak found."""
+    orders = [order for dropped in _beginnings(line) if (order := line.on_demand(dropped))]
+    order = min(orders, key=lambda order: max(line.heights(order), default=0))
+    return _search(line, None, order)[0] if line.size <= LARGEST else order
+
+
+def _find_cheapest(line: _Line, limit: int, start: Sequence[int]) -> tuple[list[int], int]:
+    """The cheapest order within ``limit`` found, and what none is cheaper than. start: an order within the limit."""
+    if line.size > LARGEST:
+        return min(_guess(line, limit) or list(start), list(start), key=line.extra), 0
+    order, bound = _search(line, limit, start)
+    assert max(line.heights(order)) <= limit, "what is alive is what was stated"
+    return order, bound
+
+
 def _guess(line: _Line, limit: int) -> list[int] | None:
-    """An order within ``limit``: drop what saves most for the least, from several beginnings; keep again what need not go."""
-    best: list[int] | None = None
+    """A cheap order within ``limit``: from several beginnings, drop what saves most for the least."""
+    orders = [order for dropped in _beginnings(line) if (order := _repair(line, limit, dropped))]
+    return min(orders, key=line.extra, default=None)
+
+
+def _beginnings(line: _Line) -> Iterator[set[int]]:
+    """Values to drop: none; all but those alive where the forward pass is cut into pieces of about the same bytes."""
     needed = sorted(b for b in line.values if line.last[b] >= 0)
-    for pieces in (1, *range(2, 2 * isqrt(len(needed)) + 2, 2)):
-        dropped = set() if pieces == 1 else set(needed) - _borders(line, needed, pieces)
-        order = _repair(line, limit, needed, dropped)
-        if order is not None and (best is None or line.extra(order) < line.extra(best)):
-            best = order
-    return best
-
-
-def _borders(line: _Line, needed: Sequence[int], pieces: int) -> set[int]:
-    """The values alive where the forward pass is cut into pieces of about the same bytes."""
     total = list(accumulate(line.problem.sizes[b] for b in needed))
-    cuts = [line.maker[next(b for b, s in zip(needed, total, strict=True) if s * pieces >= total[-1] * i)] for i in range(1, pieces)]
-    return {b for b in needed for cut in cuts if line.maker[b] <= cut < line.dying[b]}
+    yield set()
+    for pieces in sorted({isqrt(len(needed)) * share // 4 for share in range(1, 9)} - {0, 1}):
+        cuts = [line.maker[needed[bisect_left(total, total[-1] * i // pieces)]] for i in range(1, pieces)]
+        yield {b for b in needed if not any(line.maker[b] <= cut < line.dying[b] for cut in cuts)}
 
 
-def _repair(line: _Line, limit: int, needed: Sequence[int], dropped: set[int]) -> list[int] | None:
+def _repair(line: _Line, limit: int, dropped: set[int]) -> list[int] | None:
+    """Drop, or keep, one value after the other of those that wait at the peak; at the end keep all that may be kept."""
+
     def excess(order: Sequence[int]) -> int:
         return sum(max(0, height - limit) for height in line.heights(order))
+
+    def worth(b: int) -> tuple[float, int]:
+        return line.problem.sizes[b] / (1 + line.macs[line.maker[b]]), b
 
     order = line.on_demand(dropped)
     if order is None:
         return None
     over, macs = excess(order), line.extra(order)
     while over:
+        heights = line.heights(order)
+        at = heights.index(max(heights))
+        waiting = {
+            b for (b, birth), end in line.copies(order).items() if birth < at < end and line.last.get(b, -1) >= 0
+        }
         ways = []
-        for b in needed:
-            changed = line.on_demand(dropped ^ {b})
-            if changed is not None and (less := over - excess(changed)) > 0:
-                ways.append((less / max(1, line.extra(changed) - macs), b, changed))
+        for group in (waiting & dropped, waiting - dropped):
+            for b in sorted(group, key=worth)[-CHOICES:]:
+                changed = line.on_demand(dropped ^ {b})
+                if changed is not None and (less := over - excess(changed)) > 0:
+                    ways.append((less / max(1, line.extra(changed) - macs), b, changed))
         if not ways:
             return None
-        _, b, order = max(ways, key=lambda way: (way[0], -way[1]))
+        _, b, order = max(ways, key=lambda way: way[:2])
         dropped = dropped ^ {b}
         over, macs = excess(order), line.extra(order)
     for b in sorted(dropped, key=lambda b: (-line.macs[line.maker[b]], b)):
         changed = line.on_demand(dropped - {b})
-        if changed is not None and not excess(changed) and line.extra(changed) <= macs:
+        if changed is not None and line.extra(changed) <= macs and not excess(changed):
             dropped, order, macs = dropped - {b}, changed, line.extra(changed)
     return order
 
@@ -403,7 +427,7 @@ class _Question:
             self.model.add_hint(variable, any(a <= at < z or (g >= 0 and z == at) for a, z in spans[b]))
 
     def _bound(self, t: int, fixed: int, there: list[Any], later: dict[int, list[Any]], when: Any = None) -> None:
-        """What is alive while task ``t`` runs fits. later: what it may overwrite, and what says that this is still needed."""
+        """What is alive while task ``t`` runs fits. later: what it may overwrite, and what says that it is needed later."""
         parts = [(size, variable) for size, variable in there if not isinstance(variable, int)]
         live = fixed // self.unit + sum(size // self.unit * variable for size, variable in parts)
         if later:
@@ -423,7 +447,7 @@ class _Question:
             stated.only_enforce_if(when)
 
     def refine(self, order: Sequence[int], heights: Sequence[int], limit: int) -> bool:
-        """State what is alive where task t comes again and more than ``limit`` bytes are; False if there is no such place."""
+        """State what is alive where a task comes again and more than ``limit`` bytes are; False if there is no such place."""
         found = False
         for at, t, g in self.line.repeats(order):
             if heights[at] > limit and (t, g) not in self.stated:
@@ -445,9 +469,7 @@ class _Question:
                     self.model.add(present >= variable)
                 else:  # not made again before t: it is there if it was
                     self.model.add(present >= variable + self._alive(b, g - 1) - 1 - self._made(b, g))
-        later = {
-            b: [self._alive(b, g), *self._reads(b, g, after=t)] for b in line.values.intersection(p.reusable[t])
-        }
+        later = {b: [self._alive(b, g), *self._reads(b, g, after=t)] for b in line.values.intersection(p.reusable[t])}
         self._bound(t, fixed, there, later, self.again[t, g])
 
     def ask(self, effort: float) -> tuple[list[int] | None, int, float]:
@@ -459,7 +481,6 @@ class _Question:
         solver.parameters.num_workers = 1
         solver.parameters.linearization_level = 2 if self.given is not None else 1  # a proof of cost is a linear one
         solver.parameters.max_deterministic_time = effort
-        solver.parameters.log_search_progress = LOG > 1
         status = solver.solve(self.model)
         bound = round(solver.best_objective_bound)
         if self.given is None:
@@ -479,38 +500,20 @@ class _Question:
         return order, bound, took
 
 
-LOG = 0
-
-
-def _search(line: _Line, limit: int | None, start: Sequence[int], effort: float = EFFORT) -> tuple[list[int], int]:
+def _search(line: _Line, limit: int | None, start: Sequence[int]) -> tuple[list[int], int]:
     """An order no worse than ``start``, and what no order is better than."""
     question = _Question(line, limit, start)
-    best, bound = list(start), 0
+    best, bound, effort = list(start), 0, EFFORT
     while effort > 0:
         order, proved, took = question.ask(effort)
-        bound, effort = max(bound, proved), effort - max(took, effort / 1000)
-        if LOG:
-            print("round", limit, order and (line.extra(order), max(line.heights(order))), bound, "left", effort, len(question.stated))
+        bound, effort = max(bound, proved), effort - max(took, EFFORT / 1000)
         if order is None:
             break
         heights = line.heights(order)
-        if limit is None:
-            if max(heights) < max(line.heights(best)):
-                best = order
-            if max(heights) <= bound or not question.refine(order, heights, bound):
-                break
-        elif not question.refine(order, heights, limit):
-            best = min(best, order, key=lambda o: (line.extra(o), len(o)))
+        if limit is None and max(heights) < max(line.heights(best)):
+            best = order
+        if not question.refine(order, heights, bound if limit is None else limit):
+            if limit is not None:
+                best = min(best, order, key=lambda o: (line.extra(o), len(o)))
             break
     return best, bound
-
-
-def _find_cheapest(line: _Line, limit: int, start: Schedule) -> Schedule:
-    order, bound = _search(line, limit, line.order(start))
-    return line.schedule(order, bound)
-
-
-def _find_least(line: _Line) -> Schedule:
-    """The schedule of least peak found."""
-    order, _ = _search(line, None, line.tasks)
-    return line.schedule(order)
