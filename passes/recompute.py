@@ -9,7 +9,6 @@ from typing import Any
 
 from tte.errors import TTEError
 from tte.ir import Graph, Node, Value, rewrite
-from tte.ir.rows import find_stream
 from tte.passes.inplace import find_owners, is_view
 from tte.passes.reorder import find_problem
 
@@ -135,7 +134,6 @@ class _Line:
         self.tasks = range(len(nodes))
         self.layers = [node.layer for node in nodes]
         self.macs = [node.macs for node in nodes]
-        self.scratch = [stream.nbytes if (stream := find_stream(node)) else 0 for node in nodes]
         self.maker = {b: t for t, buffers in enumerate(p.writes) for b in buffers}
         self.start = 1 + task_of.get(owners[graph.outputs[0].name], len(nodes)) if graph.outputs else len(nodes)
         updates = {owners[p.name]: task_of[owners[v.name]] for p, v in graph.updates if owners[v.name] in task_of}
@@ -179,7 +177,7 @@ class _Line:
             change[t] += p.sizes[b]
             change[self.dying[b] + 1] -= p.sizes[b]
         # Bytes alive at each task if as little as possible of ``values`` is kept for the backward pass.
-        self.fixed = [live + more for live, more in zip(accumulate(change), self.scratch, strict=False)]
+        self.fixed = [live + more for live, more in zip(accumulate(change), p.scratch, strict=False)]
         for t in self.tasks:
             if any(b not in self.values and self.dying[b] == t for b in p.reusable[t]):
                 self.fixed[t] -= self.first_size(t)
@@ -234,7 +232,7 @@ class _Line:
         result = []
         for at, (t, live) in enumerate(zip(order, accumulate(change), strict=False)):
             overwrites = any((b, at) in last for b in p.reusable[t])
-            result.append(live + self.scratch[t] - (self.first_size(t) if overwrites else 0))
+            result.append(live + p.scratch[t] - (self.first_size(t) if overwrites else 0))
         return result
 
     def repeats(self, order: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -355,7 +353,7 @@ class _Question:
 
         p = line.problem
         self.line, self.model, self.given = line, cp_model.CpModel(), limit
-        self.unit = gcd(*p.sizes, *line.scratch) or 1
+        self.unit = gcd(*p.sizes, *p.scratch) or 1
         highest = max(line.heights(start)) // self.unit
         self.limit = self.model.new_int_var(0, highest, "limit") if limit is None else limit // self.unit
         self.again = {(t, g): self.model.new_bool_var(f"again{t},{g}") for t in line.able for g in line.slots[t]}
@@ -427,7 +425,7 @@ class _Question:
             self.model.add_hint(variable, any(a <= at < z or (g >= 0 and z == at) for a, z in spans[b]))
 
     def _bound(self, t: int, fixed: int, there: list[Any], later: dict[int, list[Any]], when: Any = None) -> None:
-        """What is alive while task ``t`` runs fits. later: what it may overwrite, and what says that it is needed later."""
+        """What is alive while task ``t`` runs fits. later: what it may overwrite, with what says that it must not."""
         parts = [(size, variable) for size, variable in there if not isinstance(variable, int)]
         live = fixed // self.unit + sum(size // self.unit * variable for size, variable in parts)
         if later:
@@ -447,7 +445,7 @@ class _Question:
             stated.only_enforce_if(when)
 
     def refine(self, order: Sequence[int], heights: Sequence[int], limit: int) -> bool:
-        """State what is alive where a task comes again and more than ``limit`` bytes are; False if there is no such place."""
+        """State what is alive where a task comes again in more than ``limit`` bytes; False if there is no such place."""
         found = False
         for at, t, g in self.line.repeats(order):
             if heights[at] > limit and (t, g) not in self.stated:
@@ -458,7 +456,7 @@ class _Question:
 
     def _bound_again(self, t: int, g: int) -> None:
         line, p = self.line, self.line.problem
-        fixed = line.across(g) + line.scratch[t] + sum(p.sizes[b] for b in {*p.writes[t], *p.reads[t]} & line.values)
+        fixed = line.across(g) + p.scratch[t] + sum(p.sizes[b] for b in {*p.writes[t], *p.reads[t]} & line.values)
         there = []
         for b in sorted(line.values.difference(p.writes[t], p.reads[t])):
             needed = [self._alive(b, g), *self._reads(b, g, after=t)]
