@@ -49,14 +49,14 @@ def recompute(graph: Graph, limit: int) -> Graph:
 def pareto(graph: Graph, points: int = 10) -> tuple[tuple[int, int], ...]:
     """(bytes at the peak, extra multiply-accumulates), from none to the smallest peak found; neither falls for free."""
     line = _Line(graph)
-    first, order = max(line.heights(line.tasks), default=0), _find_lowest(line)
-    least = max(line.heights(order), default=0)
+    first, order = line.peak(line.tasks), _find_lowest(line)
+    least = line.peak(order)
     orders: list[Sequence[int]] = [line.tasks, order]
     for i in range(points):  # what fits a smaller limit is a beginning for a larger one
         order, _ = _find_cheapest(line, least + (first - least) * i // points, order)
         orders.append(order)
     front: list[tuple[int, int]] = []
-    for macs, peak in sorted((line.extra(o), max(line.heights(o), default=0)) for o in orders):
+    for macs, peak in sorted((line.extra(o), line.peak(o)) for o in orders):
         if not front or peak < front[-1][0]:
             front.append((peak, macs))
     return tuple(front)
@@ -67,15 +67,15 @@ def find_schedule(graph: Graph, limit: int) -> Schedule:
     line = _Line(graph)
     order: Sequence[int] = line.tasks
     bound = 0
-    if max(line.heights(order), default=0) > limit:
+    if line.peak(order) > limit:
         fits = max(line.working_sets()) <= limit
         order = (fits and _guess(line, limit)) or _find_lowest(line)
-        least = max(line.heights(order))
+        least = line.peak(order)
         if least > limit:
             what = f"{least:,} bytes are alive at once even if results are computed twice, {limit:,} are allowed"
             raise TTEError("TTE-E049", what, where=graph.name, fix=f"allow {least:,} bytes, or train less")
         order, bound = _find_cheapest(line, limit, order)
-    peak = max(line.heights(order), default=0)
+    peak = line.peak(order)
     return Schedule(tuple(line.work[t] for t in order), peak, line.extra(order), bound)
 
 
@@ -235,6 +235,9 @@ class _Line:
             result.append(live + p.scratch[t] - (self.first_size(t) if overwrites else 0))
         return result
 
+    def peak(self, order: Sequence[int]) -> int:
+        return max(self.heights(order), default=0)
+
     def repeats(self, order: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """Position, task, and the group in front of which it comes a second time."""
         group = 0
@@ -273,8 +276,8 @@ class _Line:
 
 def _find_lowest(line: _Line) -> list[int]:
     """The order of least peak found."""
-    orders = [order for dropped in _beginnings(line) if (order := line.on_demand(dropped))]
-    order = min(orders, key=lambda order: max(line.heights(order), default=0))
+    orders = [order for dropped in _beginnings(line) if (order := line.on_demand(dropped)) is not None]
+    order = min(orders, key=lambda order: line.peak(order))
     return _search(line, None, order)[0] if line.size <= LARGEST else order
 
 
@@ -283,7 +286,7 @@ def _find_cheapest(line: _Line, limit: int, start: Sequence[int]) -> tuple[list[
     if line.size > LARGEST:
         return min(_guess(line, limit) or list(start), list(start), key=line.extra), 0
     order, bound = _search(line, limit, start)
-    assert max(line.heights(order)) <= limit, "what is alive is what was stated"
+    assert line.peak(order) <= limit, "what is alive is what was stated"
     return order, bound
 
 
@@ -354,7 +357,7 @@ class _Question:
         p = line.problem
         self.line, self.model, self.given = line, cp_model.CpModel(), limit
         self.unit = gcd(*p.sizes, *p.scratch) or 1
-        highest = max(line.heights(start)) // self.unit
+        highest = line.peak(start) // self.unit
         self.limit = self.model.new_int_var(0, highest, "limit") if limit is None else limit // self.unit
         self.again = {(t, g): self.model.new_bool_var(f"again{t},{g}") for t in line.able for g in line.slots[t]}
         self.alive = {
@@ -444,9 +447,9 @@ class _Question:
         if when is not None:
             stated.only_enforce_if(when)
 
-    def refine(self, order: Sequence[int], heights: Sequence[int], limit: int) -> bool:
-        """State what is alive where a task comes again in more than ``limit`` bytes; False if there is no such place."""
-        found = False
+    def refine(self, order: Sequence[int], limit: int) -> bool:
+        """State what is alive where a task comes again in more than ``limit`` bytes; False where none does."""
+        heights, found = self.line.heights(order), False
         for at, t, g in self.line.repeats(order):
             if heights[at] > limit and (t, g) not in self.stated:
                 self.stated.add((t, g))
@@ -507,10 +510,9 @@ def _search(line: _Line, limit: int | None, start: Sequence[int]) -> tuple[list[
         bound, effort = max(bound, proved), effort - max(took, EFFORT / 1000)
         if order is None:
             break
-        heights = line.heights(order)
-        if limit is None and max(heights) < max(line.heights(best)):
+        if limit is None and line.peak(order) < line.peak(best):
             best = order
-        if not question.refine(order, heights, bound if limit is None else limit):
+        if not question.refine(order, bound if limit is None else limit):
             if limit is not None:
                 best = min(best, order, key=lambda o: (line.extra(o), len(o)))
             break
