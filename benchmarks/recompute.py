@@ -33,7 +33,7 @@ def find_step(*model: Any) -> Graph:
 
 
 def sketch(stem: str) -> Graph:
-    """A full update in int8, gradients too: one node per convolution and addition, one per convolution backward, a loss.
+    """A full update in int8, gradients too: one node per convolution and addition, and one per convolution backward.
 
     A node behind the loss reads a gradient and what its layer reads and makes. Sizes are multiples of 64 bytes.
     """

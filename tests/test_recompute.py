@@ -10,6 +10,7 @@ import networks
 import numpy as np
 import pytest
 import qdq
+import recompute as recompute_table
 import torch
 from hypothesis import given, settings
 from models import load_networks
@@ -91,13 +92,16 @@ def chain(n: int) -> Graph:
 
 def random_step(seed: int) -> Graph:
     rng = random.Random(seed)
-    forward, backward = rng.choice([(3, 5), (4, 4), (4, 3), (5, 3)])
+    forward, backward = rng.choice([(4, 4), (5, 3), (6, 2)])
     reads = [sorted({max(0, i - 1), rng.randrange(i)}) if i else [] for i in range(forward)] + [[forward - 1]]
     for i in range(backward):
         reads.append(sorted({forward + i, *rng.sample(range(forward), rng.randint(0, 2))}))
     n = len(reads)
-    sizes = [rng.randint(1, 3) for _ in range(n)]
-    kinds = rng.choices(["work", "over", "two"], [3, 2, 1], k=n)
+    sizes = [rng.randint(1, 5) if i <= forward else rng.randint(1, 2) for i in range(n)]
+    kinds = rng.choices(["work", "over", "two"], [2, 2, 1], k=n)
+    for i, kind in enumerate(kinds):
+        if kind == "over" and reads[i]:
+            sizes[i] = sizes[reads[i][0]]
     return step(reads, sizes, [rng.randint(0, 3) for _ in range(n)], forward + 1, kinds)
 
 
@@ -136,7 +140,7 @@ def count_bytes(graph: Graph, order: Sequence[int]) -> int:
     return max(heights)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", (*range(8), 23, 37, 51, 54, 57, 63))
 def test_nothing_is_cheaper(seed: int) -> None:
     """Against all schedules of small graphs, for every limit."""
     graph = random_step(seed)
@@ -252,6 +256,23 @@ def test_weights_are_read_before_they_are_updated() -> None:
     assert [n.op for n in recompute(other, peak(other) - 1).nodes].count("multiply") == 3
 
 
+def test_views_are_of_the_copy_that_is_there() -> None:
+    graph = verify(
+        parse(
+            "def @p(%x: Tensor[(1, 64), float32]) {\n"
+            "%0 = exp(%x) /* ty=Tensor[(1, 64), float32] */;\n"
+            "%1 = reshape(%0, newshape=(64,)) /* ty=Tensor[(64,), float32] */;\n"
+            "%2 = sum(%1, axis=(0,), keepdims=True) /* ty=Tensor[(1,), float32] */;\n"
+            "%3 = concatenate(%x, %x, axis=1) /* ty=Tensor[(1, 128), float32] */;\n"
+            "%4 = sum(%3, axis=(1,), keepdims=True) /* ty=Tensor[(1, 1), float32] */;\n"
+            "%5 = multiply(%1, %4) /* ty=Tensor[(1, 64), float32] */;\nreturn %2, %5;\n}\n"
+        )
+    )
+    after = recompute(graph, 4 + 512 + 4)
+    ops = ["exp", "reshape", "sum", "concatenate", "sum", "exp", "reshape", "multiply"]
+    assert ([n.op for n in after.nodes], peak(graph), peak(after)) == (ops, 256 + 4 + 512 + 4, 4 + 512 + 4)
+
+
 # --- the code ---------------------------------------------------------------------------------------------------------
 
 
@@ -300,3 +321,16 @@ def test_code_of_resnet8_learns_the_same(pack: Path, monkeypatch: pytest.MonkeyP
     plain, less = tte.compile(*given), compile_within(0.8, monkeypatch, *given)
     assert less.plan.arena_bytes < 0.8 * plain.plan.arena_bytes
     assert steps(less, net.samples(4)["x"]) == steps(plain, net.samples(4)["x"])
+
+
+def test_column_of_mcunet(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Percent of all multiply-accumulates, for 90 % to 50 % of the peak; less than 42 % is impossible."""
+    monkeypatch.setitem(OPS, "sketch", OPS["test.work"])  # until the end of the test
+    graph = recompute_table.sketch("mcunet-5fps")
+    assert (len(graph.nodes), peak(graph)) == (92, 850_180)
+    rows = recompute_table.measure(graph)
+    assert [round(row["percent"], 2) for row in rows[:5]] == [0.72, 1.70, 2.85, 4.02, 6.97]
+    assert all(row["proved"] for row in rows[:5])
+    assert "allow 360,452 bytes" in rows[5]["refused"]
+    after = recompute(graph, 850_180 // 2)
+    assert peak(after) <= 850_180 // 2
