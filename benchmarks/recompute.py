@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data import require_pack
-from mcunet_table import convert
+from data import import_published, require_pack
 from models import load_networks
 from rich.progress import track
 
@@ -119,7 +118,7 @@ def main() -> None:
     given = parser.parse_args()
     float_networks = {n.name: n for n in load_networks()}
     graphs = {"mcunet-5fps, int8 sketch": sketch("mcunet-5fps")}
-    graphs |= {stem: find_step(convert(stem), None, "full") for stem in ("mcunet-5fps", "mbv2-w0.35")}
+    graphs |= {stem: find_step(import_published(stem, 10), None, "full") for stem in ("mcunet-5fps", "mbv2-w0.35")}
     for name in ("resnet8", "resnet20", "mobilenet", "dscnn"):
         network = float_networks[name]
         graphs[name] = find_step(network.model, network.example, network.scheme("full"))

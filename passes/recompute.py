@@ -132,7 +132,6 @@ class _Line:
         owners = find_owners(graph)
         task_of = {v.name: t for t, node in enumerate(nodes) for v in node.outputs}
         self.tasks = range(len(nodes))
-        self.layers = [node.layer for node in nodes]
         self.macs = [node.macs for node in nodes]
         self.maker = {b: t for t, buffers in enumerate(p.writes) for b in buffers}
         self.start = 1 + task_of.get(owners[graph.outputs[0].name], len(nodes)) if graph.outputs else len(nodes)
@@ -163,8 +162,11 @@ class _Line:
                 self.last[b] = max(
                     [*direct, *(self.slots[r].stop - 1 for r in p.readers[b] if r in self.slots)], default=-1
                 )
-            # What it reads must be as it was: it comes before the update.
+            # What it reads must be as it was: it comes before the update. Rows of the input come only once.
             until = min((updates.get(owners[v.name], len(nodes)) for v in nodes[t].inputs), default=len(nodes))
+            body = nodes[t].body
+            if "source" in [node.op for node in (body.nodes if body else [nodes[t]])]:
+                until = -1
             before = sum(tasks.start <= until for tasks in self.groups)
             self.slots[t] = range(min(before, 1 + max(self.last[b] for b in p.writes[t])))
         self.size = sum(map(len, self.slots.values())) + sum(2 + g for g in self.last.values())
@@ -298,7 +300,7 @@ def _guess(line: _Line, limit: int) -> list[int] | None:
 
 def _beginnings(line: _Line) -> Iterator[set[int]]:
     """Values to drop: none; all but those alive where the forward pass is cut into pieces of about the same bytes."""
-    needed = sorted(b for b in line.values if line.last[b] >= 0)
+    needed = sorted(b for b in line.values if line.last[b] >= 0 and line.slots[line.maker[b]])
     total = list(accumulate(line.problem.sizes[b] for b in needed))
     yield set()
     for pieces in sorted({isqrt(len(needed)) * share // 4 for share in range(1, 9)} - {0, 1}):

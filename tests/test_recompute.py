@@ -29,6 +29,7 @@ from tte.passes import recompute as module
 from tte.passes.autodiff import differentiate
 from tte.passes.fuse import fuse_elementwise, fuse_updates
 from tte.passes.inplace import work_in_place
+from tte.passes.io import take_rows
 from tte.passes.optimizer import attach_sgd
 from tte.passes.recompute import execute, find_schedule, pareto, recompute
 from tte.passes.reorder import reorder
@@ -222,6 +223,13 @@ def test_same_numbers_from_fewer_bytes() -> None:
         assert updates_in_place(after) == updates_in_place(graph) == [p.name for p, _ in graph.updates]
     assert str(recompute(graph, front[-1][0])) == str(recompute(graph, front[-1][0]))
     assert recompute(graph, front[0][0]) == graph
+
+
+def test_input_that_comes_by_rows_comes_once() -> None:
+    graph = reorder(take_rows(training(networks.residual(networks.RESIDUAL_WEIGHTS))))
+    front = pareto(graph)
+    assert front[-1][0] < front[0][0]
+    assert [n.op for n in check_same(graph, front[-1][0]).nodes].count("source") == 1
 
 
 @settings(deadline=None, max_examples=60)
