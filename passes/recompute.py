@@ -52,8 +52,9 @@ def pareto(graph: Graph, points: int = 10) -> tuple[tuple[int, int], ...]:
     first, order = line.peak(line.tasks), _find_lowest(line)
     least = line.peak(order)
     orders: list[Sequence[int]] = [line.tasks, order]
-    for i in range(points):  # what fits a smaller limit is a beginning for a larger one
-        order, _ = _find_cheapest(line, least + (first - least) * i // points, order)
+    for i in range(points):
+        limit = least + (first - least) * i // points
+        order, _ = _find_cheapest(line, limit, _guess(line, limit) or order)
         orders.append(order)
     front: list[tuple[int, int]] = []
     for macs, peak in sorted((line.extra(o), line.peak(o)) for o in orders):
@@ -286,7 +287,7 @@ def _find_lowest(line: _Line) -> list[int]:
 def _find_cheapest(line: _Line, limit: int, start: Sequence[int]) -> tuple[list[int], int]:
     """The cheapest order within ``limit`` found, and what none is cheaper than. start: an order within the limit."""
     if line.size > LARGEST:
-        return min(_guess(line, limit) or list(start), list(start), key=line.extra), 0
+        return list(start), 0
     order, bound = _search(line, limit, start)
     assert line.peak(order) <= limit, "what is alive is what was stated"
     return order, bound
