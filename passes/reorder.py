@@ -34,7 +34,7 @@ def find_order(graph: Graph) -> Order:
     """Greedy orders first, then branch and bound on the best. Deterministic: effort is counted, not timed."""
     assert not any(node.inplace for node in graph.nodes), "reorder comes before work_in_place"
     work = [i for i, node in enumerate(graph.nodes) if not is_view(node)]
-    problem = _problem(graph, work)
+    problem = find_problem(graph, work)
     bounds = problem.lower_bounds()
     best = list(range(len(work)))
     peaks = problem.peaks(best)
@@ -81,7 +81,7 @@ def _with_views(graph: Graph, work: Sequence[int]) -> Iterator[int]:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """Tasks (all nodes but views) and the buffers between them, by number.
 
     after     task -> tasks that must come later
@@ -147,7 +147,7 @@ class _Problem:
         return bounds[0], bounds[1]
 
 
-def _problem(graph: Graph, work: Sequence[int]) -> _Problem:
+def find_problem(graph: Graph, work: Sequence[int]) -> Problem:
     owners = find_owners(graph)
     task_of = {v.name: t for t, i in enumerate(work) for v in graph.nodes[i].outputs}
     readers: dict[str, list[int]] = {}
@@ -182,7 +182,7 @@ def _problem(graph: Graph, work: Sequence[int]) -> _Problem:
                 candidates[t] = []
         writes.append(tuple(numbers.setdefault(v.name, len(numbers)) for v in made))
     sizes = {v.name: -(-v.type.nbytes // ALIGNMENT) * ALIGNMENT for i in work for v in graph.nodes[i].outputs}
-    return _Problem(
+    return Problem(
         after=tuple(map(frozenset, after)),
         reads=tuple(
             tuple(numbers[o] for o in dict.fromkeys(owners[v.name] for v in graph.nodes[i].inputs) if o in numbers)
@@ -209,7 +209,7 @@ def _descendants(after: Sequence[Collection[int]], task: int) -> set[int]:
 class _State:
     """A set of executed tasks: what is alive, what could run next. ``undo`` takes the last task back."""
 
-    def __init__(self, problem: _Problem) -> None:
+    def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.order: list[int] = []
         self.done = 0  # as a bit mask
@@ -308,7 +308,7 @@ _UNLIMITED = 1 << 62
 
 
 def _search(
-    problem: _Problem, preference: Preference, limits: tuple[int, int], states: int
+    problem: Problem, preference: Preference, limits: tuple[int, int], states: int
 ) -> tuple[list[int] | None, bool]:
     """An order that stays below limits[0], behind the loss limits[1], and whether the search is complete: no order and
     complete is a proof."""
