@@ -10,10 +10,12 @@ from tte.passes.inplace import find_owners, is_view, work_in_place
 
 @dataclass(frozen=True)
 class Arena:
-    """limit: bytes that it may have, or has anyway for another program; holds_input: the input lies in it, too."""
+    """limit: bytes that it may have, or has anyway for another program; holds_input: the input lies in it, too;
+    may_recompute: results of the forward may be computed a second time to stay within the limit."""
 
     limit: int = 0
     holds_input: bool = False
+    may_recompute: bool = False
 
 
 ANY = Arena()

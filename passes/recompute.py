@@ -9,6 +9,7 @@ from typing import Any
 
 from tte.errors import TTEError
 from tte.ir import Graph, Node, Value, rewrite
+from tte.passes.costs import ANY, Arena
 from tte.passes.inplace import find_owners, is_view
 from tte.passes.reorder import find_problem
 
@@ -44,6 +45,13 @@ def recompute(graph: Graph, limit: int) -> Graph:
     operands. Raises TTEError (E049) when no way was found.
     """
     return execute(graph, find_schedule(graph, limit).nodes)
+
+
+def recompute_forward(graph: Graph, arena: Arena = ANY) -> Graph:
+    """``recompute`` a training step, if that may be done and has to be."""
+    if not (arena.may_recompute and graph.updates):
+        return graph
+    return recompute(graph, arena.limit)
 
 
 def pareto(graph: Graph, points: int = 10) -> tuple[tuple[int, int], ...]:

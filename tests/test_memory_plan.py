@@ -79,3 +79,14 @@ def test_other_plans_are_refused(network: nn.Module, plan: object) -> None:
     with pytest.raises(TTEError, match="no memory plan") as refused:
         make(network, memory_plan=plan)
     assert refused.value.code == "TTE-E044"
+
+
+def test_where_nothing_else_helps_the_forward_is_computed_twice(network: nn.Module) -> None:
+    smallest = make(network, memory_plan="smallest")
+    low = size(smallest)
+    less = make(network, memory_plan=low * 3 // 4)
+    assert size(less) <= low * 3 // 4
+    macs = smallest.report["memory"]["extra_macs"], less.report["memory"]["extra_macs"]
+    assert macs[0] == 0 < macs[1] < 0.25 * sum(node.macs for node in smallest.graph.nodes)
+    data = {"x": np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32), "y": np.arange(4)}
+    assert less.run(data, runner="host").weights_sha256 == smallest.run(data, runner="host").weights_sha256

@@ -31,6 +31,7 @@ from tte.passes.layout import to_nhwc
 from tte.passes.loss import append_loss
 from tte.passes.optimizer import attach_sgd
 from tte.passes.quantized import Settings, keep_saturation_masks, lower_with_notes
+from tte.passes.recompute import recompute_forward
 from tte.passes.reorder import reorder
 from tte.passes.select_updates import select_updates
 from tte.passes.simplify import drop_identity, eliminate_common_subexpressions, eliminate_dead_code, fold_constants
@@ -62,11 +63,12 @@ SHRINK: tuple[Pass, ...] = (
     fuse_elementwise,
     tile_backward,
     reorder,
+    recompute_forward,
     stream_forward,
     work_in_place,
 )
-SAVING = (tile_backward, stream_forward)  # these do what they have to
-OPTIONAL = {p.__name__: p for p in (eliminate_common_subexpressions, *SHRINK[2:])}
+SAVING = (tile_backward, recompute_forward, stream_forward)  # these do what they have to
+OPTIONAL = {p.__name__: p for p in (eliminate_common_subexpressions, *SHRINK[2:]) if p is not recompute_forward}
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def compile_graphs(
     train = lowered.roles["train"]
     limit = _find_limit(memory_plan, scheme.budget.sram, train)
     programs = _fit_programs(lowered.roles, pipeline, Arena(limit, input_place == "arena"))
-    needed = max(program.plan.arena_bytes for program in programs)
+    needed = _arena_bytes(programs)
     if isinstance(memory_plan, int) and needed > memory_plan:
         raise TTEError(
             "TTE-E049",
@@ -301,16 +303,36 @@ def _find_limit(memory_plan: str | int, budget: int | None, train: Graph) -> int
     return UNLIMITED if memory_plan == "fastest" else 0
 
 
-def _fit_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena, tries: int = 3) -> list[Program]:
-    """The programs, each as cheap as the arena allows; where that is too small, as small as possible."""
-    room = arena.limit
-    for left in reversed(range(tries)):
-        programs = plan_programs(roles, pipeline, replace(arena, limit=room))
-        excess = max(program.plan.arena_bytes for program in programs) - arena.limit
-        if excess <= 0 or room == 0:
-            break
-        room = max(0, room - excess) if left > 1 else 0  # gaps between the buffers take what is too much
-    return programs
+def _fit_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) -> list[Program]:
+    """The programs, each as cheap as the arena allows; where that is too small, as small as possible.
+
+    Nothing is computed twice unless nothing else helps.
+    """
+    smallest: list[Program] = []
+    for again in (False, True):
+        room = arena.limit
+        for left in reversed(range(TRIES)):
+            try:
+                programs = plan_programs(roles, pipeline, replace(arena, limit=room, may_recompute=again))
+            except TTEError:
+                if not again:
+                    raise
+                return smallest  # not even so
+            excess = _arena_bytes(programs) - arena.limit
+            if excess <= 0 or arena.limit == 0:
+                return programs
+            smallest = smallest if again else programs
+            if room == 0:
+                break
+            room = max(0, room - excess) if left > 1 else 0  # gaps between the buffers take what is too much
+    return smallest
+
+
+TRIES = 3
+
+
+def _arena_bytes(programs: Sequence[Program]) -> int:
+    return max(program.plan.arena_bytes for program in programs)
 
 
 def plan_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) -> list[Program]:
