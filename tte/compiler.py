@@ -239,7 +239,9 @@ def compile_graphs(
     imported, forward, with_loss = lowered.imported, lowered.forward, lowered.with_loss
     train = lowered.roles["train"]
     limit = _find_limit(memory_plan, scheme.budget.sram, train)
-    programs = _fit_programs(lowered.roles, pipeline, Arena(limit, input_place == "arena"))
+    programs = _fit_programs(
+        lowered.roles, pipeline, Arena(limit, input_place == "arena"), strict=isinstance(memory_plan, int)
+    )
     needed = _arena_bytes(programs)
     if isinstance(memory_plan, int) and needed > memory_plan:
         raise TTEError(
@@ -303,10 +305,10 @@ def _find_limit(memory_plan: str | int, budget: int | None, train: Graph) -> int
     return UNLIMITED if memory_plan == "fastest" else 0
 
 
-def _fit_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) -> list[Program]:
+def _fit_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena, strict: bool) -> list[Program]:
     """The programs, each as cheap as the arena allows; where that is too small, as small as possible.
 
-    Nothing is computed twice unless nothing else helps.
+    Nothing is computed twice unless nothing else helps. strict: raise TTEError (E049) where not even that does.
     """
     smallest: list[Program] = []
     for again in (False, True):
@@ -314,10 +316,12 @@ def _fit_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) 
         for left in reversed(range(TRIES)):
             try:
                 programs = plan_programs(roles, pipeline, replace(arena, limit=room, may_recompute=again))
-            except TTEError:
+            except TTEError as problem:
                 if not again:
                     raise
-                return smallest  # not even so
+                if strict:  # the pass knows no options
+                    raise TTEError(problem.code, problem.what, where="--memory-plan", fix=problem.fix) from problem
+                return smallest
             excess = _arena_bytes(programs) - arena.limit
             if excess <= 0 or arena.limit == 0:
                 return programs
