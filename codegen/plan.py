@@ -8,6 +8,7 @@ from tte.ir.rows import find_stream, joint_bytes
 
 # Effort of CP-SAT in its own deterministic time (a unit is 5 to 60 s): the same plan on every machine, however slow.
 EFFORT = 1.0
+MANY = 300  # of more buffers a unit takes longer: they get less of it
 
 
 @dataclass(frozen=True)
@@ -243,12 +244,13 @@ def _search(
     first of these is asked once more, from the bottom up, in one order after the other: what CP-SAT's own search does
     not find, such a one often does.
     """
-    trial, left, proved = bound, EFFORT, True
-    while bound < height and left > EFFORT / 16:
+    total = EFFORT * min(1.0, MANY / max(1, len(buffers)))
+    trial, left, proved = bound, total, True
+    while bound < height and left > total / 16:
         status, offsets, effort = _fit(buffers, trial, alignment, pairs, left / 2)
         left -= effort
         if status == "UNKNOWN" and proved:
-            answers = (_fit(buffers, trial, alignment, pairs, EFFORT / 40, key) for key in SORT_KEYS)
+            answers = (_fit(buffers, trial, alignment, pairs, total / 40, key) for key in SORT_KEYS)
             status, offsets, _ = next((a for a in answers if a[0] != "UNKNOWN"), (status, offsets, 0.0))
         if offsets:
             best, height = offsets, max(o + b.size for o, b in zip(offsets, buffers, strict=True))
