@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import qdq
 import torch
+from data import import_published
 from random_networks import Network, draw_scheme
 from test_stream import Block, assert_same_bits, network
 from torch import nn
@@ -26,7 +27,7 @@ from tte.codegen.check import PlanError, check_plan
 from tte.compiler import lower
 from tte.errors import TTEError
 from tte.ir import Node
-from tte.ir.rows import Stream, find_stream
+from tte.ir.rows import Stream, align, find_stream
 from tte.ir.tiles import scratch_bytes
 from tte.runner.board import STATUS
 from tte.runner.qemu import find_qemu
@@ -104,7 +105,7 @@ def test_the_same_bits_as_from_memory(name: str) -> None:
     arenas = {place: largest(build(name, place)) for place in ("caller", "arena", "rows")}
     size = int(np.prod(CASES[name].shape)) * rows.build.input.dtype.itemsize
     print(name, arenas, "picture", size)
-    assert arenas["arena"] <= arenas["caller"] + size
+    assert arenas["arena"] <= arenas["caller"] + align(size)
     assert (rows.report["memory"]["input_bytes"], caller.report["memory"]["input_bytes"]) == (0, size)
     if CASES[name].streamed:
         assert arenas["rows"] < arenas["arena"] and arenas["rows"] < arenas["caller"] + size
@@ -133,13 +134,13 @@ def test_integers(form: dict[str, Any], tmp_path: Path) -> None:
 
 def test_published_model(pack: Path) -> None:
     """MCUNet, of which only the last layer learns: less memory than its picture has."""
-    model = mcunet_table.convert("mcunet-5fps")
+    model = import_published("mcunet-5fps", mcunet_table.CLASSES)
     scheme = {"train": "last-layer", "io": {"input": mcunet_table.INPUT}}
     built = {p: tte.compile(model, None, scheme, "stm32f746", "net", input=p) for p in ("caller", "arena", "rows")}
     arenas = {place: largest(artifact) for place, artifact in built.items()}
     print(arenas, built["rows"].report["memory"]["static_ram_bytes"])
-    assert arenas["rows"] == arenas["caller"] + 384 < arenas["arena"] - 30_000  # one row more
-    assert arenas["arena"] < arenas["caller"] + 128 * 128 * 3
+    assert arenas["rows"] <= arenas["caller"] + 3 * 384 < arenas["arena"] - 30_000  # the rows of the stem's window
+    assert arenas["arena"] <= arenas["caller"] + 128 * 128 * 3
     pictures = mcunet_table.pick_pictures(2)
     results = [built[place].run(pictures, runner=r) for place, r in (("caller", "host"), ("rows", "unicorn"))]
     assert results[0].loss == results[1].loss and results[0].weights_sha256 == results[1].weights_sha256
