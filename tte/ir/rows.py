@@ -237,7 +237,8 @@ def _shift(written: Sequence[int], size: int, last: Sequence[int], own: int) -> 
     for j, event in enumerate(written):
         while first < len(last) and last[first] < event:
             first += 1
-        shift = max(shift, (j + 1) * size - first * own)
+        if first < len(last):
+            shift = max(shift, (j + 1) * size - first * own)
     return align(shift)
 
 
