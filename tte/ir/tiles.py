@@ -175,10 +175,15 @@ class Line:
 
 
 def find_line(body: Graph) -> Line:
+    """See ``Line``."""
     kept = {v.name for v in body.outputs}
     inside = tuple(v for node in body.nodes for v in node.outputs if v.name not in kept)
     cuts = spread_cuts(body, {v.name: Cut(v.type.rank - 1) for v in inside}) or {}
     sums = {v.name for node in body.nodes for v in node.outputs if v.name not in cuts}
+    if any(v.name in sums and v.type.dtype != "float32" for v in body.outputs):
+        return Line({})  # what it has come to is kept where the result will be
+    if any(node.op == "concatenate" for node in body.nodes):
+        return Line({})  # its kernel makes no tiles
     spans: list[tuple[int, int]] = []
     ends: set[int] = set()
     for node in body.nodes:
