@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import yaml
 
 VARIABLE = "TTE_DATA"
 MCUNET = Path(__file__).resolve().parents[1] / "examples" / "mcunet"
@@ -46,6 +47,12 @@ def read_published(stem: str) -> tuple[list[Any], Any]:
 def import_published(stem: str, classes: int) -> Any:
     """The same as ONNX, with a new head."""
     return load_module(MCUNET / "import_model.py").convert(*read_published(stem), classes)
+
+
+def load_scheme(name: str) -> dict[str, Any]:
+    """One of MIT's update schemes, for a camera that gives int8 pixels."""
+    rules: dict[str, Any] = yaml.safe_load((MCUNET / "schemes" / f"{name}.yaml").read_text())
+    return rules | {"io": {"input": {"dtype": "int8", "layout": "nhwc", "std": [127.5]}}}
 
 
 @cache

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-import yaml
-from data import MCUNET, import_published, load_module, load_pictures, read_published, require_pack
+from data import MCUNET, import_published, load_module, load_pictures, load_scheme, read_published, require_pack
 from rich.progress import track
 
 import tte
@@ -23,7 +22,6 @@ from tte.ir import Graph, evaluate
 from tte.passes.quantized import Settings, lower_qdq
 
 CLASSES = 10
-INPUT = {"dtype": "int8", "layout": "nhwc", "std": [127.5]}
 
 
 @dataclass(frozen=True)
@@ -139,8 +137,7 @@ def compare_integers(steps: list[Any], tensors: Any, model: Any, pictures: np.nd
 
 def compile_for_board(scheme: str, model: Any, target: str = "stm32f746") -> tte.Artifact:
     """The project for a camera that gives int8 pixels; they come row by row."""
-    rules = yaml.safe_load((MCUNET / "schemes" / f"{scheme}.yaml").read_text())
-    return tte.compile(model, update_scheme=rules | {"io": {"input": INPUT}}, target=target, input="rows")
+    return tte.compile(model, update_scheme=load_scheme(scheme), target=target, input="rows")
 
 
 def pick_pictures(each: int) -> dict[str, np.ndarray]:

@@ -9,14 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-from data import MCUNET, import_published
+from data import import_published, load_scheme
 from rich.progress import track
 
 import tte
 
 SCHEMES = ("mcunet-5fps-49kb", "mcunet-5fps-99kb", "mcunet-5fps-148kb", "mbv2-w0.35-49kb", "mbv2-w0.35-99kb")
-INPUT = {"dtype": "int8", "layout": "nhwc", "std": [127.5]}
 # What is left out -> passes, and where the picture lies.
 ROWS: dict[str, tuple[tuple[str, ...], str]] = {
     "nothing": ((), "rows"),
@@ -29,7 +27,7 @@ ROWS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def measure(scheme: str, model: Any, disabled: tuple[str, ...], place: str) -> dict[str, Any]:
-    rules = yaml.safe_load((MCUNET / "schemes" / f"{scheme}.yaml").read_text()) | {"io": {"input": INPUT}}
+    rules = load_scheme(scheme)
     artifact = tte.compile(model, update_scheme=rules, target="host", input=place, disable_passes=disabled)
     arena = max(program.plan.arena_bytes for program in artifact.compiled.programs)
     trained = artifact.report["memory"]["trained_bytes"]

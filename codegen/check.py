@@ -8,7 +8,7 @@ import numpy as np
 from tte.codegen.plan import Plan
 from tte.ir import OPS, Graph, Node, Value, inplace_inputs
 from tte.ir.rows import Stream, find_stream, find_windows, row_bytes
-from tte.ir.tiles import Tiles, find_start, find_tiles
+from tte.ir.tiles import Tiles, find_scratch, find_start, find_tiles
 
 
 class PlanError(Exception):
@@ -22,6 +22,7 @@ def check_plan(graph: Graph, plan: Plan, scratch: Mapping[int, int] | None = Non
     and after the node has written (a kernel writes while it reads). scratch: as given to ``plan_memory``.
     Raises PlanError, which names the node and the tensors.
     """
+    scratch = find_scratch(graph) if scratch is None else scratch
     memory = _Memory(plan)
     for value in (*graph.inputs, *graph.params, *graph.consts):
         if value.name not in plan.offsets:
@@ -59,7 +60,7 @@ def check_plan(graph: Graph, plan: Plan, scratch: Mapping[int, int] | None = Non
             overwritten += shared
             memory.share(taken, node.outputs[j].name, at)
         made = [(v.name, v.type.nbytes) for v in node.outputs]
-        made += [(f"scratch.{i}", scratch[i])] if scratch and i in scratch else []
+        made += [(f"scratch.{i}", scratch[i])] if i in scratch else []
         for name, size in made:
             memory.write(name, size, at)
         for name in [n for n in names if n not in overwritten] + [name for name, _ in made]:
@@ -81,8 +82,7 @@ def _replay_stream(node: Node, stream: Stream, memory: "_Memory", scratch: str, 
     """
     assert node.body
     nodes = node.body.nodes
-    outer = dict(zip([v.name for v in node.body.inputs], [v.name for v in node.inputs], strict=True))
-    outer |= dict(zip([v.name for v in node.body.outputs], [v.name for v in node.outputs], strict=True))
+    outer = {inner: v.name for inner, v in (node.arguments | node.results).items()}
     makers = {v.name: k for k, member in enumerate(nodes) for v in member.outputs}
     made = [0] * len(nodes)
     for member in nodes:
@@ -146,11 +146,11 @@ def check_tiles(node: Node, tiles: Tiles, at: str) -> None:
     assert node.body
     body, width = node.body, tiles.width
     line = range(0, max(stop for _, stop in tiles.spans), width)
-    inner = dict(zip([v.name for v in node.inputs], [v.name for v in body.inputs], strict=True))
+    inner = {v.name: name for name, v in node.arguments.items()}
     place = {v.name: v.name for v in body.inputs}
-    for result, value in zip(body.outputs, node.outputs, strict=True):
+    for result, value in node.results.items():
         taken = node.overwrites.get(value.name)
-        place[result.name] = inner[taken.name] if taken else result.name
+        place[result] = inner[taken.name] if taken else result
     held: dict[str, dict[int, str]] = {v.name: dict.fromkeys(line, v.name) for v in body.inputs}
     buffers: dict[str, tuple[str, int]] = dict.fromkeys(tiles.sizes, ("", -1))  # whose tile lies there
     added: dict[str, list[int]] = {}

@@ -14,7 +14,7 @@ import numpy as np
 from tte.codegen.plan import Plan
 from tte.codegen.schedule import CTYPES, Call, Kernel, schedule
 from tte.ir import Const, Graph, Node, Param, TensorType, Value
-from tte.ir.rows import expand
+from tte.ir.rows import STRATEGIES, expand
 from tte.ops.quantized import add_terms, tflite_terms
 
 # What makes integers of floats: a NaN would not reach the loss.
@@ -226,7 +226,7 @@ class _Storage:
 def _comment(node: Node, updated: list[str]) -> str:
     members = list(expand(node))
     if len(members) > 1:
-        way = {"rows": "row by row", "tiles": "tile by tile"}[str(node.attrs["strategy"])]
+        way = STRATEGIES[str(node.attrs["strategy"])]
         return _safe(f"{members[0].layer or '-'} to {members[-1].layer or '-'}: {way}")
     what = " + ".join(n.op.removeprefix("nn.") for n in node.body.nodes) if node.body else node.op.removeprefix("nn.")
     update = f" -> {', '.join(updated)}" if updated else ""

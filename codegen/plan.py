@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tte.ir import Graph, Value
-from tte.ir.rows import find_stream, joint_bytes
+from tte.ir.rows import find_stream, saved_bytes
+from tte.ir.tiles import find_scratch
 
 # Effort of CP-SAT in its own deterministic time (a unit is 5 to 60 s): the same plan on every machine, however slow.
 EFFORT = 1.0
@@ -83,13 +84,14 @@ def plan_memory(
 ) -> Plan:
     """Place all that ``graph`` keeps in the arena.
 
-    scratch: node index -> bytes that its kernel needs while it runs. Graph inputs are the caller's memory; with
-    ``hold_input`` the first lies at the arena's start up to its last use. Params and constants have storage of their
-    own, also for results computed in place of a param.
+    scratch: node index -> bytes that its kernel needs while it runs, by default ``find_scratch``. Graph inputs are the
+    caller's memory; with ``hold_input`` the first lies at the arena's start up to its last use. Params and constants have storage of
+    their own, also for results computed in place of a param.
     """
+    scratch = find_scratch(graph) if scratch is None else scratch
     owners = graph.owners()
     held = graph.inputs[:1] if hold_input else ()
-    buffers = find_buffers(graph, owners, scratch or {}, alignment, held)
+    buffers = find_buffers(graph, owners, scratch, alignment, held)
     pairs = find_pairs(graph, owners, buffers)
     live = tuple(
         sum(b.size for b in buffers if b.birth <= i <= b.death) - sum(p.saved for p in pairs if p.node == i)
@@ -105,7 +107,7 @@ def plan_memory(
         alignment=alignment,
         buffers=placed,
         offsets={name: offset[owner] for name, owner in owners.items() if owner in offset},
-        scratch={i: offset[_scratch_name(i)] for i in scratch or {} if _scratch_name(i) in offset},
+        scratch={i: offset[_scratch_name(i)] for i in scratch if _scratch_name(i) in offset},
         live=live,
     )
 
@@ -132,14 +134,13 @@ def find_pairs(graph: Graph, owners: Mapping[str, str], buffers: Sequence[Buffer
             continue
         born = number[node.output.name]
         found = []
-        for inner, value in zip(node.body.inputs, node.inputs, strict=True):
+        for inner, value in node.arguments.items():
             dying = number.get(owners[value.name], -1)
-            if inner.name in stream.shifts and dying >= 0 and buffers[dying].death == i and not buffers[dying].pinned:
-                both = buffers[dying].size + buffers[born].size
-                saved = both - joint_bytes(buffers[dying].size, buffers[born].size, stream.shifts[inner.name])
+            if inner in stream.shifts and dying >= 0 and buffers[dying].death == i and not buffers[dying].pinned:
+                saved = saved_bytes(buffers[dying].size, buffers[born].size, stream.shifts[inner])
                 # An operand that is only the front of its buffer would say too little.
                 if saved > 0 and _align(value.type.nbytes, 4) == buffers[dying].size:
-                    found.append(Pair(i, dying, born, stream.shifts[inner.name], saved))
+                    found.append(Pair(i, dying, born, stream.shifts[inner], saved))
         pairs += sorted(found, key=lambda p: -p.saved)[:1]
     return tuple(pairs)
 
@@ -155,7 +156,7 @@ def find_buffers(
     death: dict[str, int] = {}
     for i, node in enumerate(graph.nodes):
         death |= {owners[v.name]: i for v in (*node.inputs, *node.outputs)}
-    for value in (*graph.outputs, *(v for _, v in graph.updates)):
+    for value in graph.lasting:
         death[owners[value.name]] = len(graph.nodes) - 1
     buffers = [Buffer(v.name, "", _align(v.type.nbytes, alignment), 0, death[v.name], pinned=True) for v in held]
     for i, node in enumerate(graph.nodes):

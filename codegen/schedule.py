@@ -114,14 +114,14 @@ class _Driver:
     def __init__(self, node: Node, offsets: Mapping[str, int]) -> None:
         assert node.body
         self.node, self.body, self.offsets = node, node.body, offsets
-        self.outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True))
+        self.outer = node.arguments
         self.expressions = {v.name: f"y{i}" for i, v in enumerate(node.body.outputs)}
         inner = dict(zip([v.name for v in node.inputs], node.body.inputs, strict=True))
         self.taken: dict[str, Value] = {}  # result of the body -> the operand whose buffer it takes over
-        for result, value in zip(node.body.outputs, node.outputs, strict=True):
+        for result, value in node.results.items():
             if overwritten := node.overwrites.get(value.name):
-                self.taken[result.name] = inner[overwritten.name]
-                self.expressions[inner[overwritten.name].name] = self.expressions[result.name]
+                self.taken[result] = inner[overwritten.name]
+                self.expressions[inner[overwritten.name].name] = self.expressions[result]
         self.args: dict[str, Value] = {}
         self.parts: list[Kernel] = []
 
@@ -190,8 +190,7 @@ class _Tile:
         """The same seen from inside of a region."""
         if node.body is None:
             return self
-        names = dict(zip([v.name for v in node.body.inputs], [v.name for v in node.inputs], strict=True))
-        names |= dict(zip([v.name for v in node.body.outputs], [v.name for v in node.outputs], strict=True))
+        names = {inner: v.name for inner, v in (node.arguments | node.results).items()}
         cuts = spread_cuts(node.body, {inner: self.cuts[name] for inner, name in names.items() if name in self.cuts})
         inside = frozenset(inner for inner, name in names.items() if name in self.inside)
         return replace(self, cuts=cuts or {}, inside=inside)
@@ -213,7 +212,7 @@ def _call(
     ``around``: what the operands of a node inside of a region stand for."""
     parts = _take_apart(node)
     tile = tile and tile.spread(node)
-    outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True)) if node.body else {}
+    outer = node.arguments
     pointers: dict[str, Value] = {}  # C name -> value
     taken = node.overwrites.get(node.output.name)
 
@@ -258,10 +257,9 @@ def _call(
                 steps = _steps(parts.head, {}, record, "p", operand)
                 context["ins"].append(record | {"steps": steps, "value": f"p{parts.head.index(makers[0])}"})
                 continue
-            axis = 0
-            pieces: tuple[Value, ...] = (value,)
-            if joined := parts.weights.get(value.name):
-                axis, pieces = int(joined.attrs["axis"]), joined.inputs  # type: ignore[arg-type]
+            joined = parts.weights.get(value.name)
+            axis, pieces = (joined.attrs["axis"], joined.inputs) if joined else (0, (value,))
+            assert isinstance(axis, int)
             if tile and joined and tile.cuts.get(value.name, Cut(-1)).axis == axis:
                 value = next(v for v in pieces if tile.covers(v))  # no tile lies in two pieces
                 pieces = (value,)

@@ -16,7 +16,7 @@ def accumulate(graph: Graph) -> Graph:
     """
     builder = Builder()
     uses = graph.uses()
-    kept = {v.name for v in (*graph.outputs, *(v for _, v in graph.updates))}
+    kept = {v.name for v in graph.lasting}
     makers: dict[str, Node] = {}
     new: dict[str, Value] = {}
 
@@ -62,7 +62,8 @@ def _permutation(node: Node) -> Node:
     if node.op != "take":
         return node
     axis, indices = node.attrs["axis"], _tuple(node.attrs["indices"])
-    if sorted(indices) != list(range(node.inputs[0].type.shape[axis])):  # type: ignore[index]
+    assert isinstance(axis, int)
+    if sorted(indices) != list(range(node.inputs[0].type.shape[axis])):
         return node
     return replace(node, op="permute", attrs={"axis": axis, "order": indices})
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tte.ir import Graph, Value
-from tte.ir.rows import Stream, align, joint_bytes, stream_rows
+from tte.ir.rows import Stream, align, saved_bytes, stream_rows
 from tte.ir.tiles import scratch_bytes
 from tte.passes.inplace import find_owners, is_view, work_in_place
 
@@ -82,5 +82,4 @@ class Costs:
         """Bytes by which it helps to write the result of a chain, which ends at node b, over an operand."""
         if operand.name not in stream.shifts or self.ends.get(self.roots[operand.name], b + 1) > b:
             return 0
-        dying, born = align(operand.type.nbytes), align(result.type.nbytes)
-        return dying + born - joint_bytes(dying, born, stream.shifts[operand.name])
+        return saved_bytes(align(operand.type.nbytes), align(result.type.nbytes), stream.shifts[operand.name])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from tte.ir import OPS, Builder, Const, Graph, Node, Param, Value, find_anchor, rewrite
-from tte.passes.regions import enclose
+from tte.passes.regions import wrap
 
 UPDATES = ("nn.sgd", "qnn.sgd")
 
@@ -23,7 +23,7 @@ def transpose_first(graph: Graph) -> Graph:
     builder = Builder()
     makers: dict[str, Node] = {}
     uses = graph.uses()
-    kept = {v.name for v in (*graph.outputs, *(v for _, v in graph.updates))}
+    kept = {v.name for v in graph.lasting}
     for node in graph.nodes:
         maker = makers.get(node.inputs[0].name) if node.op == "transpose" else None
         if maker is None or len(uses[maker.output.name]) > 1 or maker.output.name in kept:
@@ -53,7 +53,7 @@ READERS = {"nn.conv2d_transpose": 0, "nn.conv2d_weight_grad": 1, "sum": 0}
 def fuse_producers(graph: Graph) -> Graph:
     """What is large but made of little, such as the gradient of an average, is made anew by each of its readers."""
     uses = graph.uses()
-    kept = {v.name for v in (*graph.outputs, *(v for _, v in graph.updates))}
+    kept = {v.name for v in graph.lasting}
     nodes = list(graph.nodes)
     for i, maker in enumerate(graph.nodes):
         readers = uses.get(maker.output.name, [])
@@ -82,23 +82,21 @@ def _makes_as_it_reads(node: Node, value: Value) -> bool:
     anchor = find_anchor(members)
     if anchor is None or members[anchor].op not in READERS or members[anchor].attrs.get("groups", 1) != 1:
         return False
-    inner = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True)) if node.body else {}
-    at = [(m, k) for m in members for k, v in enumerate(m.inputs) if inner.get(v.name, v) == value]
+    outer = node.arguments
+    at = [(m, k) for m in members for k, v in enumerate(m.inputs) if outer.get(v.name, v) == value]
     return at == [(members[anchor], READERS[members[anchor].op])]
 
 
 def _merge(maker: Node, reader: Node) -> Node:
     """One region around both, with what ``maker`` makes inside."""
-    graph = Graph("both", (), nodes=(*_inline(maker, "m"), *_inline(reader, "r")), outputs=reader.outputs)
-    return replace(enclose(graph, range(len(graph.nodes)), {"strategy": "fused"}), layer=reader.layer)
+    return wrap((*_inline(maker, "m"), *_inline(reader, "r")), reader.outputs, {"strategy": "fused"}, reader.layer)
 
 
 def _inline(node: Node, prefix: str) -> list[Node]:
     """The members of a region, reading what the region reads; the results of the last are those of the region."""
     if node.body is None:
         return [node]
-    names = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True))
-    names |= dict(zip([v.name for v in node.body.outputs], node.outputs, strict=True))
+    names = node.arguments | node.results
     for member in node.body.nodes:
         for value in member.outputs:
             names.setdefault(value.name, Value(f"{prefix}~{value.name}", value.type))
@@ -128,7 +126,7 @@ def _fuse(graph: Graph, updates: bool) -> Graph:
     for node in graph.nodes:
         for value in node.inputs:
             readers[value.name] = readers.get(value.name, 0) + 1
-    for value in (*graph.outputs, *(v for _, v in graph.updates)):
+    for value in graph.lasting:
         readers[value.name] = readers.get(value.name, 0) + 1
     ending = _names_leading_to_updates(graph)
     split = {} if updates else _split_weights(graph)
@@ -213,20 +211,5 @@ def _extendable(node: Node, groups: dict[str, _Group], readers: dict[str, int]) 
 
 def _region(group: _Group) -> Node:
     """One node around the members; its inputs are what they read from outside."""
-    inner = {m.output.name for m in group.members[:-1]}
-    outside: dict[str, Value] = {}
-    for member in group.members:
-        for value in member.inputs:
-            if value.name not in inner:
-                outside.setdefault(value.name, value)
-    arguments = {name: Value(f"a{i}", v.type) for i, (name, v) in enumerate(outside.items())}
-    nodes = tuple(replace(m, inputs=tuple(arguments.get(v.name, v) for v in m.inputs)) for m in group.members)
-    body = Graph("region", tuple(arguments.values()), nodes=nodes, outputs=group.members[-1].outputs).renumbered()
-    return Node(
-        "region",
-        tuple(outside.values()),
-        {"strategy": "fused"},
-        group.members[-1].outputs,
-        next(m.layer for m in group.members if m.op != "concatenate"),
-        body=body,
-    )
+    layer = next(m.layer for m in group.members if m.op != "concatenate")
+    return wrap(group.members, group.members[-1].outputs, {"strategy": "fused"}, layer)

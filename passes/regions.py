@@ -11,17 +11,17 @@ def enclose(graph: Graph, members: Sequence[int], attrs: Attrs) -> Node:
     """A region around the nodes of these numbers; its results are what others read, replacements of params last."""
     nodes = [graph.nodes[i] for i in members]
     updates = {v.name for _, v in graph.updates}
-    needed = {v.name for v in graph.outputs} | updates
+    needed = {v.name for v in graph.lasting}
     needed |= {v.name for i, node in enumerate(graph.nodes) if i not in members for v in node.inputs}
+    kept = [v for node in reversed(nodes) for v in node.outputs if v.name in needed]
+    return wrap(nodes, sorted(kept, key=lambda v: v.name in updates), attrs, nodes[-1].layer)
+
+
+def wrap(nodes: Sequence[Node], results: Sequence[Value], attrs: Attrs, layer: str) -> Node:
+    """A region of these nodes; its operands are what they read from outside, in the order of reading."""
     made = {v.name for node in nodes for v in node.outputs}
-    outside: dict[str, Value] = {}
-    for node in nodes:
-        for value in node.inputs:
-            if value.name not in made:
-                outside.setdefault(value.name, value)
+    outside = {v.name: v for node in nodes for v in node.inputs if v.name not in made}
     arguments = {name: Value(f"a{i}", v.type) for i, (name, v) in enumerate(outside.items())}
     inner = tuple(replace(m, inputs=tuple(arguments.get(v.name, v) for v in m.inputs)) for m in nodes)
-    kept = [v for node in reversed(nodes) for v in node.outputs if v.name in needed]
-    kept.sort(key=lambda v: v.name in updates)
-    body = Graph("region", tuple(arguments.values()), nodes=inner, outputs=tuple(kept)).renumbered()
-    return Node("region", tuple(outside.values()), attrs, tuple(kept), nodes[-1].layer, body=body)
+    body = Graph("region", tuple(arguments.values()), nodes=inner, outputs=tuple(results)).renumbered()
+    return Node("region", tuple(outside.values()), attrs, tuple(results), layer, body=body)

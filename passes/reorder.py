@@ -154,7 +154,7 @@ def find_problem(graph: Graph, work: Sequence[int]) -> Problem:
     for t, i in enumerate(work):
         for owner in dict.fromkeys(owners[v.name] for v in graph.nodes[i].inputs):
             readers.setdefault(owner, []).append(t)
-    kept = {owners[v.name] for v in (*graph.outputs, *(v for _, v in graph.updates))}
+    kept = {owners[v.name] for v in graph.lasting}
     after: list[set[int]] = [set() for _ in work]
     for owner, tasks in readers.items():
         if owner in task_of:

@@ -75,7 +75,7 @@ def eliminate_common_subexpressions(graph: Graph) -> Graph:
 
 def eliminate_dead_code(graph: Graph) -> Graph:
     """Drop every call whose result reaches neither an output nor an update."""
-    live = {v.name for v in graph.outputs} | {v.name for _, v in graph.updates}
+    live = {v.name for v in graph.lasting}
     nodes = []
     for node in reversed(graph.nodes):
         if any(v.name in live for v in node.outputs):

@@ -112,7 +112,7 @@ class _Search:
         self.graph = graph
         self.readers = graph.uses()
         self.maker = {v.name: i for i, node in enumerate(graph.nodes) if i >= first for v in node.outputs}
-        self.needed = {v.name for v in (*graph.outputs, *(v for _, v in graph.updates))}
+        self.needed = {v.name for v in graph.lasting}
 
     def start_at(self, i: int) -> Group | None:
         """The group in which what node ``i`` makes stays inside, and all that can be cut with it."""

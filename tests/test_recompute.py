@@ -24,7 +24,6 @@ from tte.codegen.plan import plan_memory
 from tte.errors import TTEError
 from tte.ir import OPS, Builder, Graph, TensorType, Value, evaluate, parse, verify
 from tte.ir.op import Op
-from tte.ir.tiles import scratch_bytes
 from tte.passes import recompute as module
 from tte.passes.autodiff import differentiate
 from tte.passes.fuse import fuse_elementwise, fuse_updates
@@ -37,7 +36,7 @@ from tte.passes.reorder import reorder
 
 def peak(graph: Graph) -> int:
     """As the planner sees it."""
-    return plan_memory(work_in_place(graph), dict(enumerate(map(scratch_bytes, graph.nodes)))).lower_bound
+    return plan_memory(work_in_place(graph)).lower_bound
 
 
 def macs(graph: Graph) -> int:

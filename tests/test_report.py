@@ -13,7 +13,7 @@ import tte.ops  # noqa: F401  fills the table
 from tte.codegen.emit import Program
 from tte.codegen.plan import plan_memory
 from tte.ir import Graph, TensorType, Value, parse, rewrite, verify
-from tte.ir.tiles import scratch_bytes
+from tte.ir.tiles import find_scratch
 from tte.passes.inplace import work_in_place
 from tte.passes.regions import enclose
 from tte.report import Measured, count_saved, find_phases, list_steps, list_tensors, make_report, render_html
@@ -147,12 +147,11 @@ def test_regions_in_pieces_say_from_where_to_where() -> None:
     residual = replace(residual, outputs=(*residual.outputs, middle.output))
     region = enclose(residual, range(8), {"strategy": "rows"})
     streamed = verify(rewrite(residual, [region, *residual.nodes[8:]]))
-    scratch = {i: size for i, node in enumerate(streamed.nodes) if (size := scratch_bytes(node))}
-    program = Program("infer", streamed, plan_memory(streamed, scratch))
+    program = Program("infer", streamed, plan_memory(streamed))
     first = list_steps(program)[0]
     assert (first["layer"], first["op"]) == ("stem .. depthwise", "row by row")
     found = {t["name"]: (t["layer"], t["op"], t["bytes"]) for t in list_tensors(program)}
-    assert found["scratch.0"] == ("stem .. depthwise, row by row", "scratch", scratch[0])
+    assert found["scratch.0"] == ("stem .. depthwise, row by row", "scratch", find_scratch(streamed)[0])
     assert {found[v.name][:2] for v in streamed.nodes[0].outputs} == {("depthwise", "nn.conv2d"), ("a", "nn.relu")}
 
 

@@ -28,7 +28,6 @@ from tte.compiler import lower
 from tte.errors import TTEError
 from tte.ir import Node
 from tte.ir.rows import Stream, align, find_stream
-from tte.ir.tiles import scratch_bytes
 from tte.runner.board import STATUS
 from tte.runner.qemu import find_qemu
 from tte.runner.toolchain import find_toolchains, host_compiler
@@ -265,14 +264,13 @@ def test_the_checker_sees_rows_that_are_lost(name: str, monkeypatch: pytest.Monk
     """With a ring one row smaller a row is overwritten; without the rest of the rows the camera is not drained."""
     artifact = build(name)
     program, (node, *_) = artifact.compiled.train, sources(artifact)
-    scratch = {i: size for i, node in enumerate(program.graph.nodes) if (size := scratch_bytes(node))}
     stream = find_stream(node)
     assert stream and node in program.graph.nodes
 
     def require_error(wrong: Stream, said: str) -> None:
         monkeypatch.setattr(check, "find_stream", lambda n: wrong if n is node else find_stream(n))
         with pytest.raises(PlanError, match=said):
-            check_plan(program.graph, program.plan, scratch)
+            check_plan(program.graph, program.plan)
 
     for ring, count in stream.rings.items():
         if count > 1:

@@ -16,7 +16,6 @@ from tte.codegen.plan import plan_memory
 from tte.errors import TTEError
 from tte.frontends import import_model
 from tte.ir import Const, Graph, Origin, Param, verify
-from tte.ir.tiles import scratch_bytes
 from tte.passes.accumulate import accumulate
 from tte.passes.autodiff import differentiate
 from tte.passes.batch_norm import fold_batch_norm
@@ -340,14 +339,14 @@ def _arena_bytes(programs: Sequence[Program]) -> int:
 
 
 def plan_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) -> list[Program]:
+    """Each program made small, placed and checked; one need not be smaller than those before it."""
     programs: list[Program] = []
     for role, graph in roles.items():
         least = max((program.plan.lower_bound for program in programs), default=0)
         room = replace(arena, limit=max(arena.limit, least))
         small = pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}", room)
-        scratch = {i: size for i, node in enumerate(small.nodes) if (size := scratch_bytes(node))}
-        plan = plan_memory(small, scratch, hold_input=arena.holds_input)
-        check_plan(small, plan, scratch)
+        plan = plan_memory(small, hold_input=arena.holds_input)
+        check_plan(small, plan)
         programs.append(Program(role, small, plan))
     return programs
 

@@ -7,6 +7,7 @@ from typing import Any
 from tte.codegen.emit import Program
 from tte.compiler import UNLIMITED, Pipeline, lower_programs, plan_programs
 from tte.ir import Graph
+from tte.ir.rows import in_pieces
 from tte.passes.costs import Arena
 from tte.scheme import UpdateScheme
 
@@ -34,7 +35,7 @@ class MemoryRow:
     @staticmethod
     def of(program: Program) -> "MemoryRow":
         nodes = program.graph.nodes
-        regions = sum(node.attrs.get("strategy") in ("rows", "tiles") for node in nodes)
+        regions = sum(map(in_pieces, nodes))
         return MemoryRow(program.plan.arena_bytes, program.plan.lower_bound, sum(n.macs for n in nodes), regions)
 
 

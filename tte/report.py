@@ -11,7 +11,7 @@ from tte import __version__
 from tte.codegen.emit import Program
 from tte.codegen.plan import Plan
 from tte.ir import OPS, Graph, Node, Param, Value
-from tte.ir.rows import expand
+from tte.ir.rows import STRATEGIES, expand, in_pieces
 from tte.runner.toolchain import Firmware
 
 SCHEMA_VERSION = 1
@@ -253,14 +253,6 @@ def main_op(node: Node) -> str:
         return node.op
     members = [main_op(n) for n in node.body.nodes]
     return next((op for op in members if OPS[op].kind in ("anchor", "opaque")), members[0])
-
-
-# Regions of which the members run in turns, each a piece at a time, and how a reader is told.
-STRATEGIES = {"rows": "row by row", "tiles": "tile by tile"}
-
-
-def in_pieces(node: Node) -> bool:
-    return node.attrs.get("strategy") in STRATEGIES
 
 
 def name_layer(node: Node) -> str:

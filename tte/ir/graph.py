@@ -79,6 +79,16 @@ class Node:
         return self.outputs[0]
 
     @property
+    def arguments(self) -> dict[str, Value]:
+        """Of a region: name inside -> the operand that it stands for."""
+        return dict(zip([v.name for v in self.body.inputs], self.inputs, strict=True)) if self.body else {}
+
+    @property
+    def results(self) -> dict[str, Value]:
+        """Of a region: name inside -> the result that it is outside."""
+        return dict(zip([v.name for v in self.body.outputs], self.outputs, strict=True)) if self.body else {}
+
+    @property
     def overwrites(self) -> dict[str, Value]:
         """Name of an output -> the operand whose buffer it takes over."""
         pairs = zip(self.outputs, self.inplace, strict=False)
@@ -138,6 +148,11 @@ class Graph:
         for node in self.nodes:
             yield from node.outputs
 
+    @property
+    def lasting(self) -> tuple[Value, ...]:
+        """What outlives the line: outputs, and what params become."""
+        return *self.outputs, *(v for _, v in self.updates)
+
     def find(self, name: str) -> Value:
         return next(v for v in self.values() if v.name == name)
 
@@ -157,7 +172,7 @@ class Graph:
     def last_use(self) -> dict[str, int]:
         """Name -> index of the last node that reads it; len(nodes) for what outlives the line (outputs, updates)."""
         last = {v.name: i for i, node in enumerate(self.nodes) for v in node.inputs}
-        for value in (*self.outputs, *(v for _, v in self.updates)):
+        for value in self.lasting:
             last[value.name] = len(self.nodes)
         return last
 

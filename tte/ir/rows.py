@@ -7,6 +7,7 @@ as soon as it is asked for; of a tensor inside the chain only a ring of rows exi
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate
 
 from tte.ir.graph import Node, Value, remembered
 from tte.ir.op import OPS, Window
@@ -24,8 +25,26 @@ class Demand:
         return min(self.height, row * self.window.stride - self.window.padding + self.window.size)
 
 
+class Pieces:
+    """Tensors of which only a piece exists at a time, inside of a region: one behind the other in its scratch."""
+
+    @property
+    def pieces(self) -> dict[str, int]:
+        """Value name -> bytes of the piece."""
+        raise NotImplementedError
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Of each piece in the memory that all of them share."""
+        return dict(zip(self.pieces, accumulate(map(align, self.pieces.values()), initial=0), strict=False))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(align, self.pieces.values()))
+
+
 @dataclass(frozen=True)
-class Stream:
+class Stream(Pieces):
     """How a chain runs row by row.
 
     demands  of each node, those that are ever unmet when they are made, in order
@@ -42,17 +61,8 @@ class Stream:
     shifts: dict[str, int] = field(hash=False)
 
     @property
-    def offsets(self) -> dict[str, int]:
-        """Of each ring in the memory that all of them share."""
-        offsets, at = {}, 0
-        for name, rows in self.rings.items():
-            offsets[name] = at
-            at += align(rows * self.sizes[name])
-        return offsets
-
-    @property
-    def nbytes(self) -> int:
-        return sum(align(rows * self.sizes[name]) for name, rows in self.rings.items())
+    def pieces(self) -> dict[str, int]:
+        return {name: rows * self.sizes[name] for name, rows in self.rings.items()}
 
 
 @remembered
@@ -113,12 +123,20 @@ def find_stream(node: Node) -> Stream | None:
     return stream_rows(node.body.nodes, frozenset(v.name for v in node.body.outputs))
 
 
+# Regions of which the members run in turns, each a piece at a time, and how a reader is told.
+STRATEGIES = {"rows": "row by row", "tiles": "tile by tile"}
+
+
+def in_pieces(node: Node) -> bool:
+    return node.attrs.get("strategy") in STRATEGIES
+
+
 def expand(node: Node) -> Iterator[Node]:
     """The nodes that a region runs by rows or tiles, reading what the region reads; another node is its own."""
-    if node.body is None or node.attrs["strategy"] == "fused":
+    if node.body is None or not in_pieces(node):
         yield node
         return
-    outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True))
+    outer = node.arguments
     for member in node.body.nodes:
         yield replace(member, inputs=tuple(outer.get(v.name, v) for v in member.inputs))
 
@@ -242,9 +260,9 @@ def _shift(written: Sequence[int], size: int, last: Sequence[int], own: int) -> 
     return align(shift)
 
 
-def joint_bytes(dying: int, born: int, shift: int) -> int:
-    """Of two buffers, one of which is written over the other."""
-    return max(born, dying + shift)
+def saved_bytes(dying: int, born: int, shift: int) -> int:
+    """By writing one buffer over another, ``shift`` bytes below it: both together take max(born, dying + shift)."""
+    return dying + born - max(born, dying + shift)
 
 
 def align(size: int) -> int:

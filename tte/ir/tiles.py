@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tte.ir.graph import Graph, Node, Value, remembered
-from tte.ir.rows import align, find_stream
+from tte.ir.rows import Pieces, find_stream
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ def find_cuts(node: Node, known: Mapping[str, Cut]) -> dict[str, Cut] | None:
     """
     if node.body is None:
         return _cut_call(node, known)
-    pairs = [*zip(node.inputs, node.body.inputs, strict=True), *zip(node.outputs, node.body.outputs, strict=True)]
-    cuts = spread_cuts(node.body, {inner.name: known[outer.name] for outer, inner in pairs if outer.name in known})
-    return cuts and {outer.name: cuts[inner.name] for outer, inner in pairs if inner.name in cuts}
+    outer = node.arguments | node.results
+    cuts = spread_cuts(node.body, {inner: known[v.name] for inner, v in outer.items() if v.name in known})
+    return cuts and {v.name: cuts[inner] for inner, v in outer.items() if inner in cuts}
 
 
 def spread_cuts(graph: Graph, known: Mapping[str, Cut]) -> dict[str, Cut] | None:
@@ -112,7 +112,7 @@ def _find_starts(node: Node) -> list[dict[int, int]]:
 
 
 @dataclass(frozen=True)
-class Tiles:
+class Tiles(Pieces):
     """How a region runs tile by tile: all members for the first tile, then all for the second, and so on.
 
     width   elements of a tile
@@ -127,17 +127,8 @@ class Tiles:
     sizes: dict[str, int]
 
     @property
-    def offsets(self) -> dict[str, int]:
-        """Of each tile in the memory that all of them share."""
-        offsets, at = {}, 0
-        for name, size in self.sizes.items():
-            offsets[name] = at
-            at += align(size)
-        return offsets
-
-    @property
-    def nbytes(self) -> int:
-        return sum(align(size) for size in self.sizes.values())
+    def pieces(self) -> dict[str, int]:
+        return self.sizes
 
 
 @remembered
@@ -202,6 +193,11 @@ def scratch_bytes(node: Node) -> int:
     return inside.nbytes if inside else 0
 
 
+def find_scratch(graph: Graph) -> dict[int, int]:
+    """Node index -> bytes, of those that need any."""
+    return {i: size for i, node in enumerate(graph.nodes) if (size := scratch_bytes(node))}
+
+
 def find_start(node: Node) -> Value | None:
     """The operand that the sum of a node begins with, if nothing else in it is read from that."""
     if node.body is None:
@@ -211,5 +207,4 @@ def find_start(node: Node) -> Value | None:
     inner = next((v for member in node.body.nodes if (v := find_start(member))), None)
     if inner is None or sum(v.name == inner.name for member in node.body.nodes for v in member.inputs) > 1:
         return None
-    outer = dict(zip([v.name for v in node.body.inputs], node.inputs, strict=True))
-    return outer.get(inner.name)
+    return node.arguments.get(inner.name)
