@@ -85,8 +85,8 @@ def plan_memory(
     """Place all that ``graph`` keeps in the arena.
 
     scratch: node index -> bytes that its kernel needs while it runs, by default ``find_scratch``. Graph inputs are the
-    caller's memory; with ``hold_input`` the first lies at the arena's start up to its last use. Params and constants have storage of
-    their own, also for results computed in place of a param.
+    caller's memory; with ``hold_input`` the first lies at the arena's start up to its last use. Params and constants
+    have storage of their own, also for results computed in place of a param.
     """
     scratch = find_scratch(graph) if scratch is None else scratch
     owners = graph.owners()
