@@ -11,8 +11,9 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from tte.codegen.kernel import CTYPES, Kernel
 from tte.codegen.plan import Plan
-from tte.codegen.schedule import CTYPES, Call, Kernel, schedule
+from tte.codegen.schedule import Call, Room, schedule
 from tte.ir import Const, Graph, Node, Param, TensorType, Value
 from tte.ir.rows import STRATEGIES, expand
 from tte.ops.quantized import add_terms, tflite_terms
@@ -26,11 +27,12 @@ RUNTIME = HERE.parent / "runtime_c"
 
 @dataclass(frozen=True)
 class Program:
-    """One entry point: ``role`` is "infer", "evaluate" or "train"."""
+    """One entry point: ``role`` is "infer", "evaluate" or "train"; ``room``: see ``schedule``."""
 
     role: str
     graph: Graph
     plan: Plan
+    room: Room | None = None
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,10 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     kernels: dict[Kernel, str] = {}
     bodies = []
     for program in programs:
-        calls = schedule(program.graph)
-        for kernel in (k for call in calls for k in (*call.kernel.parts, call.kernel)):
+        calls = schedule(program.graph, program.room)
+        for kernel in (k for call in calls for k in call.kernel.family()):
             if kernel not in kernels:
-                kernels[kernel] = f"{interface.name}_k{len(kernels):02d}_{kernel.template}"
+                kernels[kernel] = f"{interface.name}_k{len(kernels):02d}_{kernel.template.rpartition('/')[2]}"
         bodies.append(_program(program, calls, kernels, layout, names))
     used = {call for body in bodies for call in body["constants"]}
     slots = []
@@ -94,7 +96,7 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     selftest = [SELFTEST.format(m=interface.name)] if interface.selftest else []
     context["sources"] = [path for path in paths.values() if path.endswith(".c")] + selftest
     files = {path: environment.get_template(template).render(context) for template, path in paths.items()}
-    files |= _math(interface.name)
+    files |= _headers(interface.name)
     files["build.json"] = json.dumps(_description(interface, layout, programs), indent=2)
     files |= {f"emulator/{f.name}": f.read_text() for f in sorted(RUNTIME.glob("emu_*")) if f.is_file()}
     header = environment.get_template("file_header.j2").render(context)
@@ -157,7 +159,7 @@ def _program(
         node = graph.nodes[call.node]
         arguments = [storage.pointer(v) for v in call.inputs]
         arguments += [storage.pointer(v) for v in call.outputs]
-        if call.scratch:
+        if call.kernel.scratch:
             arguments.append(f"ARENA(uint8_t, {program.plan.scratch[call.node]})")
         updated = [p.name for p, v in graph.updates if v in node.outputs]
         rows.append(
@@ -350,23 +352,35 @@ def emit_kernels(kernels: Mapping[Kernel, str], prefix: str) -> dict[str, str]:
         path.format(m=prefix): environment.get_template(template).render(context)
         for template, path in FILES.items()
         if "kernels" in template or "build" in template
-    } | _math(prefix)
+    } | _headers(prefix)
     return {Path(path).name: text for path, text in files.items()}
 
 
 def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -> dict[str, Any]:
     """What the templates print of each kernel: its name, arguments and body; and whether any looks for NaN."""
-    result = []
+    result: list[dict[str, Any]] = []
     for kernel, name in kernels.items():
-        function = {"name": name, "template": kernel.template} | kernel.arguments()
+        function: dict[str, Any] = {
+            "name": name,
+            "template": kernel.template,
+            "assembly": False,
+            "portable": "",
+        } | kernel.arguments()
         function["parts"] = [kernels[part] for part in kernel.parts]
-        result.append(function | {"body": _kernel_body(environment, function)})
+        function["body"] = _kernel_body(environment, function)
+        if kernel.portable:
+            portable = function | {"template": kernel.portable.template} | kernel.portable.arguments()
+            function["portable"] = _kernel_body(environment, portable)
+        result.append(function)
     finds_nan = any(s["op"] in NAN_ENDS for f in result for s in f["tail"])
     return {"functions": result, "finds_nan": finds_nan, "takes_rows": any(f["template"] == "source" for f in result)}
 
 
-def _math(prefix: str) -> dict[str, str]:
-    return {f"Core/Src/{prefix}_math.h": _prefixed((RUNTIME / "tte_math.h").read_text(), prefix)}
+def _headers(prefix: str) -> dict[str, str]:
+    return {
+        f"Core/Src/{prefix}_{name}.h": _prefixed((RUNTIME / f"tte_{name}.h").read_text(), prefix)
+        for name in ("math", "dsp")
+    }
 
 
 def emit_selftest(interface: Interface, steps: int, golden: Mapping[str, int]) -> dict[str, str]:

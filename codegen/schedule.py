@@ -7,44 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from tte.codegen.fast import quicken
+from tte.codegen.kernel import CTYPES, SCRATCH, Kernel
 from tte.ir import OPS, Const, Graph, Node, TensorType, Value, find_anchor
-from tte.ir.rows import Stream, find_stream
+from tte.ir.rows import Pieces, Stream, find_stream
 from tte.ir.tiles import Cut, Tiles, find_tiles, spread_cuts
 from tte.ops.resize import resize_taps
-
-CTYPES = {
-    "float32": "float",
-    "int8": "int8_t",
-    "uint8": "uint8_t",
-    "int16": "int16_t",
-    "int32": "int32_t",
-    "bit": "uint8_t",
-}
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A C function to be: equal (template, context) are one function.
-
-    context: all the template may know (JSON-like):
-      ins     one record per operand of the anchor: a tensor, and its pieces along axis: [{c, strides, start, stop}]
-      out     the tensor that is stored
-      attrs   of the anchor
-      acc     C type of the anchor's result
-      tail    elementwise steps behind the anchor: {op, attrs, operands}; see ``_operand``
-      args    pointers in the order of the call: {c, ctype, const}
-      rows    of a kernel that makes one row: pointer -> how many rows there are, where it is a ring
-      tile    of a kernel that makes one tile, from "from" on: {sum, first, last}; see ``_Tile``
-    parts: kernels that it calls
-    """
-
-    template: str
-    context: str
-    parts: tuple["Kernel", ...] = ()
-
-    def arguments(self) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads(self.context)
-        return result
 
 
 @dataclass(frozen=True)
@@ -52,47 +20,57 @@ class Call:
     """A kernel applied to values: inputs (in the order of the pointers), then outputs.
 
     An operand whose buffer an output takes over is reached through that output's pointer.
-    scratch: it has memory of its own, by a last pointer.
     """
 
     node: int
     kernel: Kernel
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    scratch: bool = False
 
 
-def schedule(graph: Graph) -> list[Call]:
-    """One call per node that does work; views (another shape for the same bytes) do none."""
+Room = Mapping[int, int]  # node -> bytes of scratch that faster kernels may use there
+
+
+def schedule(graph: Graph, room: Room | None = None) -> list[Call]:
+    """One call per node that does work; views (another shape for the same bytes) do none.
+
+    room: where kernels for cores with the DSP extension may be chosen; None for portable ones
+    """
     views: dict[str, str] = {}  # name of a view -> name of the value whose bytes it shows
     calls = []
     for i, node in enumerate(graph.nodes):
+        free = room.get(i, 0) if room is not None else None
         if node.body is None and OPS[node.op].kind == "view":
             views[node.output.name] = views.get(node.inputs[0].name, node.inputs[0].name)
         elif stream := find_stream(node):
-            calls.append(_stream(i, node, stream))
+            calls.append(_stream(i, node, stream, free))
         elif tiles := find_tiles(node):
-            calls.append(_tiles(i, node, tiles))
+            calls.append(_tiles(i, node, tiles, free))
         else:
-            calls.append(_call(i, node, views))
+            calls.append(_quicken(_call(i, node, views), free))
     return calls
 
 
-def _stream(index: int, node: Node, stream: Stream) -> Call:
+def _quicken(call: Call, room: int | None) -> Call:
+    """The same by the fastest kernel whose scratch there is room for."""
+    return call if room is None else replace(call, kernel=quicken(call.kernel, room))
+
+
+def _stream(index: int, node: Node, stream: Stream, room: int | None) -> Call:
     """A kernel that calls others, row by row."""
-    driver = _Driver(node, stream.offsets)
+    driver = _Driver(node, stream)
     steps = []
     for member, demands in zip(driver.body.nodes, stream.demands, strict=True):
-        call = _call(index, member, {}, driver.outer, stream.rings)
+        call = _quicken(_call(index, member, {}, driver.outer, stream.rings), room)
         height = member.output.type.shape[1]
         needs = [{"maker": d.maker, "height": d.height} | asdict(d.window) for d in demands]
         steps.append({"arguments": driver.add(call), "height": height, "needs": needs})
     return driver.call(index, "stream", {"steps": steps, "rest": stream.rest})
 
 
-def _tiles(index: int, node: Node, tiles: Tiles) -> Call:
+def _tiles(index: int, node: Node, tiles: Tiles, room: int | None) -> Call:
     """A kernel that calls others, tile by tile."""
-    driver = _Driver(node, tiles.offsets)
+    driver = _Driver(node, tiles)
     steps = []
     for member, span in zip(driver.body.nodes, tiles.spans, strict=True):
         taken = [driver.taken.get(v.name) for v in member.outputs]
@@ -102,7 +80,7 @@ def _tiles(index: int, node: Node, tiles: Tiles) -> Call:
         ends = {end for v in member.inputs if v.name in tiles.cuts for end in tiles.cuts[v.name].span(v)}
         for start, stop in pairwise([span[0], *sorted(e for e in ends if span[0] < e < span[1]), span[1]]):
             tile = _Tile(tiles.width, tiles.cuts, frozenset(tiles.sizes), span, start)
-            call = _call(index, member, {}, driver.outer, tile=tile)
+            call = _quicken(_call(index, member, {}, driver.outer, tile=tile), room)
             steps.append({"arguments": driver.add(call), "start": start, "stop": stop})
     end = max(stop for _, stop in tiles.spans)
     return driver.call(index, "tiles", {"steps": steps, "width": tiles.width, "end": end})
@@ -111,9 +89,9 @@ def _tiles(index: int, node: Node, tiles: Tiles) -> Call:
 class _Driver:
     """A kernel in the making that calls others: what it passes to them."""
 
-    def __init__(self, node: Node, offsets: Mapping[str, int]) -> None:
+    def __init__(self, node: Node, pieces: Pieces) -> None:
         assert node.body
-        self.node, self.body, self.offsets = node, node.body, offsets
+        self.node, self.body, self.pieces = node, node.body, pieces
         self.outer = node.arguments
         self.expressions = {v.name: f"y{i}" for i, v in enumerate(node.body.outputs)}
         inner = dict(zip([v.name for v in node.inputs], node.body.inputs, strict=True))
@@ -133,22 +111,23 @@ class _Driver:
             if value.name in self.outer and value.name not in self.expressions:
                 self.expressions[value.name] = f"a{len(self.args)}"
                 self.args[self.expressions[value.name]] = self.outer[value.name]
-            if value.name in self.offsets:
-                ctype, offset = CTYPES[value.type.dtype], self.offsets[value.name]
+            if value.name in self.pieces.offsets:
+                ctype, offset = CTYPES[value.type.dtype], self.pieces.offsets[value.name]
                 self.expressions[value.name] = f"({ctype} *)(void *)(scratch + {offset})"
             arguments.append(self.expressions[value.name])
+        if call.kernel.scratch:
+            arguments.append(f"scratch + {self.pieces.nbytes}")
         return arguments
 
     def call(self, index: int, template: str, context: Mapping[str, Any]) -> Call:
         made = self.node.outputs
         pointers = [{"c": c, "ctype": CTYPES[v.type.dtype], "const": True} for c, v in self.args.items()]
         pointers += [{"c": f"y{i}", "ctype": CTYPES[v.type.dtype], "const": False} for i, v in enumerate(made)]
-        if self.offsets:
-            pointers.append({"c": "scratch", "ctype": "uint8_t", "const": False})
+        scratch = self.pieces.nbytes + max(part.scratch for part in self.parts)
+        if scratch:
+            pointers.append(SCRATCH)
         text = json.dumps({"args": pointers, "rows": None, "tile": None, "tail": []} | dict(context), sort_keys=True)
-        return Call(
-            index, Kernel(template, text, tuple(self.parts)), tuple(self.args.values()), made, bool(self.offsets)
-        )
+        return Call(index, Kernel(template, text, tuple(self.parts), scratch), tuple(self.args.values()), made)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import pytest
 from samples import SAMPLES
 
 from tte.codegen.emit import emit_kernels
-from tte.codegen.schedule import Call, Kernel, schedule
+from tte.codegen.kernel import Kernel
+from tte.codegen.schedule import Call, schedule
 from tte.ir import Builder, Graph, Value, evaluate, tensor_type
 from tte.passes.autodiff import differentiate
 from tte.passes.fuse import fuse_elementwise, fuse_updates

@@ -13,6 +13,7 @@ import numpy as np
 from tte.codegen.check import check_plan
 from tte.codegen.emit import Interface, Program, StateLayout
 from tte.codegen.plan import plan_memory
+from tte.codegen.schedule import schedule
 from tte.errors import TTEError
 from tte.frontends import import_model
 from tte.ir import Const, Graph, Origin, Param, verify
@@ -241,6 +242,8 @@ def compile_graphs(
     programs = _fit_programs(
         lowered.roles, pipeline, Arena(limit, input_place == "arena"), strict=isinstance(memory_plan, int)
     )
+    if target.dsp:
+        programs = make_room(programs, Arena(limit, input_place == "arena"))
     needed = _arena_bytes(programs)
     if isinstance(memory_plan, int) and needed > memory_plan:
         raise TTEError(
@@ -349,6 +352,27 @@ def plan_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) 
         check_plan(small, plan)
         programs.append(Program(role, small, plan))
     return programs
+
+
+SHARES = (1.0, 0.75, 0.5, 0.25)  # of what is free: the buffers round about may leave gaps
+
+
+def make_room(programs: Sequence[Program], arena: Arena) -> list[Program]:
+    """The programs with scratch for faster kernels, where it makes the arena no larger than it is or may be."""
+    height = max(arena.limit, _arena_bytes(programs))
+    result = []
+    for program in programs:
+        graph = program.graph
+        for share in SHARES:
+            room = {i: int((height - live) * share) for i, live in enumerate(program.plan.live)}
+            scratch = {c.node: c.kernel.scratch for c in schedule(graph, room) if c.kernel.scratch}
+            plan = plan_memory(graph, scratch, hold_input=arena.holds_input)
+            if plan.arena_bytes <= height:
+                check_plan(graph, plan, scratch)
+                program = replace(program, plan=plan, room=room)
+                break
+        result.append(program)
+    return result
 
 
 def _as_user(const: Const, origin: Origin) -> np.ndarray:

@@ -32,6 +32,7 @@ class Target:
     clock_hz       highest core clock of the board
     qemu_machine   for ``qemu-system-arm -M``; its memory map is qemu_flash, qemu_ram (addresses)
     unicorn_cpu    name of the constant in unicorn.arm_const
+    dsp            has the instructions on halfwords of ARMv7E-M
     """
 
     name: str
@@ -47,6 +48,7 @@ class Target:
     qemu_flash: int = 0
     qemu_ram: int = 0
     unicorn_cpu: str = ""
+    dsp: bool = False
 
     def region(self, name: str) -> Region:
         return next(r for r in self.memory if r.name == name)
@@ -73,6 +75,7 @@ def _arm(cpu: str, fpu: str, zig_fpu: str, machine: str, flash: int, ram: int) -
         qemu_flash=flash,
         qemu_ram=ram,
         unicorn_cpu=f"UC_CPU_ARM_{cpu.upper().replace('-', '_')}",
+        dsp=True,
     )
 
 

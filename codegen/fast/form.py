@@ -1,0 +1,26 @@
+"""What all faster forms of kernels are made with."""
+
+import json
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any
+
+from tte.codegen.kernel import SCRATCH, Kernel
+
+
+def lay_out(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Offsets of the parts of a scratch, each aligned to 4, and its "end"."""
+    ends = accumulate((-(-size // 4) * 4 for size in sizes.values()), initial=0)
+    return dict(zip([*sizes, "end"], ends, strict=True))
+
+
+def make_form(kernel: Kernel, context: Mapping[str, Any], template: str, scratch: int, *parts: Kernel) -> Kernel:
+    """``kernel`` by another template; ``parts`` are what it calls."""
+    text = json.dumps(dict(context) | {"args": [*context["args"], SCRATCH]}, sort_keys=True)
+    return Kernel(template, text, parts, scratch, kernel)
+
+
+def assembly(template: str, context: Mapping[str, Any]) -> Kernel:
+    """A function in assembly, that C calls: to (a, b, result, count)."""
+    own: dict[str, Any] = {"args": [], "rows": None, "tile": None, "tail": [], "assembly": True}
+    return Kernel(template, json.dumps(own | dict(context), sort_keys=True))

@@ -1,0 +1,105 @@
+/* Two operations of 16 bits at a time, on cores with the DSP extension (Cortex-M4, M7, M33). A word holds two elements
+ * of 16 bits; four elements are two words, of the even and of the odd ones. */
+#ifndef TTE_DSP_H
+#define TTE_DSP_H
+
+#include <stdint.h>
+
+#if defined(__ARM_FEATURE_DSP) && !defined(TTE_PORTABLE)
+#define TTE_DSP 1
+#else
+#define TTE_DSP 0
+#endif
+
+#if TTE_DSP
+#define TTE_INLINE static inline __attribute__((always_inline, unused))
+
+TTE_INLINE uint32_t tte_load4(const void *from) {
+    uint32_t word;
+    __builtin_memcpy(&word, from, 4);
+    return word;
+}
+
+TTE_INLINE void tte_store4(void *to, uint32_t word) {
+    __builtin_memcpy(to, &word, 4);
+}
+
+/* Elements 0 and 2 of four of 8 bits, plus what ``to`` holds. */
+TTE_INLINE uint32_t tte_even(uint32_t to, uint32_t four) {
+    uint32_t y;
+    __asm__("sxtab16 %0, %1, %2" : "=r"(y) : "r"(to), "r"(four));
+    return y;
+}
+
+/* Elements 1 and 3. */
+TTE_INLINE uint32_t tte_odd(uint32_t to, uint32_t four) {
+    uint32_t y;
+    __asm__("sxtab16 %0, %1, %2, ror #8" : "=r"(y) : "r"(to), "r"(four));
+    return y;
+}
+
+/* Where element k of row q (0 or 1) lies in the halfwords that tte_widen makes. */
+TTE_INLINE int tte_lane(int k, int q) {
+    return (k / 4 * 4 + q * 2 + (k & 1)) * 2 + ((k >> 1) & 1);
+}
+
+/* Rows a and b of k elements, less zero, as dot2x2 reads them: 16 bytes for every four elements of both. Behind the last
+ * element zeros follow. */
+TTE_INLINE void tte_widen(uint32_t *to, const int8_t *a, const int8_t *b, int k, int zero) {
+    const uint32_t less = ((uint32_t)-zero & 0xffff) * 0x10001u;
+#pragma GCC unroll 4
+    for (int i = k / 4; i > 0; i--, a += 4, b += 4, to += 4) {
+        const uint32_t u = tte_load4(a), v = tte_load4(b);
+        to[0] = tte_even(less, u);
+        to[1] = tte_odd(less, u);
+        to[2] = tte_even(less, v);
+        to[3] = tte_odd(less, v);
+    }
+    if (k % 4) {
+        int16_t *const last = (int16_t *)(void *)to;
+        for (int i = 0; i < 4; i++) {
+            last[tte_lane(i, 0)] = (int16_t)(i < k % 4 ? a[i] - zero : 0);
+            last[tte_lane(i, 1)] = (int16_t)(i < k % 4 ? b[i] - zero : 0);
+        }
+    }
+}
+
+TTE_INLINE void tte_copy(int8_t *to, const int8_t *from, int n) {
+    for (; n >= 4; n -= 4, to += 4, from += 4)
+        tte_store4(to, tte_load4(from));
+    for (; n > 0; n--)
+        *to++ = *from++;
+}
+
+TTE_INLINE void tte_fill(int8_t *to, int value, int n) {
+    for (; n > 0; n--)
+        *to++ = (int8_t)value;
+}
+
+/* n elements of 16 bits as int8, and a bit for each: whether that changed nothing. n is a multiple of 8. */
+TTE_INLINE void tte_limit(const int16_t *from, int n, int8_t *to, uint8_t *same) {
+    for (; n > 0; n -= 8, from += 8, to += 8) {
+        uint32_t bits = 0, word[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const uint32_t two = tte_load4(from + 2 * i);
+            uint32_t bit;
+            __asm__("ssat16 %0, #8, %1" : "=r"(word[i]) : "r"(two));
+            __asm__("usub16 %0, %1, %2\n\tsel %0, %3, %1"
+                    : "=&r"(bit)
+                    : "r"(0), "r"(word[i] ^ two), "r"((1u << (2 * i)) | (1u << (2 * i + 17))));
+            bits |= bit;
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < 4; i += 2) {
+            uint32_t even, odd;
+            __asm__("pkhbt %0, %1, %2, lsl #16" : "=r"(even) : "r"(word[i]), "r"(word[i + 1]));
+            __asm__("pkhtb %0, %1, %2, asr #16" : "=r"(odd) : "r"(word[i + 1]), "r"(word[i]));
+            tte_store4(to + 2 * i, (even & 0xff00ffu) | (odd & 0xff00ffu) << 8);
+        }
+        *same++ = (uint8_t)(bits | bits >> 16);
+    }
+}
+#endif
+
+#endif
