@@ -44,6 +44,8 @@ def convolution(
     weights: str = "int8",
     split: tuple[int, int] | None = None,
     zero: int = 3,
+    shift: int = 0,
+    add: bool = False,
     **attrs: object,
 ) -> Graph:
     """int8 (H, W, C) by ``channels`` filters, as int8 again. split: axis and place at which the weights are cut."""
@@ -62,8 +64,12 @@ def convolution(
     inputs.append(Value("b", TensorType((channels,), "int32")))
     inputs.append(Value("m", TensorType((channels,), "float32" if scale == "float" else "int32")))
     acc = builder.call("qnn.conv2d", inputs[0], w, inputs[-2], zero_point=zero, **attrs)
-    limit = {"low": limits[0], "high": limits[1], "mask": mask}
+    limit = {"low": limits[0], "high": limits[1], "mask": mask, "shift": shift}
     made = builder.calls("qnn.requantize", acc, inputs[-1], scale=0.1, zero_point=-7, **limit)
+    if add:
+        inputs.append(Value("other", made[0].type))
+        terms = {"a_scale": 0.1, "a_zero": -7, "b_scale": 0.08, "b_zero": 11, "scale": 0.11, "bits": 19}
+        made = (builder.call("qnn.add", made[0], inputs[-1], **terms), *made[1:])
     whole = wrap(builder.nodes, made, {"strategy": "fused"}, "layer")
     return verify(Graph("main", tuple(inputs), nodes=(whole,), outputs=made).renumbered())
 
@@ -71,13 +77,14 @@ def convolution(
 def draw(graph: Graph, seed: int, extreme: bool) -> list[np.ndarray]:
     """Operands of all values; extreme: of the largest and smallest alone. Scales bring most sums into int8."""
     rng = np.random.default_rng(seed)
+    shift = next(n.attrs["shift"] for n in graph.nodes[0].body.nodes if n.op == "qnn.requantize")
     arrays = []
     for value in graph.inputs:
         shape, dtype = value.type.shape, value.type.dtype
         if value.name == "m":
             depth = np.sqrt(graph.inputs[1].type.size / shape[0])
             m = rng.uniform(0.2, 1.5, shape) / (128 * 74 * depth / 60)
-            arrays.append(m.astype(np.float32) if dtype == "float32" else np.rint(m * 2**31).astype(np.int32))
+            arrays.append(m.astype(np.float32) if dtype == "float32" else np.rint(m * 2.0 ** (32 - shift)).astype(np.int32))
         elif dtype == "int32":
             arrays.append(rng.integers(-20000, 20000, shape, np.int32))
         elif extreme:
@@ -102,6 +109,12 @@ def dense_cases() -> Iterator[Case]:
         for limits in ((-128, 127), (-7, 60)):
             graph = convolution((6, 5, 8), o, (1, 1), mask=True, limits=limits)
             yield Case(f"1x1 6x5 8->{o} mask {limits}", graph)
+    for shift, mask in product((-1, -7, 2), (False, True)):
+        graph = convolution((5, 5, 8), 8, (1, 1), "fixed", shift=shift, mask=mask)
+        yield Case(f"1x1 5x5 8->8 shift {shift} mask {mask}", graph)
+    for scale, mask in product(("float", "fixed"), (False, True)):
+        graph = convolution((4, 5, 6), 8, (1, 1), scale, mask=mask, add=True)
+        yield Case(f"1x1 4x5 6->8 {scale} mask {mask} add", graph)
     for room in (300, 700, 2000):
         yield Case(f"1x1 16x17 8->6 in {room} bytes", convolution((16, 17, 8), 6, (1, 1)), room)
     for weights in ("int8", "int16"):
