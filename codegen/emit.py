@@ -363,7 +363,7 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -
         function: dict[str, Any] = {
             "name": name,
             "template": kernel.template,
-            "assembly": False,
+            "assembly": [],
             "portable": "",
         } | kernel.arguments()
         function["parts"] = [kernels[part] for part in kernel.parts]

@@ -84,7 +84,9 @@ def draw(graph: Graph, seed: int, extreme: bool) -> list[np.ndarray]:
         if value.name == "m":
             depth = np.sqrt(graph.inputs[1].type.size / shape[0])
             m = rng.uniform(0.2, 1.5, shape) / (128 * 74 * depth / 60)
-            arrays.append(m.astype(np.float32) if dtype == "float32" else np.rint(m * 2.0 ** (32 - shift)).astype(np.int32))
+            arrays.append(
+                m.astype(np.float32) if dtype == "float32" else np.rint(m * 2.0 ** (32 - shift)).astype(np.int32)
+            )
         elif dtype == "int32":
             arrays.append(rng.integers(-20000, 20000, shape, np.int32))
         elif extreme:

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tte.codegen.fast.form import assembly, lay_out, make_form
+from tte.codegen.fast.form import WIDEN, assembly, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
 BLOCK = 128  # pixels of a block at the most: each block widens all weights
 UNROLL = 24  # groups of four products in a loop at the most: code against four instructions per round
+DOT = ("const uint32_t *a", "const uint32_t *b", "void *y", "int pairs")
 SIZES = {"int8": 1, "int16": 2, "int32": 4}
 
 
@@ -42,9 +43,10 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | Non
     at = place(blocks[0])
     quads = all(part["start"] % 4 == 0 == part["stop"] % 4 for part in w["segments"])
     unroll = -(-groups // -(-groups // UNROLL))
-    dot = asdict(end) | {"groups": groups, "unroll": unroll, "stride": channels}
+    pairs = 2 if blocks[0] % 4 == 0 and groups <= 8 and 4 * channels * SIZES[end.result] <= 4095 else 1
+    dot = asdict(end) | {"groups": groups, "unroll": unroll, "stride": channels, "pairs": pairs}
     more = asdict(end) | {"block": blocks[0], "at": at, "quads": quads}
-    return make_form(kernel, context | more, "dsp/conv2d", at["end"], assembly("dsp/dot2x2", dot))
+    return make_form(kernel, context | more, "dsp/conv2d", at["end"], assembly("dsp/dot2x2", dot, DOT), WIDEN)
 
 
 @dataclass(frozen=True)

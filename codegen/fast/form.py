@@ -1,7 +1,7 @@
 """What all faster forms of kernels are made with."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -20,7 +20,10 @@ def make_form(kernel: Kernel, context: Mapping[str, Any], template: str, scratch
     return Kernel(template, text, parts, scratch, kernel)
 
 
-def assembly(template: str, context: Mapping[str, Any]) -> Kernel:
-    """A function in assembly, that C calls: to (a, b, result, count)."""
-    own: dict[str, Any] = {"args": [], "rows": None, "tile": None, "tail": [], "assembly": True}
+def assembly(template: str, context: Mapping[str, Any], parameters: Sequence[str]) -> Kernel:
+    """A function in assembly, that C calls with these parameters."""
+    own = {"args": [], "rows": None, "tile": None, "tail": [], "assembly": [*parameters]}
     return Kernel(template, json.dumps(own | dict(context), sort_keys=True))
+
+
+WIDEN = assembly("dsp/widen", {}, ("uint32_t *y", "const int8_t *a", "const int8_t *b", "int n", "uint32_t add"))
