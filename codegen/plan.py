@@ -203,7 +203,7 @@ def find_buffers(
         death |= {owners[v.name]: i for v in (*node.inputs, *node.outputs)}
     for value in graph.lasting:
         death[owners[value.name]] = len(graph.nodes) - 1
-    buffers = [Buffer(v.name, "", _align(v.type.nbytes, alignment), 0, death[v.name], fixed=fixed) for v in held]
+    buffers = [Buffer(v.name, "", _align(v.type.nbytes, alignment), 0, death.get(v.name, 0), fixed=fixed) for v in held]
     for i, node in enumerate(graph.nodes):
         for value in node.outputs:
             if owners[value.name] == value.name:
