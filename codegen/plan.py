@@ -132,23 +132,20 @@ def count_live(graph: Graph, buffers: Sequence[Buffer], pairs: Sequence["Pair"])
 def plan_together(graphs: Sequence[Graph], hold_input: bool = False) -> list[Plan]:
     """Plans of programs that run in one arena; with ``hold_input`` the input has the same offset in each of them.
 
-    The offset is the one that the first program has it at, then the others fit themselves to it; where one of them then
-    needs more than the first does, they lead in turn, and the start of the arena is tried, too.
+    That is where the first program likes it best. If another one then needs more bytes than the first, they lead in
+    turn, and the start of the arena is tried as well.
     """
     if not hold_input:
         return [plan_memory(graph) for graph in graphs]
-    best: list[Plan] = []
-    for leader in (*graphs, None):
-        first = plan_memory(leader, hold_input=True) if leader else None
-        offset = first.offsets[leader.inputs[0].name] if leader and first else 0
-        plans = [
-            first if first and g is leader else plan_memory(g, hold_input=True, input_offset=offset) for g in graphs
-        ]
-        if not best or _arena_bytes(plans) < _arena_bytes(best):
-            best = plans
-        if first and _arena_bytes(plans) == first.arena_bytes:
-            break
-    return best
+    tried = []
+    for leader in graphs:
+        first = plan_memory(leader, hold_input=True)
+        place = first.offsets[leader.inputs[0].name]
+        tried.append([first if g is leader else plan_memory(g, hold_input=True, input_offset=place) for g in graphs])
+        if _arena_bytes(tried[-1]) == first.arena_bytes:
+            return tried[-1]
+    tried.append([plan_memory(g, hold_input=True, input_offset=0) for g in graphs])
+    return min(tried, key=_arena_bytes)
 
 
 def _arena_bytes(plans: Sequence[Plan]) -> int:

@@ -10,9 +10,8 @@ from tte.passes.inplace import find_owners, is_view, work_in_place
 
 @dataclass(frozen=True)
 class Arena:
-    """limit: bytes that it may have, or has anyway for another program; holds_input: the input lies in it, too,
-    and may be written over once it has been read;
-    may_recompute: results of the forward may be computed a second time to stay within the limit."""
+    """limit: bytes that it may have, or has anyway for another program; holds_input: the input lies in it, too, and may
+    be written over; may_recompute: results of the forward may be computed a second time to stay within the limit."""
 
     limit: int = 0
     holds_input: bool = False
