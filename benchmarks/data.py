@@ -45,9 +45,9 @@ def read_published(stem: str) -> tuple[list[Any], Any]:
     return steps, tensors
 
 
-def import_published(stem: str, classes: int) -> Any:
+def import_published(stem: str, classes: int, int8_head: bool = False) -> Any:
     """The same as ONNX, with a new head."""
-    return load_module(MCUNET / "import_model.py").convert(*read_published(stem), classes)
+    return load_module(MCUNET / "import_model.py").convert(*read_published(stem), classes, int8_head=int8_head)
 
 
 def load_scheme(name: str) -> dict[str, Any]:

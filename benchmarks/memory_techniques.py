@@ -52,7 +52,7 @@ def main() -> None:
     out = parser.parse_args().out
     rows: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in ROWS}
     for scheme in track(SCHEMES, description="schemes"):
-        model = import_published(scheme.rpartition("-")[0], classes=10)
+        model = import_published(scheme.rpartition("-")[0], classes=10, int8_head=True)
         for name, (disabled, place) in ROWS.items():
             rows[name][scheme] = measure(scheme, model, disabled, place)
             assert rows[name][scheme]["macs"] == rows["nothing"][scheme]["macs"], (name, scheme)
