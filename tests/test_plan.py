@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from programs import programs
 
-from tte.codegen.check import PlanError, check_plan, check_plans
+from tte.codegen.check import PlanError, check_input, check_plan
 from tte.codegen.plan import Buffer, Plan, place, plan_memory, plan_together
 from tte.ir import Graph, Node, parse
 from tte.passes.inplace import work_in_place
@@ -94,7 +94,9 @@ def test_an_input_in_the_arena_lies_where_it_must(text: str, offset: int | None)
 def test_programs_share_an_arena(graphs: list[Graph]) -> None:
     """Their input is at one place, which is never worse than the start, and they are placed as if they were alone."""
     plans = plan_together(graphs, hold_input=True)
-    check_plans(graphs, plans)
+    check_input(graphs, plans)
+    for graph, plan in zip(graphs, plans, strict=True):
+        check_plan(graph, plan)
     assert max(p.arena_bytes for p in plans) <= max(
         plan_memory(g, hold_input=True, input_offset=0).arena_bytes for g in graphs
     )
