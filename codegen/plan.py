@@ -229,7 +229,7 @@ def place(
         if height == floor:
             break
     best, height, proved = _search(buffers, best, floor, height, alignment, pairs)
-    free = all(b.fixed is None for b in buffers)
+    free = all(b.fixed is None for b in buffers)  # else only placements that agree with that are excluded
     return _at(buffers, best), "bound" if height == bound else "search" if proved and free else ""
 
 
