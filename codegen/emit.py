@@ -34,6 +34,11 @@ class Program:
     plan: Plan
     room: Room | None = None
 
+    @property
+    def input_offset(self) -> int | None:
+        """Where the input lies in the arena, if it does."""
+        return self.plan.offsets.get(self.graph.inputs[0].name)
+
 
 @dataclass(frozen=True)
 class Interface:
@@ -90,6 +95,7 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
         "hash_bytes": [str(b) for b in bytes.fromhex(interface.model_hash)[:16]],
         "macs": {program.role: sum(node.macs for node in program.graph.nodes) for program in programs},
         "arena_bytes": max(1, *(program.plan.arena_bytes for program in programs)),
+        "input_offset": programs[0].input_offset,
         "ctype": CTYPES,
     }
     paths = {template: path.format(m=interface.name) for template, path in FILES.items()}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import qdq
 import torch
-from data import import_published
+from data import CAMERA, import_published
 from random_networks import Network, draw_scheme
 from test_stream import Block, assert_same_bits, network
 from torch import nn
@@ -132,17 +132,18 @@ def test_integers(form: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_published_model(pack: Path) -> None:
-    """MCUNet, of which only the last layer learns: less memory than its picture has."""
+    """MCUNet, of which only the last layer learns: less memory than its picture has, or hardly more."""
     model = import_published("mcunet-5fps", mcunet_table.CLASSES)
-    scheme = {"train": "last-layer", "io": {"input": mcunet_table.INPUT}}
+    scheme = CAMERA | {"train": "last-layer"}
     built = {p: tte.compile(model, None, scheme, "stm32f746", "net", input=p) for p in ("caller", "arena", "rows")}
     arenas = {place: largest(artifact) for place, artifact in built.items()}
     print(arenas, built["rows"].report["memory"]["static_ram_bytes"])
-    assert arenas["rows"] <= arenas["caller"] + 3 * 384 < arenas["arena"] - 30_000  # the rows of the stem's window
-    assert arenas["arena"] <= arenas["caller"] + 128 * 128 * 3
+    assert arenas["rows"] <= arenas["caller"] + 3 * 384 < 128 * 128 * 3  # the rows of the stem's window
+    assert arenas["arena"] == 128 * 128 * 3 + 4 * 64 * 16  # and those of two rings
     pictures = mcunet_table.pick_pictures(2)
-    results = [built[place].run(pictures, runner=r) for place, r in (("caller", "host"), ("rows", "unicorn"))]
-    assert results[0].loss == results[1].loss and results[0].weights_sha256 == results[1].weights_sha256
+    runs = (("caller", "host"), ("rows", "unicorn"), ("arena", "unicorn"))
+    results = [built[place].run(pictures, runner=r) for place, r in runs]
+    assert len({(tuple(r.loss), r.weights_sha256) for r in results}) == 1
 
 
 @dataclass

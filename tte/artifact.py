@@ -57,7 +57,7 @@ def compile(
     name:           prefix of every C symbol and file; by default made from the model's file or class
     arena:          "static", or "extern": the caller gives the arena's memory to <name>_init
     input:          "caller": the input stays in the caller's memory, or "arena": the arena has a place for it, which
-                    is used for other tensors as soon as it has been read, or "rows": a function of the caller gives one
+                    other tensors take over while it is read, or "rows": a function of the caller gives one
                     row of the picture after the other, and nobody needs a place for the whole of it
     memory_plan:    how many bytes the arena may have: "fastest" for any number, "smallest" for as few as possible, or a
                     number, whose cheapest plan is taken; "auto": so that the scheme's budget of SRAM is met, smallest
