@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import qdq
 import torch
-from data import import_published
+from data import import_published, load_scheme
 from random_networks import Network, draw_scheme
 from test_stream import Block, assert_same_bits, network
 from torch import nn
@@ -100,7 +100,7 @@ def test_the_same_bits_as_from_memory(name: str) -> None:
     rows, caller = build(name), build(name, "caller")
     assert len(sources(rows)) == (3 if CASES[name].streamed else 0)
     assert_same_bits(rows, caller)
-    assert rows.host().selftest() == OK and rows.verify(steps=2)["ok"]
+    assert rows.host(selftest=True).selftest() == OK and rows.verify(steps=2)["ok"]
     arenas = {place: largest(build(name, place)) for place in ("caller", "arena", "rows")}
     size = int(np.prod(CASES[name].shape)) * rows.build.input.dtype.itemsize
     print(name, arenas, "picture", size)
@@ -134,7 +134,7 @@ def test_integers(form: dict[str, Any], tmp_path: Path) -> None:
 def test_published_model(pack: Path) -> None:
     """MCUNet, of which only the last layer learns: less memory than its picture has."""
     model = import_published("mcunet-5fps", mcunet_table.CLASSES)
-    scheme = {"train": "last-layer", "io": {"input": mcunet_table.INPUT}}
+    scheme = load_scheme("mcunet-5fps-49kb") | {"train": "last-layer"}
     built = {p: tte.compile(model, None, scheme, "stm32f746", "net", input=p) for p in ("caller", "arena", "rows")}
     arenas = {place: largest(artifact) for place, artifact in built.items()}
     print(arenas, built["rows"].report["memory"]["static_ram_bytes"])
