@@ -33,6 +33,8 @@ from tte.passes.reorder import reorder
 from tte.runner import open_host
 from tte.runner.board import unpack_state
 
+pytestmark = pytest.mark.usefixtures("import_once")
+
 
 def conv(i: int, o: int, kernel: int = 1, stride: int = 1, act: nn.Module | None = None, **options: Any) -> nn.Module:
     """Convolution, batch norm with statistics that are not trivial, activation."""
@@ -85,6 +87,7 @@ class Case:
     shape: tuple[int, ...] = (1, 2, 12, 10)
     head: bool = True
 
+    @functools.cached_property
     def module(self) -> nn.Module:
         torch.manual_seed(0)
         head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(3)) if self.head else ()
@@ -255,7 +258,7 @@ def assert_same_training(tiles: Artifact, whole: Artifact, exact: bool = True, s
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_training_in_no_more_memory(name: str) -> None:
     case = CASES[name]
-    inputs = (case.module(), (torch.zeros(case.shape),), case.scheme)
+    inputs = (case.module, (torch.zeros(case.shape),), case.scheme)
     with tiled(slim=name not in SMALLER):
         tiles = compile_one(*inputs)
     normal, whole = compile_one(*inputs), compile_one(*inputs, "tile_backward")
@@ -322,7 +325,7 @@ def test_an_emulated_board(integers: Callable[[str], Path]) -> None:
 def test_the_same_bits_under_sanitizers(name: str) -> None:
     case = CASES[name]
     with tiled():
-        artifact = compile_one(case.module(), (torch.zeros(case.shape),), case.scheme)
+        artifact = compile_one(case.module, (torch.zeros(case.shape),), case.scheme)
     assert regions(artifact)
     result = run_sanitized(artifact.build)
     assert result.returncode == 0, result.stderr
@@ -477,7 +480,7 @@ def test_a_tile_that_was_not_made() -> None:
 def test_a_wrong_kernel_is_seen(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison of bits is worth something: reading the first tile for all, or forgetting a sum so far."""
     case = CASES["relu6"]
-    inputs = (case.module(), (torch.zeros(case.shape),), case.scheme)
+    inputs = (case.module, (torch.zeros(case.shape),), case.scheme)
     whole = compile_one(*inputs, "tile_backward")
     with tiled():
         if broken == "tile":

@@ -140,7 +140,7 @@ def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: 
             ld = Path(scratch) / "link.ld"
             ld.write_text(script)
             made = Path(scratch) / "firmware.elf"
-            line = [*command, *flags, "-nostartfiles", "-Wl,--gc-sections", f"-Wl,-T,{ld}", "-o", str(made)]
+            line = [*command, *flags, "-Wl,--gc-sections", f"-Wl,-T,{ld}", "-o", str(made)]
             line += [*map(str, sources), "-nostdlib", *([] if toolchain == "zig" else ["-lc", "-lgcc"])]
             result = _run(line)
             if result.returncode:
