@@ -1,5 +1,6 @@
 """Writes the C project: programs, their kernels and their memory plan in, file contents out."""
 
+import functools
 import inspect
 import json
 import re
@@ -398,7 +399,9 @@ def emit_selftest(interface: Interface, steps: int, golden: Mapping[str, int]) -
     return {SELFTEST.format(m=interface.name): header + "\n" + text}
 
 
+@functools.cache
 def _environment(prefix: str) -> jinja2.Environment:
+    """Kept, with the templates that it has compiled: reading them takes longer than printing them."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([HERE / "kernels", HERE / "templates"]),
         undefined=jinja2.StrictUndefined,

@@ -32,12 +32,15 @@ from tte.runner.board import STATUS
 from tte.runner.qemu import find_qemu
 from tte.runner.toolchain import find_toolchains, host_compiler
 
+pytestmark = pytest.mark.usefixtures("import_once")
+
 OK, LABEL, SOURCE, BUSY = (STATUS.index(name) for name in ("OK", "LABEL", "SOURCE", "BUSY"))
 SHAPE = (1, 2, 24, 20)
 NHWC = {"layout": "nhwc"}
 BYTES = NHWC | {"dtype": "uint8", "mean": [120.0, 90.0], "std": [60.0, 70.0]}
 
 
+@cache
 def unread() -> nn.Module:
     """Of an odd number of rows the last is in no window; rows of 15 bytes do not all begin at one of 4."""
     torch.manual_seed(0)
@@ -45,11 +48,13 @@ def unread() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
 
 
+@cache
 def keyword() -> nn.Module:
     torch.manual_seed(0)
     return qdq.DsCnn().eval()
 
 
+@cache
 def blocks() -> nn.Module:
     torch.manual_seed(0)
     return network(Block(4), Block(4, 5, padding=2), Block(4, stride=2))
@@ -100,7 +105,7 @@ def test_the_same_bits_as_from_memory(name: str) -> None:
     rows, caller = build(name), build(name, "caller")
     assert len(sources(rows)) == (3 if CASES[name].streamed else 0)
     assert_same_bits(rows, caller)
-    assert rows.host().selftest() == OK and rows.verify(steps=2)["ok"]
+    assert rows.host(selftest=True).selftest() == OK and rows.verify(steps=2)["ok"]
     arenas = {place: largest(build(name, place)) for place in ("caller", "arena", "rows")}
     size = int(np.prod(CASES[name].shape)) * rows.build.input.dtype.itemsize
     print(name, arenas, "picture", size)
