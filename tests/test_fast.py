@@ -13,7 +13,6 @@ from tte.codegen.schedule import Call, schedule
 from tte.ir import Builder, Graph, TensorType, Value, evaluate, verify
 from tte.passes.regions import wrap
 
-pytestmark = pytest.mark.xdist_group("fast")  # the programs are built by one process
 pytest.importorskip("unicorn", reason="pip install 'tte[emulate]'")
 
 EVERYTHING = 1 << 20  # bytes of scratch
