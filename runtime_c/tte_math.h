@@ -17,6 +17,82 @@ static inline int32_t tte_to_bits(float f) {
     return u.i;
 }
 
+/* a * b + c, rounded once, to nearest even: in one instruction, or in integers on cores that have none (ARMv6-M, ARMv7-M,
+ * ARMv8-M baseline) and whose C library may round twice. */
+#ifndef TTE_SOFT_FMA
+#if defined(__arm__) && !defined(__ARM_FEATURE_FMA)
+#define TTE_SOFT_FMA 1
+#else
+#define TTE_SOFT_FMA 0
+#endif
+#endif
+#if !TTE_SOFT_FMA
+#define tte_fmaf __builtin_fmaf
+#else
+/* Shifts to the right; what falls out leaves a one in the last bit. */
+static inline uint64_t tte_shift_jam(uint64_t v, int by) {
+    if (by <= 0)
+        return v;
+    if (by > 63)
+        return v != 0;
+    return v >> by | ((v & (((uint64_t)1 << by) - 1)) != 0);
+}
+
+/* A finite number other than 0 is m 2^(e - 150), 2^23 <= m < 2^24: returns m, and e. */
+static inline uint32_t tte_mantissa(uint32_t bits, int *e) {
+    const uint32_t m = bits & 0x7fffff;
+    *e = (int)(bits >> 23 & 0xff);
+    if (*e)
+        return m | 0x800000;
+    const int by = __builtin_clz(m) - 8;
+    *e = 1 - by;
+    return m << by;
+}
+
+/* Both terms as numbers below 2^62 that have the same exponent; bits that this shifts out of the smaller one are so far
+ * below the other's that one bit can stand for them. */
+static __attribute__((noinline, unused)) float tte_fmaf(float x, float y, float z) {
+    const uint32_t a = (uint32_t)tte_to_bits(x), b = (uint32_t)tte_to_bits(y), c = (uint32_t)tte_to_bits(z);
+    const uint32_t infinite = 0x7f800000, less = 0x80000000;
+    if ((a & infinite) == infinite || (b & infinite) == infinite || a << 1 == 0 || b << 1 == 0)
+        return x * y + z;
+    if ((c & infinite) == infinite)
+        return z;
+    if (c << 1 == 0)
+        return x * y;
+    int e, other;
+    uint64_t product = tte_mantissa(a, &e);
+    product = product * tte_mantissa(b, &other) << 14;
+    e += other - 164;
+    uint64_t term = (uint64_t)tte_mantissa(c, &other) << 38;
+    other -= 38;
+    product = tte_shift_jam(product, other - e);
+    term = tte_shift_jam(term, e - other);
+    e = e > other ? e : other;
+    uint32_t sign = (a ^ b) & less;
+    uint64_t sum = product + term;
+    if (sign != (c & less)) {
+        if (product == term)
+            return 0.0f;
+        sum = product > term ? product - term : term - product;
+        sign = product > term ? sign : sign ^ less;
+    }
+    /* sum 2^(e - 150), first bit of the sum at 62: 1.f 2^(e - 88) */
+    const int by = __builtin_clzll(sum) - 1;
+    sum <<= by;
+    e += 39 - by;
+    if (e >= 0xff)
+        return tte_from_bits((int32_t)(sign | infinite));
+    if (e < 1) { /* a subnormal number has the exponent of the smallest normal one */
+        sum = tte_shift_jam(sum, 1 - e);
+        e = 1;
+    }
+    const uint64_t half = (uint64_t)1 << 38, rest = sum & (2 * half - 1);
+    const uint32_t m = (uint32_t)(sum >> 39), up = rest > half || (rest == half && (m & 1));
+    return tte_from_bits((int32_t)(sign | (((uint32_t)(e - 1) << 23) + m + up)));
+}
+#endif
+
 /* exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2; ln 2 in two parts; 2^n in two factors for subnormals. */
 static inline float tte_expf(float x) {
     if (!(x > -104.0f))
@@ -24,15 +100,15 @@ static inline float tte_expf(float x) {
     if (x > 89.0f)
         return tte_from_bits(0x7f800000);
     const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-    float r = __builtin_fmaf(n, -0.693145752f, x);
-    r = __builtin_fmaf(n, -1.42860677e-6f, r);
+    float r = tte_fmaf(n, -0.693145752f, x);
+    r = tte_fmaf(n, -1.42860677e-6f, r);
     float y = 1.3888889e-3f;
-    y = __builtin_fmaf(y, r, 8.3333333e-3f);
-    y = __builtin_fmaf(y, r, 4.1666667e-2f);
-    y = __builtin_fmaf(y, r, 1.6666667e-1f);
-    y = __builtin_fmaf(y, r, 0.5f);
-    y = __builtin_fmaf(y, r, 1.0f);
-    y = __builtin_fmaf(y, r, 1.0f);
+    y = tte_fmaf(y, r, 8.3333333e-3f);
+    y = tte_fmaf(y, r, 4.1666667e-2f);
+    y = tte_fmaf(y, r, 1.6666667e-1f);
+    y = tte_fmaf(y, r, 0.5f);
+    y = tte_fmaf(y, r, 1.0f);
+    y = tte_fmaf(y, r, 1.0f);
     const int32_t k = (int32_t)n, half = k / 2;
     return y * tte_from_bits((half + 127) * (1 << 23)) * tte_from_bits((k - half + 127) * (1 << 23));
 }
@@ -57,11 +133,11 @@ static inline float tte_logf(float x) {
     }
     const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
     float y = 0.22222222f;
-    y = __builtin_fmaf(y, z, 0.28571429f);
-    y = __builtin_fmaf(y, z, 0.4f);
-    y = __builtin_fmaf(y, z, 0.66666667f);
-    y = __builtin_fmaf(y * z, s, 2.0f * s);
-    return __builtin_fmaf((float)e, 0.693145752f, __builtin_fmaf((float)e, 1.42860677e-6f, y));
+    y = tte_fmaf(y, z, 0.28571429f);
+    y = tte_fmaf(y, z, 0.4f);
+    y = tte_fmaf(y, z, 0.66666667f);
+    y = tte_fmaf(y * z, s, 2.0f * s);
+    return tte_fmaf((float)e, 0.693145752f, tte_fmaf((float)e, 1.42860677e-6f, y));
 }
 
 /* log(1 + x), 0 <= x: what 1 + x loses is given back to first order. */
@@ -80,11 +156,11 @@ static inline float tte_tanhf(float x) {
     const float a = __builtin_fabsf(x), z = x * x;
     if (a < 0.625f) {
         float y = -6.19203822e-3f;
-        y = __builtin_fmaf(y, z, 2.10889187e-2f);
-        y = __builtin_fmaf(y, z, -5.38795515e-2f);
-        y = __builtin_fmaf(y, z, 1.33330868e-1f);
-        y = __builtin_fmaf(y, z, -3.33333374e-1f);
-        return __builtin_fmaf(y * z, x, x);
+        y = tte_fmaf(y, z, 2.10889187e-2f);
+        y = tte_fmaf(y, z, -5.38795515e-2f);
+        y = tte_fmaf(y, z, 1.33330868e-1f);
+        y = tte_fmaf(y, z, -3.33333374e-1f);
+        return tte_fmaf(y * z, x, x);
     }
     const float e = tte_expf(-2.0f * a), y = (1.0f - e) / (1.0f + e);
     return x < 0.0f ? -y : y;
@@ -95,25 +171,25 @@ static inline float tte_erff(float x) {
     const float a = __builtin_fabsf(x), z = x * x;
     if (a < 1.0f) {
         float y = 7.88912041e-5f;
-        y = __builtin_fmaf(y, z, -8.02084154e-4f);
-        y = __builtin_fmaf(y, z, 5.18953537e-3f);
-        y = __builtin_fmaf(y, z, -2.68544446e-2f);
-        y = __builtin_fmaf(y, z, 1.12836002e-1f);
-        y = __builtin_fmaf(y, z, -3.76126271e-1f);
-        y = __builtin_fmaf(y, z, 1.12837917f);
+        y = tte_fmaf(y, z, -8.02084154e-4f);
+        y = tte_fmaf(y, z, 5.18953537e-3f);
+        y = tte_fmaf(y, z, -2.68544446e-2f);
+        y = tte_fmaf(y, z, 1.12836002e-1f);
+        y = tte_fmaf(y, z, -3.76126271e-1f);
+        y = tte_fmaf(y, z, 1.12837917f);
         return x * y;
     }
     if (a > 4.0f)
         return x < 0.0f ? -1.0f : 1.0f;
     const float t = 1.0f / (1.0f + 0.5f * a);
     float y = 1.19777224e-1f;
-    y = __builtin_fmaf(y, t, -4.72778138e-1f);
-    y = __builtin_fmaf(y, t, 5.65720308e-1f);
-    y = __builtin_fmaf(y, t, -1.05693197e-1f);
-    y = __builtin_fmaf(y, t, 3.4884577e-1f);
-    y = __builtin_fmaf(y, t, 2.59379294e-1f);
-    y = __builtin_fmaf(y, t, 2.84962345e-1f);
-    y = __builtin_fmaf(y, t, -1.57577068e-4f);
+    y = tte_fmaf(y, t, -4.72778138e-1f);
+    y = tte_fmaf(y, t, 5.65720308e-1f);
+    y = tte_fmaf(y, t, -1.05693197e-1f);
+    y = tte_fmaf(y, t, 3.4884577e-1f);
+    y = tte_fmaf(y, t, 2.59379294e-1f);
+    y = tte_fmaf(y, t, 2.84962345e-1f);
+    y = tte_fmaf(y, t, -1.57577068e-4f);
     y = 1.0f - tte_expf(-z) * y;
     return x < 0.0f ? -y : y;
 }

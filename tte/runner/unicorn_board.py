@@ -57,7 +57,8 @@ class UnicornBoard(StreamBoard):
         engine.mem_map(board.ram.origin, board.ram.size, unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE)
         engine.mem_map(0xE0000000, 0x100000, unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE)  # system control
         self._symbols = self._load(board)
-        engine.mmio_map(firmware.timer & ~0xFFF, 0x1000, self._read_timer, None, lambda *_: None, None)
+        assert board.machine is not None, board
+        engine.mmio_map(board.machine.counter & ~0xFFF, 0x1000, self._read_counter, None, lambda *_: None, None)
         engine.hook_add(unicorn.UC_HOOK_INTR, self._on_interrupt)
         invalid = unicorn.UC_HOOK_MEM_INVALID
         engine.hook_add(invalid, self._on_invalid)
@@ -151,8 +152,8 @@ class UnicornBoard(StreamBoard):
         self._fault = f"access to {address:#010x}, outside of {self.firmware.board.name}'s memory, at {self._where()}"
         return False
 
-    def _read_timer(self, engine: Any, offset: int, size: int, user: Any) -> int:
-        return (0xFFFFFFFF - self._counter.count_total()) & 0xFFFFFFFF if offset == 4 else 0
+    def _read_counter(self, engine: Any, offset: int, size: int, user: Any) -> int:
+        return int(self._counter.count_total()) & 0xFFFFFFFF
 
     def _on_interrupt(self, engine: Any, number: int, user: Any) -> None:
         registers = self._registers
