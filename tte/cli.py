@@ -187,7 +187,9 @@ def run(
     epochs: Annotated[int | None, typer.Option(min=1, help="passes over the data (default 1)")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="training steps, instead of epochs")] = None,
     eval_: Annotated[Path | None, typer.Option("--eval", help=".npz to measure before and after on")] = None,
-    emulator: Annotated[str | None, typer.Option(help="unicorn (default) or qemu")] = None,
+    emulator: Annotated[
+        str | None, typer.Option(help="unicorn or qemu; by default the first that knows the core")
+    ] = None,
     host: Annotated[bool, typer.Option("--host", help="run the same C on this computer: fast")] = False,
     lr: Annotated[float | None, typer.Option(help="learning rate, instead of the scheme's")] = None,
     seed: Annotated[int, typer.Option(help="order of the samples")] = 0,
@@ -214,7 +216,7 @@ def run(
             epochs=epochs,
             steps=steps,
             evaluation=eval_,
-            runner="host" if host else emulator or "unicorn",
+            runner="host" if host else emulator or "auto",
             rate=lr,
             seed=seed,
             progress=show,

@@ -137,8 +137,11 @@ def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: 
             ld = Path(scratch) / "link.ld"
             ld.write_text(script)
             made = Path(scratch) / "firmware.elf"
-            line = [*command, *flags, "-Wl,--gc-sections", f"-Wl,-T,{ld}", "-o", str(made)]
-            line += [*map(str, sources), "-nostdlib", *([] if toolchain == "zig" else ["-lc", "-lgcc"])]
+            line = [*command, *flags, "-Wl,--gc-sections", f"-Wl,-T,{ld}", "-o", str(made), *map(str, sources)]
+            if toolchain == "gcc":
+                line += ["-nostdlib", "-lc", "-lgcc"]
+            else:  # zig makes its library for floats when it is first asked for it
+                line += ["-nostdlib" if board.fpu else "-nostartfiles"]
             result = _run(line)
             if result.returncode:
                 if "overflow" in result.stderr or "will not fit" in result.stderr or "overlap" in result.stderr:

@@ -1,6 +1,7 @@
 """The training loop: shows the samples of a file to a board, one by one, and keeps the books."""
 
 import hashlib
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from tte.arrays import read_npz
 from tte.errors import TTEError
 from tte.runner.board import STATE_HEADER, Board, require_ok
 from tte.runner.build import Build
+from tte.target import Target, find_target
 
 Progress = Callable[[int, int, float], None]
 
@@ -209,16 +211,19 @@ def run_training(
     )
 
 
-def open_board(build: Build, runner: str, toolchain: str = "auto", sanitize: bool = False) -> Board:
-    """Start a project on "unicorn", "qemu" or "host"."""
-    from tte.runner.host import open_host
-    from tte.runner.qemu import open_qemu
-    from tte.runner.toolchain import build_firmware
-    from tte.runner.unicorn_board import open_unicorn
-    from tte.target import find_target
+def find_emulator(target: Target) -> str | None:
+    """The first emulator that knows the target's core and is installed."""
+    from tte.runner.qemu import find_qemu
+
+    installed = {"unicorn": importlib.util.find_spec("unicorn") is not None, "qemu": find_qemu() is not None}
+    return next((name for name in target.emulators if installed[name]), None)
+
+
+def find_runner(build: Build, runner: str) -> str:
+    """ "host", or the emulator of that name; "auto": the one for the project's target. Raises TTEError (E058)."""
 
     if runner == "host":
-        return open_host(build, sanitize)
+        return runner
     target = find_target(build.target_name)
     if target.name == "host":
         raise TTEError(
@@ -227,11 +232,28 @@ def open_board(build: Build, runner: str, toolchain: str = "auto", sanitize: boo
             where=str(build.folder),
             fix="run it with --host, or compile it for a board",
         )
+    if runner == "auto":
+        return find_emulator(target) or target.emulators[0]
+    if runner not in target.emulators:
+        what = f"no emulator {runner!r} for a {target.cpu.title()}"
+        raise TTEError("TTE-E058", what, where="--emulator", fix=" or ".join(target.emulators))
+    return runner
+
+
+def open_board(build: Build, runner: str, toolchain: str = "auto", sanitize: bool = False) -> Board:
+    """Start a project on a runner, see ``find_runner``."""
+    from tte.runner.host import open_host
+    from tte.runner.qemu import open_qemu
+    from tte.runner.toolchain import build_firmware
+    from tte.runner.unicorn_board import open_unicorn
+
+    runner = find_runner(build, runner)
+    if runner == "host":
+        return open_host(build, sanitize)
+    target = find_target(build.target_name)
     if runner == "unicorn":
         return open_unicorn(build, build_firmware(build, target, toolchain))
-    if runner == "qemu":
-        return open_qemu(build, build_firmware(build, target, toolchain, machine="qemu"))
-    raise TTEError("TTE-E058", f"no emulator {runner!r}", where="--emulator", fix="unicorn or qemu")
+    return open_qemu(build, build_firmware(build, target, toolchain, machine="qemu"))
 
 
 def train(
@@ -241,7 +263,7 @@ def train(
     epochs: int | None = None,
     steps: int | None = None,
     evaluation: Path | str | dict[str, np.ndarray] | None = None,
-    runner: str = "unicorn",
+    runner: str = "auto",
     toolchain: str = "auto",
     rate: float | None = None,
     seed: int = 0,
@@ -262,6 +284,7 @@ def train(
         return check_data(source, build, "data") if isinstance(source, dict) else load_data(source, build)
 
     samples, held_back = read(data), None if evaluation is None else read(evaluation)
+    runner = find_runner(build, runner)
     board = open_board(build, runner, toolchain)
     try:
         return run_training(
