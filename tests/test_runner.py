@@ -101,10 +101,10 @@ def start(build: Build, place: str) -> Board:
     return (open_qemu if emulator == "qemu" else open_unicorn)(build, firmware)
 
 
-def train(board: Board) -> dict[str, object]:
-    """Ten steps and an inference: all the numbers that must be the same everywhere."""
-    samples = draw_samples(board.build, STEPS)
-    result = run_training(board, samples, steps=STEPS, evaluation=samples)
+def train(board: Board, steps: int = STEPS) -> dict[str, object]:
+    """Some steps and an inference: all the numbers that must be the same everywhere."""
+    samples = draw_samples(board.build, steps)
+    result = run_training(board, samples, steps=steps, evaluation=samples)
     output = board.infer(samples.x[0])
     return {
         "loss": result.loss,

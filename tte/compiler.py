@@ -304,7 +304,7 @@ def _note_floats(programs: Sequence[Program], target: Target) -> list[str]:
     soft = {p.role: list_soft(p.graph) for p in programs}
     infer = ", ".join(soft["infer"]) or "none"
     what = f"of inference these layers: {infer}; of a training step {len(soft['train'])} (soft_float in report.json)"
-    return [f"a {target.cpu.title()} has no FPU and computes floats in software, slowly: {what}"]
+    return [f"{target.name} has no FPU and computes floats in software, slowly: {what}"]
 
 
 UNLIMITED = 1 << 62

@@ -235,8 +235,8 @@ def find_runner(build: Build, runner: str) -> str:
     if runner == "auto":
         return find_emulator(target) or target.emulators[0]
     if runner not in target.emulators:
-        what = f"no emulator {runner!r} for a {target.cpu.title()}"
-        raise TTEError("TTE-E058", what, where="--emulator", fix=" or ".join(target.emulators))
+        what, fix = f"no emulator {runner!r} for {target.name}", " or ".join(target.emulators)
+        raise TTEError("TTE-E058", what, where="--emulator", fix=fix)
     return runner
 
 
