@@ -1,5 +1,6 @@
 """Every core and every board, with every compiler, on every emulator that knows it: the bits of the host."""
 
+import ctypes
 import importlib.util
 import json
 import re
@@ -13,11 +14,10 @@ from pathlib import Path
 
 import networks
 import numpy as np
-import onnx
 import pytest
 import torch
 from data import load_module
-from test_runner import break_step, start, train, write_model
+from test_runner import start, train, write_model
 
 import tte
 from tte.artifact import Artifact
@@ -27,10 +27,10 @@ from tte.errors import TTEError
 from tte.ir import TensorType, Value
 from tte.ir.rows import expand
 from tte.ops.rules import computes_floats
-from tte.runner import Board, open_host
-from tte.runner.qemu import find_qemu
-from tte.runner.toolchain import build_firmware, find_toolchains
-from tte.target import CORTEX_M0PLUS, CORTEX_M7, CORTEX_M55, TARGETS, Target, find_target
+from tte.runner import open_host
+from tte.runner.toolchain import build_firmware, find_toolchains, host_compiler
+from tte.runner.train import open_board
+from tte.target import CORTEX_M0PLUS, TARGETS, find_target
 
 # One process, so that zig makes its library for floats once.
 pytestmark = pytest.mark.xdist_group("boards")
@@ -113,6 +113,107 @@ def test_digits_learn_on_a_core_without_fpu(digits: Path, tmp_path: Path, capsys
     assert (there["runner"], here["runner"]) == ("unicorn", "host")
     assert there["weights_sha256"] == here["weights_sha256"] and there["loss"] == here["loss"]
     assert there["metric"]["after"] > there["metric"]["before"] + 0.2
+
+
+def awkward(count: int, seed: int) -> np.ndarray:
+    """Floats of every exponent: subnormal numbers, powers of two, bits at random, and no NaN."""
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 2**32, count, np.uint32)
+    bits[::4] &= 0x807FFFFF
+    bits[1::4] &= 0xFF800000
+    bits[3::4] = bits[3::4] & 0x83FFFFFF | 0x3C000000
+    x = bits.view(np.float32)
+    return np.where(np.isfinite(x), x, np.float32(1.5))
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, list[np.ndarray], list[np.ndarray]]:
+    """A network of float operators, inputs for it, and its results on this computer."""
+    folder = tmp_path_factory.mktemp("floats")
+    net = networks.Network()
+    x = Value("x", TensorType((1, 256)))
+    a, b = (net.builder.const(awkward(256, seed).reshape(1, 256), name) for seed, name in ((1, "a"), (2, "b")))
+    made = [net.call(op, net.call(first, x, a), b) for op in ("add", "subtract") for first in ("multiply", "divide")]
+    made += [net.call(op, x) for op in ("sigmoid", "tanh", "nn.gelu", "nn.relu")]
+    made += [net.dense("sums", net.call("multiply", x, a), 8)]
+    write_model(net.graph(x, net.call("concatenate", *made, axis=1)), folder)
+    artifact = tte.compile(folder / "net.ir", update_scheme={"train": "full", "loss": "mse"}, target="cortex-m0plus")
+    given = [awkward(256, seed) for seed in range(10, 30)]
+    board = artifact.host()
+    return artifact, given, [board.infer(x) for x in given]
+
+
+@pytest.mark.parametrize("toolchain", ["zig", "gcc"])
+@pytest.mark.parametrize("cpu", ["cortex-m0plus", "cortex-m55"])
+def test_floats_of_every_size(floats, cpu: str, toolchain: str) -> None:  # type: ignore[no-untyped-def]
+    """A library rounds as an FPU does; a vector unit that flushes subnormal numbers to zero is not used."""
+    artifact, given, expected = floats
+    board = start(replace(artifact.build, target_name=cpu), f"qemu-{toolchain}")
+    try:
+        assert board.init() == 0
+        found = [board.infer(x) for x in given]
+    finally:
+        board.close()
+    one, other = np.concatenate(expected, axis=None), np.concatenate(found, axis=None)
+    np.testing.assert_array_equal(one, other)  # a NaN may be any
+    np.testing.assert_array_equal(*(v[~np.isnan(one)].view(np.uint32) for v in (one, other)))
+    assert np.count_nonzero((one != 0) & (np.abs(one) < np.finfo(np.float32).tiny)) > 1000
+
+
+MULTIPLY_ADD = """
+#define TTE_SOFT_FMA 1
+#include "tte_math.h"
+void each(const float *a, const float *b, const float *c, float *soft, float *hard, int n) {
+    for (int i = 0; i < n; i++) {
+        soft[i] = TTE_FMAF(a[i], b[i], c[i]);
+        hard[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    }
+}
+"""
+
+
+def test_multiply_add_in_integers_rounds_once(tmp_path: Path) -> None:
+    """Against the computer's own: exponents near and far, products that nearly cancel, subnormal results."""
+    (tmp_path / "f.c").write_text(MULTIPLY_ADD)
+    flags = ["-O2", "-march=native", "-shared", "-fPIC", f"-I{RUNTIME}", "-Wall", "-Werror", "-Wconversion"]
+    command = [*(host_compiler() or []), *flags, "f.c", "-o", "f.so", "-lm"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    n = 1 << 20
+    a, b, c = (awkward(n, seed) for seed in (1, 2, 3))
+    with np.errstate(all="ignore"):
+        near = -(a * b)
+    c[1::8] = np.where(np.isfinite(near), near, 0)[1::8]
+    c[2::8] = np.nextafter(c[1::8], np.float32(1))
+    a[2::8], b[2::8] = a[1::8], b[1::8]
+    a[5], b[6], c[7], c[9] = np.inf, -np.inf, np.inf, np.nan
+    made = np.empty((2, n), np.float32)
+    pointers = [ctypes.c_void_p(v.ctypes.data) for v in (a, b, c, made[0], made[1])]
+    ctypes.CDLL(str(tmp_path / "f.so")).each(*pointers, n)
+    number = ~np.isnan(made[1])
+    np.testing.assert_array_equal(np.isnan(made[0]), ~number)
+    np.testing.assert_array_equal(*made.view(np.uint32)[:, number])
+
+
+REFUSED = {
+    "a core whose FPU is left out": ("-mcpu=cortex-m7", "select the core's FPU"),
+    "vectors of floats": ("-mcpu=cortex-m55 -mfloat-abi=hard", "flushes subnormal floats"),
+}
+
+
+@pytest.mark.skipif(not shutil.which("arm-none-eabi-gcc"), reason="arm-none-eabi-gcc is not installed")
+@pytest.mark.parametrize("what", REFUSED)
+def test_flags_with_other_bits_are_refused(floats, what: str) -> None:  # type: ignore[no-untyped-def]
+    flags, message = REFUSED[what]
+    source = next(s for s in floats[0].build.sources if s.name.endswith("_kernels.c"))
+    command = ["arm-none-eabi-gcc", "-mthumb", *flags.split(), "-fsyntax-only", str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode and message in result.stderr
+
+
+def test_an_emulator_that_does_not_know_the_core(floats) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(TTEError) as caught:
+        open_board(replace(floats[0].build, target_name="corstone-300"), "unicorn")
+    assert caught.value.code == "TTE-E058" and caught.value.fix == "qemu"
 
 
 FLOAT = re.compile("__aeabi_(f|i2f|ui2f|l2f|ul2f|d)|__(add|sub|mul|div|lt|le|gt|ge|eq|ne|unord)sf|__fix|__float|fmaf")
