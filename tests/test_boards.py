@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from data import load_module
-from test_runner import start, train, write_model
+from test_runner import break_step, start, train, write_model
 
 import tte
 from tte.artifact import Artifact
@@ -208,6 +208,18 @@ def test_flags_with_other_bits_are_refused(floats, what: str) -> None:  # type: 
     command = ["arm-none-eabi-gcc", "-mthumb", *flags.split(), "-fsyntax-only", str(source)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode and message in result.stderr
+
+
+@pytest.mark.parametrize("place", ["unicorn-zig", "qemu-zig"])
+def test_a_core_that_faults_on_what_is_not_aligned(floats, place: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    write = "volatile size_t odd = 1; *(volatile uint32_t *)(void *)(arena + odd) = 1;"
+    board = start(break_step(floats[0].build, tmp_path / "broken", write), place)
+    try:
+        assert board.init() == 0
+        with pytest.raises(TTEError, match="not aligned" if place == "unicorn-zig" else "fault"):
+            board.train_step(floats[1][0], floats[2][0])
+    finally:
+        board.close()
 
 
 def test_an_emulator_that_does_not_know_the_core(floats) -> None:  # type: ignore[no-untyped-def]

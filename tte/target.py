@@ -50,6 +50,7 @@ class Target:
     machine        what QEMU emulates the core on
     unicorn_cpu    name of the constant in unicorn.arm_const; empty where Unicorn does not know the core
     dsp            has the instructions on halfwords of ARMv7E-M
+    unaligned      reads and writes words at any address
     fpu            computes floats itself; a core without one calls the compiler's library, with the same bits
     """
 
@@ -66,6 +67,7 @@ class Target:
     machine: Machine | None = None
     unicorn_cpu: str = ""
     dsp: bool = False
+    unaligned: bool = True
     fpu: bool = True
 
     def region(self, name: str) -> Region:
@@ -145,6 +147,7 @@ CORTEX_M0PLUS = Target(
         options=tuple(f"-global nrf51-soc.{kind}-size={4 * MB}" for kind in ("flash", "sram")),
     ),
     unicorn_cpu="UC_CPU_ARM_CORTEX_M0",
+    unaligned=False,
     fpu=False,
 )
 HOST = Target("host", "this computer: the same C, for tests and simulation", "host")

@@ -1,4 +1,4 @@
-/* Counts executed instructions, block by block, for a Unicorn hook: exact, and fast enough not to matter. */
+/* Hooks for Unicorn: one counts executed instructions, block by block, exactly; one finds accesses that are not aligned. */
 #include <stdint.h>
 
 #define SLOTS (1u << 14)
@@ -10,12 +10,12 @@ typedef struct {
 static block_t blocks[SLOTS];
 static uint64_t total;
 static const uint8_t *code;
-static uint32_t origin, size;
+static uint32_t origin, size, unaligned;
 
 void count_reset(const uint8_t *flash, uint32_t flash_origin, uint32_t flash_size) {
     for (uint32_t i = 0; i < SLOTS; i++)
         blocks[i] = (block_t){0, 0, 0};
-    total = 0;
+    total = unaligned = 0;
     code = flash;
     origin = flash_origin;
     size = flash_size;
@@ -44,6 +44,21 @@ void count_block(void *engine, uint64_t address, uint32_t bytes, void *user) {
         slot = (slot + 1) % SLOTS;
     }
     total += blocks[slot].instructions;
+}
+
+/* stop: uc_emu_stop, which is called with the engine. */
+void check_access(void *engine, int type, uint64_t address, int bytes, int64_t value, void *stop) {
+    (void)type;
+    (void)value;
+    if (address & (uint64_t)(bytes - 1)) {
+        unaligned = (uint32_t)address;
+        ((int (*)(void *))stop)(engine);
+    }
+}
+
+/* The address of such an access, or 0. */
+uint32_t find_unaligned(void) {
+    return unaligned;
 }
 
 uint64_t count_total(void) {

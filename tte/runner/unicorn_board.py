@@ -62,7 +62,7 @@ class UnicornBoard(StreamBoard):
         engine.hook_add(unicorn.UC_HOOK_INTR, self._on_interrupt)
         invalid = unicorn.UC_HOOK_MEM_INVALID
         engine.hook_add(invalid, self._on_invalid)
-        self._counter = self._install_counter(board)
+        self._counter = self._install_hooks(board)
         stack, reset = struct.unpack("<II", bytes(self._flash[:8]))
         engine.reg_write(arm_const.UC_ARM_REG_SP, stack)
         engine.reg_write(arm_const.UC_ARM_REG_FPEXC, 1 << 30)
@@ -84,26 +84,29 @@ class UnicornBoard(StreamBoard):
             functions = [s for s in table.iter_symbols() if s["st_info"]["type"] == "STT_FUNC"]
             return sorted((s["st_value"] & ~1, (s["st_value"] & ~1) + s["st_size"], s.name) for s in functions)
 
-    def _install_counter(self, board: Target) -> Any:
-        """Count blocks in C: a Python hook would take most of the time."""
+    def _install_hooks(self, board: Target) -> Any:
+        """Count blocks, and stop at what is not aligned where that faults: in C, as Python would take most of the time."""
         import unicorn
         from unicorn.unicorn_py3.unicorn import uclib
 
         counter = ctypes.CDLL(str(build_counter(self.build)))
-        counter.count_total.restype = ctypes.c_uint64
+        counter.count_total.restype, counter.find_unaligned.restype = ctypes.c_uint64, ctypes.c_uint32
         counter.count_reset(self._flash, ctypes.c_uint32(board.flash.origin), ctypes.c_uint32(board.flash.size))
-        handle = ctypes.c_size_t()
         uclib.uc_hook_add.restype = ctypes.c_int
-        status = uclib.uc_hook_add(
-            self._engine._uch,
-            ctypes.byref(handle),
-            ctypes.c_int(unicorn.UC_HOOK_BLOCK),
-            ctypes.cast(counter.count_block, ctypes.c_void_p),
-            None,
-            ctypes.c_uint64(1),
-            ctypes.c_uint64(0),
-        )
-        assert status == 0, status
+        accesses = unicorn.UC_HOOK_MEM_READ | unicorn.UC_HOOK_MEM_WRITE
+        stop = ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p)
+        hooks = [(unicorn.UC_HOOK_BLOCK, counter.count_block, None)]
+        for kind, hook, user in hooks if board.unaligned else [*hooks, (accesses, counter.check_access, stop)]:
+            status = uclib.uc_hook_add(
+                self._engine._uch,
+                ctypes.byref(ctypes.c_size_t()),
+                ctypes.c_int(kind),
+                ctypes.cast(hook, ctypes.c_void_p),
+                user,
+                ctypes.c_uint64(1),
+                ctypes.c_uint64(0),
+            )
+            assert status == 0, status
         return counter
 
     def _exchange(self, command: bytes, size: int) -> bytes:
@@ -130,6 +133,8 @@ class UnicornBoard(StreamBoard):
         except unicorn.UcError as problem:
             self._fault = self._fault or f"{problem} at {self._where()}"
         self._pc = self._engine.reg_read(self._registers.UC_ARM_REG_PC)
+        if address := self._counter.find_unaligned():
+            self._fault = f"access to {address:#010x}, which is not aligned, at {self._where()}"
         if self._fault:
             raise TTEError(
                 "TTE-E056",
