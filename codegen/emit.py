@@ -101,9 +101,11 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     }
     paths = {template: path.format(m=interface.name) for template, path in FILES.items()}
     selftest = [SELFTEST.format(m=interface.name)] if interface.selftest else []
-    context["sources"] = [path for path in paths.values() if path.endswith(".c")] + selftest
+    context["sources"] = [
+        path for path in (*paths.values(), *_runtime(interface.name)) if path.endswith(".c")
+    ] + selftest
     files = {path: environment.get_template(template).render(context) for template, path in paths.items()}
-    files |= _headers(interface.name)
+    files |= _runtime(interface.name)
     files["build.json"] = json.dumps(_description(interface, layout, programs), indent=2)
     files |= {f"emulator/{f.name}": f.read_text() for f in sorted(RUNTIME.glob("emu_*")) if f.is_file()}
     header = environment.get_template("file_header.j2").render(context)
@@ -359,7 +361,7 @@ def emit_kernels(kernels: Mapping[Kernel, str], prefix: str) -> dict[str, str]:
         path.format(m=prefix): environment.get_template(template).render(context)
         for template, path in FILES.items()
         if "kernels" in template or "build" in template
-    } | _headers(prefix)
+    } | _runtime(prefix)
     return {Path(path).name: text for path, text in files.items()}
 
 
@@ -383,10 +385,11 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -
     return {"functions": result, "finds_nan": finds_nan, "takes_rows": any(f["template"] == "source" for f in result)}
 
 
-def _headers(prefix: str) -> dict[str, str]:
+def _runtime(prefix: str) -> dict[str, str]:
+    """Path -> text of what is the same in every project."""
     return {
-        f"Core/Src/{prefix}_{name}.h": _prefixed((RUNTIME / f"tte_{name}.h").read_text(), prefix)
-        for name in ("math", "dsp")
+        f"Core/Src/{prefix}_{name}": _prefixed((RUNTIME / f"tte_{name}").read_text(), prefix)
+        for name in ("math.h", "dsp.h", "fma.c")
     }
 
 

@@ -281,7 +281,7 @@ def _sizes(elf: Path) -> tuple[int, int, int, int, int]:
         sizes = {s.name: int(s["sh_size"]) for s in ELFFile(file).iter_sections()}
     get = sizes.get
     return (
-        get(".vectors", 0) + get(".text", 0) + get(".ARM.exidx", 0),
+        sum(get(name, 0) for name in (".vectors", ".text", ".ARM.extab", ".ARM.exidx")),
         get(".rodata", 0),
         get(".data", 0),
         get(".bss", 0) + get(".arena", 0),

@@ -85,7 +85,7 @@ class UnicornBoard(StreamBoard):
             return sorted((s["st_value"] & ~1, (s["st_value"] & ~1) + s["st_size"], s.name) for s in functions)
 
     def _install_hooks(self, board: Target) -> Any:
-        """Count blocks, and stop at what is not aligned where that faults: in C, as Python would take most of the time."""
+        """Count blocks, and stop at what is not aligned where that faults: in C, because Python would be slow."""
         import unicorn
         from unicorn.unicorn_py3.unicorn import uclib
 
