@@ -16,6 +16,7 @@ import networks
 import numpy as np
 import pytest
 import torch
+from bare import COMPILERS
 from data import load_module
 from test_runner import break_step, start, train, write_model
 
@@ -27,8 +28,8 @@ from tte.errors import TTEError
 from tte.ir import TensorType, Value
 from tte.ir.rows import expand
 from tte.ops.rules import computes_floats
-from tte.runner import open_host
-from tte.runner.toolchain import build_firmware, find_toolchains, host_compiler
+from tte.runner import Build, open_host
+from tte.runner.toolchain import FLAGS, find_toolchains, host_compiler
 from tte.runner.train import open_board
 from tte.target import CORTEX_M0PLUS, TARGETS, find_target
 
@@ -225,6 +226,16 @@ def test_an_emulator_that_does_not_know_the_core(floats) -> None:  # type: ignor
 FLOAT = re.compile("__aeabi_(f|i2f|ui2f|l2f|ul2f|d)|__(add|sub|mul|div|lt|le|gt|ge|eq|ne|unord)sf|__fix|__float|fmaf")
 
 
+def compile_objects(build: Build, toolchain: str) -> list[Path]:
+    """An object of each source, for the core without FPU."""
+    objects = []
+    for source in build.list_sources(selftest=False):
+        objects.append(source.with_suffix(".o"))
+        command = [*(COMPILERS[toolchain](CORTEX_M0PLUS) or []), *FLAGS, "-ffreestanding", "-fno-unwind-tables"]
+        subprocess.run([*command, f"-I{build.include}", "-c", str(source), "-o", str(objects[-1])], check=True)
+    return objects
+
+
 def find_calls(objects: list[Path]) -> dict[str, set[str]]:
     """What each function of the objects refers to, and what that refers to in turn."""
     from elftools.elf.elffile import ELFFile
@@ -255,8 +266,7 @@ def test_an_int8_forward_is_of_integers(digits: Path, requantize: str, toolchain
     scheme = {"train": "last-layer", "quantized": {"requantize": requantize}}
     artifact = tte.compile(digits / "int8.onnx", update_scheme=scheme, target="cortex-m0plus", name="net")
     infer = next(p for p in artifact.compiled.programs if p.role == "infer")
-    elf = build_firmware(artifact.build, CORTEX_M0PLUS, toolchain).elf
-    calls = find_calls(list(elf.parent.glob("net_*.o")))
+    calls = find_calls(compile_objects(artifact.build, toolchain))
     text = (
         (artifact.build.folder / "Core/Src/net.c").read_text().partition("static int run_infer")[2].partition("\n}")[0]
     )

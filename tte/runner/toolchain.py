@@ -140,8 +140,8 @@ def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: 
             line = [*command, *flags, "-Wl,--gc-sections", f"-Wl,-T,{ld}", "-o", str(made), *map(str, sources)]
             if toolchain == "gcc":
                 line += ["-nostdlib", "-lc", "-lgcc"]
-            else:  # zig makes its library for floats when it is first asked for it
-                line += ["-nostdlib" if board.fpu else "-nostartfiles"]
+            elif board.fpu:  # else with zig's library for floats, which it makes when it is first asked for
+                line += ["-nostdlib"]
             result = _run(line)
             if result.returncode:
                 if "overflow" in result.stderr or "will not fit" in result.stderr or "overlap" in result.stderr:
