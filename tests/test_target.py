@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +68,15 @@ def test_unicorn_knows_the_core() -> None:
     known = [target for target in ARM if target.unicorn_cpu]
     assert all(isinstance(getattr(constants, target.unicorn_cpu), int) for target in known)
     assert {target.cpu for target in ARM} - {target.cpu for target in known} == {"cortex-m55"}
+
+
+def test_the_table_in_the_documentation() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "targets.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    expected = []
+    for t in ARM:
+        sizes = [f"{r.size // KB:,} KB at {r.origin:#010x}" if t.board else "" for r in (t.ram, t.flash)]
+        core = t.cpu.replace("cortex-m", "M").replace("plus", "+")
+        clock = f"{t.clock_hz // 1_000_000} MHz" if t.clock_hz else ""
+        expected.append([f"`{t.name}`", core, *sizes, clock, ", ".join(t.emulators)])
+    assert rows == expected
