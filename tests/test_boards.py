@@ -33,8 +33,6 @@ from tte.runner.toolchain import FLAGS, find_toolchains, host_compiler
 from tte.runner.train import open_board
 from tte.target import CORTEX_M0PLUS, TARGETS, find_target
 
-# One process, so that zig makes its library for floats once.
-pytestmark = pytest.mark.xdist_group("boards")
 if not find_toolchains() or not importlib.util.find_spec("unicorn"):
     pytest.skip("no compiler or emulator: pip install 'tte[emulate]'", allow_module_level=True)
 
