@@ -327,8 +327,9 @@ def targets(json_: Json = False) -> None:
         # A bare core has the memory of the emulated machine, which says nothing about any product.
         sizes = {region.name: region.size for region in target.memory if target.board}
         clock = f"{target.clock_hz // 1_000_000} MHz" if target.clock_hz else ""
-        rows.append((target.name, sizes.get("flash"), sizes.get("ram"), clock, target.description))
-    _print_table("targets", ("name", "flash", "RAM", "clock", ""), rows)
+        emulators = ", ".join(target.emulators)
+        rows.append((target.name, sizes.get("flash"), sizes.get("ram"), clock, emulators, target.description))
+    _print_table("targets", ("name", "flash", "RAM", "clock", "emulators", ""), rows)
 
 
 def _print_memory(table: "MemoryTable", as_json: bool) -> None:
