@@ -197,7 +197,7 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_flags_with_other_bits_are_refused(floats, what: str) -> None:  # type: ignore[no-untyped-def]
     flags, message = REFUSED[what]
-    source = next(s for s in floats[0].build.sources if s.name.endswith("_kernels.c"))
+    source = next(s for s in floats[0].build.list_sources() if s.name.endswith("_kernels.c"))
     command = ["arm-none-eabi-gcc", "-mthumb", *flags.split(), "-fsyntax-only", str(source)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode and message in result.stderr
