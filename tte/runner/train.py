@@ -13,6 +13,7 @@ from tte.arrays import read_npz
 from tte.errors import TTEError
 from tte.runner.board import STATE_HEADER, Board, require_ok
 from tte.runner.build import Build
+from tte.target import Target, find_target
 
 Progress = Callable[[int, int, float], None]
 
@@ -142,6 +143,28 @@ def _list(shape: Sequence[object]) -> str:
     return ", ".join(map(str, shape))
 
 
+def draw_samples(build: Build, count: int) -> Data:
+    """The samples of the generated self-test: a linear congruential generator, element by element."""
+    seed = 1
+
+    def draw() -> int:
+        nonlocal seed
+        seed = (seed * 1664525 + 1013904223) & 0xFFFFFFFF
+        return seed >> 24
+
+    xs, ys = [], []
+    for _ in range(count):
+        x = [draw() for _ in range(build.input.size)]
+        real = build.input.dtype == np.float32
+        wrapped = np.asarray(x, np.int64).astype(build.input.dtype) if not real else (np.asarray(x) - 128) / 64
+        xs.append(np.asarray(wrapped, build.input.dtype).reshape(build.input.shape[1:]))
+        if build.target is not None:
+            y = [draw() for _ in range(build.target.size)]
+            targets = np.asarray(y) % build.classes if build.classes else (np.asarray(y) - 128) / 64
+            ys.append(np.asarray(targets, build.target.dtype).reshape(build.target.sample))
+    return Data(np.stack(xs), np.stack(ys) if ys else None)
+
+
 def measure(board: Board, data: Data) -> float:
     """Accuracy where the model has classes, else the mean loss."""
     total = 0.0
@@ -209,16 +232,8 @@ def run_training(
     )
 
 
-def open_board(build: Build, runner: str, toolchain: str = "auto", sanitize: bool = False) -> Board:
-    """Start a project on "unicorn", "qemu" or "host"."""
-    from tte.runner.host import open_host
-    from tte.runner.qemu import open_qemu
-    from tte.runner.toolchain import build_firmware
-    from tte.runner.unicorn_board import open_unicorn
-    from tte.target import find_target
-
-    if runner == "host":
-        return open_host(build, sanitize)
+def find_emulated(build: Build) -> Target:
+    """What the project was compiled for. Raises TTEError (E058) where that is this computer."""
     target = find_target(build.target_name)
     if target.name == "host":
         raise TTEError(
@@ -227,6 +242,19 @@ def open_board(build: Build, runner: str, toolchain: str = "auto", sanitize: boo
             where=str(build.folder),
             fix="run it with --host, or compile it for a board",
         )
+    return target
+
+
+def open_board(build: Build, runner: str, toolchain: str = "auto", sanitize: bool = False) -> Board:
+    """Start a project on "unicorn", "qemu" or "host"."""
+    from tte.runner.host import open_host
+    from tte.runner.qemu import open_qemu
+    from tte.runner.toolchain import build_firmware
+    from tte.runner.unicorn_board import open_unicorn
+
+    if runner == "host":
+        return open_host(build, sanitize)
+    target = find_emulated(build)
     if runner == "unicorn":
         return open_unicorn(build, build_firmware(build, target, toolchain))
     if runner == "qemu":

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,34 @@ def open_unicorn(build: Build, firmware: Firmware) -> "UnicornBoard":
     if importlib.util.find_spec("unicorn") is None:
         raise TTEError("TTE-E051", "unicorn is not installed", fix="pip install 'tte[emulate]', or use --emulator qemu")
     return UnicornBoard(build, firmware)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A function, called from one place: executed instructions of its own, and its calls in the order of the first.
+
+    names: of the function; compilers fold those that are equal
+    """
+
+    names: tuple[str, ...]
+    own: int
+    calls: "tuple[Frame, ...]"
+
+    @property
+    def instructions(self) -> int:
+        """With all calls."""
+        return self.own + sum(call.instructions for call in self.calls)
+
+
+class _Node(ctypes.Structure):
+    """node_t of count.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("parent", "child", "sibling", "function")),
+        ("origin", ctypes.c_uint32),
+        ("counted", ctypes.c_uint64),
+        ("read", ctypes.c_uint64),
+    ]
 
 
 class UnicornBoard(StreamBoard):
@@ -68,8 +97,8 @@ class UnicornBoard(StreamBoard):
         self._pc = reset
         self._run()
 
-    def _load(self, board: Target) -> list[tuple[int, int, str]]:
-        """Copy the program into the flash; returns its functions: (address, end, name)."""
+    def _load(self, board: Target) -> list[tuple[int, int, tuple[str, ...]]]:
+        """Copy the program into the flash; returns its functions in order: (address, end, names)."""
         from elftools.elf.elffile import ELFFile
 
         with self.firmware.elf.open("rb") as file:
@@ -81,7 +110,12 @@ class UnicornBoard(StreamBoard):
                     self._flash[at : at + len(data)] = data
             table = elf.get_section_by_name(".symtab")
             functions = [s for s in table.iter_symbols() if s["st_info"]["type"] == "STT_FUNC"]
-            return sorted((s["st_value"] & ~1, (s["st_value"] & ~1) + s["st_size"], s.name) for s in functions)
+            names: dict[tuple[int, int], list[str]] = {}
+            for s in functions:
+                if s["st_size"]:
+                    start = s["st_value"] & ~1
+                    names.setdefault((start, start + s["st_size"]), []).append(s.name)
+            return sorted((*bounds, tuple(sorted(found))) for bounds, found in names.items())
 
     def _install_counter(self, board: Target) -> Any:
         """Count blocks in C: a Python hook would take most of the time."""
@@ -89,8 +123,12 @@ class UnicornBoard(StreamBoard):
         from unicorn.unicorn_py3.unicorn import uclib
 
         counter = ctypes.CDLL(str(build_counter(self.build)))
-        counter.count_total.restype = ctypes.c_uint64
-        counter.count_reset(self._flash, ctypes.c_uint32(board.flash.origin), ctypes.c_uint32(board.flash.size))
+        counter.count_read.restype = ctypes.c_uint64
+        counter.count_nodes.restype = ctypes.POINTER(_Node)
+        bounds = [address for start, end, _ in self._symbols for address in (start, end)]
+        self._functions = (ctypes.c_uint32 * len(bounds))(*bounds)
+        flash = (ctypes.c_uint32(board.flash.origin), ctypes.c_uint32(board.flash.size))
+        counter.count_reset(self._flash, *flash, self._functions, len(self._symbols))
         handle = ctypes.c_size_t()
         uclib.uc_hook_add.restype = ctypes.c_int
         status = uclib.uc_hook_add(
@@ -104,6 +142,18 @@ class UnicornBoard(StreamBoard):
         )
         assert status == 0, status
         return counter
+
+    def profile(self) -> Frame:
+        """What was executed between the last two readings of the timer: in the last call whose result has a count."""
+        used = ctypes.c_int32()
+        nodes = self._counter.count_nodes(ctypes.byref(used))
+        calls: dict[int, list[Frame]] = {i: [] for i in range(-1, used.value)}
+        for i in reversed(range(used.value)):  # callers are numbered before what they call
+            names = self._symbols[nodes[i].function][2] if nodes[i].function >= 0 else ()
+            frame = Frame(names, nodes[i].read, tuple(reversed(calls[i])))
+            if frame.instructions:
+                calls[nodes[i].parent].append(frame)
+        return calls[-1][0]
 
     def _exchange(self, command: bytes, size: int) -> bytes:
         self._input += command
@@ -145,14 +195,14 @@ class UnicornBoard(StreamBoard):
         pc = self._engine.reg_read(self._registers.UC_ARM_REG_PC)
         i = bisect_right([s for s, _, _ in self._symbols], pc) - 1
         inside = i >= 0 and pc < self._symbols[i][1]
-        return f"{pc:#010x}" + (f" in {self._symbols[i][2]}" if inside else "")
+        return f"{pc:#010x}" + (f" in {self._symbols[i][2][0]}" if inside else "")
 
     def _on_invalid(self, engine: Any, access: int, address: int, size: int, value: int, user: Any) -> bool:
         self._fault = f"access to {address:#010x}, outside of {self.firmware.board.name}'s memory, at {self._where()}"
         return False
 
     def _read_timer(self, engine: Any, offset: int, size: int, user: Any) -> int:
-        return (0xFFFFFFFF - self._counter.count_total()) & 0xFFFFFFFF if offset == 4 else 0
+        return (0xFFFFFFFF - self._counter.count_read()) & 0xFFFFFFFF if offset == 4 else 0
 
     def _on_interrupt(self, engine: Any, number: int, user: Any) -> None:
         registers = self._registers
