@@ -243,19 +243,24 @@ def _describe(node: Node) -> tuple[str, str]:
     """The layers of a node, and what it does."""
     members = list(expand(node))
     if len(members) > 1:
-        return f"{members[0].layer or '-'} to {members[-1].layer or '-'}", STRATEGIES[str(node.attrs["strategy"])]
-    nodes = node.body.nodes if node.body else (node,)
-    return node.layer or "-", " + ".join(n.op.removeprefix("nn.") for n in nodes)
+        ends = dict.fromkeys(member.layer or "-" for member in (members[0], members[-1]))
+        return " to ".join(ends), STRATEGIES[str(node.attrs["strategy"])]
+    return node.layer or "-", " + ".join(op.removeprefix("nn.") for op in _list_ops(node))
+
+
+def _list_ops(node: Node) -> list[str]:
+    return [op for member in node.body.nodes for op in _list_ops(member)] if node.body else [node.op]
 
 
 def _list_call(node: Node, call: Call, kernels: Mapping[Kernel, str]) -> dict[str, Any]:
     """A call in build.json; parts: of a region in pieces, the kernels that its own calls."""
-    layer, what = _describe(node)
-    parts = [
-        dict(zip(("layer", "op"), _describe(member), strict=True)) | {"macs": member.macs, "kernel": kernels[part]}
-        for member, part in zip(call.members, call.kernel.parts, strict=False)  # other kernels have parts too
-    ]
-    return {"layer": layer, "op": what, "macs": node.macs, "kernel": kernels[call.kernel], "parts": parts}
+
+    def record(node: Node, kernel: Kernel) -> dict[str, Any]:
+        layer, what = _describe(node)
+        return {"layer": layer, "op": what, "macs": node.macs, "kernel": kernels[kernel]}
+
+    parts = zip(call.members, call.kernel.parts, strict=False) if len(list(expand(node))) > 1 else ()
+    return record(node, call.kernel) | {"parts": [record(*part) for part in parts]}
 
 
 def _safe(text: str) -> str:

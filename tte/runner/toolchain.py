@@ -127,6 +127,7 @@ def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: 
     flags += [f"-DMODEL_PREFIX_UPPER={prefix.upper()}", f'-DMODEL_HEADER="{build.name}.h"', f"-DEMU_TIMER={timer:#x}u"]
     if toolchain == "zig":
         command = _zig() + ["-target", board.zig_target, f"-mcpu={board.zig_cpu}", "-ffreestanding"]
+        command += ["-fno-sanitize=undefined"]  # which zig takes -O0 for a wish for
     else:
         command = ["arm-none-eabi-gcc", *board.gcc_flags, "-ffreestanding"]
     script = _linker_script(emulator, board)
@@ -144,7 +145,7 @@ def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: 
             line += [*map(str, sources), "-nostdlib", *([] if toolchain == "zig" else ["-lc", "-lgcc"])]
             result = _run(line)
             if result.returncode:
-                if "overflow" in result.stderr or "will not fit" in result.stderr or "overlap" in result.stderr:
+                if "overflowed" in result.stderr or "will not fit" in result.stderr or "overlap" in result.stderr:
                     raise _DoesNotFit(result.stderr, board)
                 raise _refused(line, result.stderr)
             made.replace(elf)
