@@ -54,13 +54,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Profile:
-    """What an inference and a training step cost ("infer", "train_step"), and what the firmware was built with."""
+    """What an inference and a training step cost ("infer", "train_step"), and what the firmware was built with.
+
+    ram_bytes: .data and .bss, without the stack
+    """
 
     model: str
     target: str
     toolchain: str
     optimize: str
     flash_bytes: int
+    ram_bytes: int
     programs: Mapping[str, Cost]
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,7 +96,8 @@ def profile(folder: Path | str, toolchain: str = "auto", optimize: str = "-O2") 
         finally:
             board.close()
         assert programs[name].instructions == counted
-    return Profile(build.name, target.name, firmware.toolchain, optimize, firmware.flash_bytes, programs)
+    ram = firmware.data + firmware.bss
+    return Profile(build.name, target.name, firmware.toolchain, optimize, firmware.flash_bytes, ram, programs)
 
 
 def _run_once(board: UnicornBoard, role: str) -> int:
