@@ -28,7 +28,7 @@ TINYENGINE = {
     "mcunet-5fps-49kb": (65_030_000, 106_370_000, 665_060, 230_592),
     "mcunet-5fps-99kb": (65_000_000, 115_730_000, 688_508, 271_800),
 }
-# ARM-software/CMSIS-NN 99f736a, counted on the same emulated core: instructions per multiply-accumulate of an inference.
+# ARM-software/CMSIS-NN 99f736a on the same emulated core: instructions per multiply-accumulate of an inference.
 CMSIS_NN = {"resnet8": 2.39, "mobilenet": 3.27, "dscnn": 2.90, "autoencoder": 2.19}
 
 # Our goals. Forward pass and training step of the fastest plan; the smallest may take a tenth more.
@@ -40,8 +40,8 @@ FLOAT_STEP = 2.2
 FLAGS = {"-O0": 1.5, "-Os": 1.1, "-O3": None}  # times the instructions of -O2
 
 NOTE = (
-    "The fastest kernels that we know for mcunet-5fps-49kb, each called alone and summed, take 20.27 M instructions for "
-    "a forward pass and 34.41 M for a step with float gradients."
+    "The fastest kernels that we know for mcunet-5fps-49kb, each called alone and summed, take 20.27 M instructions "
+    "for a forward pass and 34.41 M for a step with float gradients."
 )
 
 
