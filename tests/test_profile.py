@@ -108,6 +108,23 @@ def test_every_instruction_has_its_call(built: tuple[Artifact, Path], toolchain:
     board.close()
 
 
+def test_boards_count_for_themselves(built: tuple[Artifact, Path]) -> None:
+    build = Build.open(built[1])
+    firmware = build_firmware(build, STM32F746)
+    busy, idle = open_unicorn(build, firmware), open_unicorn(build, firmware)
+    samples = draw_samples(build, 1)
+    counts = []
+    for board in (busy, idle):
+        board.init()
+        counts.append(board.infer_counted(samples.x[0])[1])
+    idle.close()
+    assert counts == [busy.profile().instructions] * 2
+    with pytest.raises(tte.TTEError, match="E055"):
+        idle.profile()
+    assert busy.infer_counted(samples.x[0])[1] == counts[0]
+    busy.close()
+
+
 @pytest.mark.parametrize(("toolchain", "optimize"), WAYS)
 def test_equal_layers_cost_the_same(built: tuple[Artifact, Path], toolchain: str, optimize: str) -> None:
     """Whether they are calls or, with nothing inlined, members of a region."""

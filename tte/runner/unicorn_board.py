@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tte.errors import TTEError
+from tte.runner.board import require_open
 from tte.runner.build import Build
 from tte.runner.stream import StreamBoard
 from tte.runner.toolchain import Firmware, build_counter
@@ -90,7 +91,7 @@ class UnicornBoard(StreamBoard):
         engine.hook_add(unicorn.UC_HOOK_INTR, self._on_interrupt)
         invalid = unicorn.UC_HOOK_MEM_INVALID
         engine.hook_add(invalid, self._on_invalid)
-        self._counter = self._install_counter(board)
+        self._library = self._install_counter(board)
         stack, reset = struct.unpack("<II", bytes(self._flash[:8]))
         engine.reg_write(arm_const.UC_ARM_REG_SP, stack)
         engine.reg_write(arm_const.UC_ARM_REG_FPEXC, 1 << 30)
@@ -118,35 +119,38 @@ class UnicornBoard(StreamBoard):
             return sorted((*bounds, tuple(sorted(found))) for bounds, found in names.items())
 
     def _install_counter(self, board: Target) -> Any:
-        """Count blocks in C: a Python hook would take most of the time."""
+        """Count blocks in C: a Python hook would take most of the time. Returns count.c, and sets what it works on."""
         import unicorn
         from unicorn.unicorn_py3.unicorn import uclib
 
-        counter = ctypes.CDLL(str(build_counter(self.build)))
-        counter.count_read.restype = ctypes.c_uint64
-        counter.count_nodes.restype = ctypes.POINTER(_Node)
+        library = ctypes.CDLL(str(build_counter(self.build)))
+        library.count_open.restype = ctypes.c_void_p
+        library.count_read.restype = ctypes.c_uint64
+        library.count_nodes.restype = ctypes.POINTER(_Node)
         bounds = [address for start, end, _ in self._symbols for address in (start, end)]
         self._functions = (ctypes.c_uint32 * len(bounds))(*bounds)
         flash = (ctypes.c_uint32(board.flash.origin), ctypes.c_uint32(board.flash.size))
-        counter.count_reset(self._flash, *flash, self._functions, len(self._symbols))
+        counter = library.count_open(self._flash, *flash, self._functions, len(self._symbols))
+        self._counter = ctypes.c_void_p(counter)
         handle = ctypes.c_size_t()
         uclib.uc_hook_add.restype = ctypes.c_int
         status = uclib.uc_hook_add(
             self._engine._uch,
             ctypes.byref(handle),
             ctypes.c_int(unicorn.UC_HOOK_BLOCK),
-            ctypes.cast(counter.count_block, ctypes.c_void_p),
-            None,
+            ctypes.cast(library.count_block, ctypes.c_void_p),
+            self._counter,
             ctypes.c_uint64(1),
             ctypes.c_uint64(0),
         )
         assert status == 0, status
-        return counter
+        return library
 
     def profile(self) -> Frame:
         """What was executed between the last two readings of the timer: in the last call whose result has a count."""
+        require_open(self.is_open)
         used = ctypes.c_int32()
-        nodes = self._counter.count_nodes(ctypes.byref(used))
+        nodes = self._library.count_nodes(self._counter, ctypes.byref(used))
         calls: dict[int, list[Frame]] = {i: [] for i in range(-1, used.value)}
         for i in reversed(range(used.value)):  # callers are numbered before what they call
             names = self._symbols[nodes[i].function][2] if nodes[i].function >= 0 else ()
@@ -166,6 +170,7 @@ class UnicornBoard(StreamBoard):
     def _close(self) -> None:
         for file in self._files.values():
             file.close()
+        self._library.count_close(self._counter)
         self._folder.cleanup()
 
     def _run(self) -> None:
@@ -202,7 +207,7 @@ class UnicornBoard(StreamBoard):
         return False
 
     def _read_timer(self, engine: Any, offset: int, size: int, user: Any) -> int:
-        return (0xFFFFFFFF - self._counter.count_read()) & 0xFFFFFFFF if offset == 4 else 0
+        return (0xFFFFFFFF - self._library.count_read(self._counter)) & 0xFFFFFFFF if offset == 4 else 0
 
     def _on_interrupt(self, engine: Any, number: int, user: Any) -> None:
         registers = self._registers
