@@ -193,10 +193,12 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=Path("build/kernels.png"))
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        figures = [figure for table in track(given.only) for figure in TABLES[table](Path(folder))]
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n")
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for table in track(given.only):
+            figures += TABLES[table](Path(folder))
+            given.out.write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n")
     if any(figure.anchor for figure in figures):
         draw(figures, given.picture)
     print(render(figures), NOTE, sep="\n\n")

@@ -23,7 +23,7 @@ from tte.target import STM32F746
 if not find_toolchains() or not importlib.util.find_spec("unicorn"):
     pytest.skip("no compiler or emulator: pip install 'tte[emulate]'", allow_module_level=True)
 
-WAYS = [(toolchain, optimize) for toolchain in find_toolchains() for optimize in ("-O0", "-O2")]
+WAYS = [(toolchain, optimize) for toolchain in find_toolchains() for optimize in ("-O0", "-O2", "-Os")]
 
 
 class Twins(nn.Module):

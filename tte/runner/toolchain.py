@@ -127,7 +127,7 @@ def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: 
     flags += [f"-DMODEL_PREFIX_UPPER={prefix.upper()}", f'-DMODEL_HEADER="{build.name}.h"', f"-DEMU_TIMER={timer:#x}u"]
     if toolchain == "zig":
         command = _zig() + ["-target", board.zig_target, f"-mcpu={board.zig_cpu}", "-ffreestanding"]
-        command += ["-fno-sanitize=undefined"]  # which zig takes -O0 for a wish for
+        command += ["-g", "-fno-sanitize=undefined"]  # zig drops the symbols at -Os, and adds checks at -O0
     else:
         command = ["arm-none-eabi-gcc", *board.gcc_flags, "-ffreestanding"]
     script = _linker_script(emulator, board)
