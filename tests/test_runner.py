@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 
 import tte
-from tte.artifact import Artifact, draw_samples
+from tte.artifact import Artifact
 from tte.cli import main
 from tte.errors import TTEError
 from tte.ir import Graph, TensorType, Value
 from tte.runner import Board, Build, open_host, open_qemu, open_unicorn
 from tte.runner.qemu import find_qemu
 from tte.runner.toolchain import build_firmware, build_host, find_toolchains
-from tte.runner.train import run_training
+from tte.runner.train import draw_samples, run_training
 from tte.target import STM32F746, TARGETS, Region, find_target
 
 if not find_toolchains() or not importlib.util.find_spec("unicorn"):

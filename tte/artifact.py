@@ -25,7 +25,7 @@ from tte.runner.board import Board, require_ok
 from tte.runner.build import Build
 from tte.runner.host import HostBoard, open_host
 from tte.runner.toolchain import Firmware, build_firmware, find_toolchains, host_compiler
-from tte.runner.train import Data, RunResult, find_emulator, open_board, train
+from tte.runner.train import Data, RunResult, draw_samples, find_emulator, open_board, train
 from tte.saved import pack_weights
 from tte.scheme import UpdateScheme
 from tte.target import Target, find_target
@@ -317,28 +317,6 @@ def _run_once(board: Board, call: str, samples: Data) -> tuple[int, int]:
     marks = board.high_water()
     assert marks is not None
     return marks[0], instructions
-
-
-def draw_samples(build: Build, count: int) -> Data:
-    """The samples of the generated self-test: a linear congruential generator, element by element."""
-    seed = 1
-
-    def draw() -> int:
-        nonlocal seed
-        seed = (seed * 1664525 + 1013904223) & 0xFFFFFFFF
-        return seed >> 24
-
-    xs, ys = [], []
-    for _ in range(count):
-        x = [draw() for _ in range(build.input.size)]
-        real = build.input.dtype == np.float32
-        wrapped = np.asarray(x, np.int64).astype(build.input.dtype) if not real else (np.asarray(x) - 128) / 64
-        xs.append(np.asarray(wrapped, build.input.dtype).reshape(build.input.shape[1:]))
-        if build.target is not None:
-            y = [draw() for _ in range(build.target.size)]
-            targets = np.asarray(y) % build.classes if build.classes else (np.asarray(y) - 128) / 64
-            ys.append(np.asarray(targets, build.target.dtype).reshape(build.target.sample))
-    return Data(np.stack(xs), np.stack(ys) if ys else None)
 
 
 def _sample(data: Data, i: int) -> tuple[np.ndarray, np.ndarray | None]:

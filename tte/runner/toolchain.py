@@ -124,6 +124,7 @@ def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: 
         flags += [f"-DEMU_COUNTER={board.machine.counter:#x}u"]
     if toolchain == "zig":
         command = _zig() + ["-target", board.zig_target, f"-mcpu={board.zig_cpu}", "-ffreestanding"]
+        command += ["-g", "-fno-sanitize=undefined"]  # zig drops the symbols at -Os, and adds checks at -O0
     else:
         command = ["arm-none-eabi-gcc", *board.gcc_flags, "-ffreestanding"]
     script = _linker_script(emulator, board)
@@ -144,7 +145,7 @@ def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: 
                 line += ["-nostdlib"]
             result = _run(line)
             if result.returncode:
-                if "overflow" in result.stderr or "will not fit" in result.stderr or "overlap" in result.stderr:
+                if "overflowed" in result.stderr or "will not fit" in result.stderr or "overlap" in result.stderr:
                     raise _DoesNotFit(result.stderr, board)
                 raise _refused(line, result.stderr)
             made.replace(elf)

@@ -144,6 +144,28 @@ def _list(shape: Sequence[object]) -> str:
     return ", ".join(map(str, shape))
 
 
+def draw_samples(build: Build, count: int) -> Data:
+    """The samples of the generated self-test: a linear congruential generator, element by element."""
+    seed = 1
+
+    def draw() -> int:
+        nonlocal seed
+        seed = (seed * 1664525 + 1013904223) & 0xFFFFFFFF
+        return seed >> 24
+
+    xs, ys = [], []
+    for _ in range(count):
+        x = [draw() for _ in range(build.input.size)]
+        real = build.input.dtype == np.float32
+        wrapped = np.asarray(x, np.int64).astype(build.input.dtype) if not real else (np.asarray(x) - 128) / 64
+        xs.append(np.asarray(wrapped, build.input.dtype).reshape(build.input.shape[1:]))
+        if build.target is not None:
+            y = [draw() for _ in range(build.target.size)]
+            targets = np.asarray(y) % build.classes if build.classes else (np.asarray(y) - 128) / 64
+            ys.append(np.asarray(targets, build.target.dtype).reshape(build.target.sample))
+    return Data(np.stack(xs), np.stack(ys) if ys else None)
+
+
 def measure(board: Board, data: Data) -> float:
     """Accuracy where the model has classes, else the mean loss."""
     total = 0.0
@@ -219,11 +241,8 @@ def find_emulator(target: Target) -> str | None:
     return next((name for name in target.emulators if installed[name]), None)
 
 
-def find_runner(build: Build, runner: str) -> str:
-    """ "host", or the emulator of that name; "auto": the one for the project's target. Raises TTEError (E058)."""
-
-    if runner == "host":
-        return runner
+def find_emulated(build: Build) -> Target:
+    """What the project was compiled for. Raises TTEError (E058) where that is this computer."""
     target = find_target(build.target_name)
     if target.name == "host":
         raise TTEError(
@@ -232,6 +251,14 @@ def find_runner(build: Build, runner: str) -> str:
             where=str(build.folder),
             fix="run it with --host, or compile it for a board",
         )
+    return target
+
+
+def find_runner(build: Build, runner: str) -> str:
+    """ "host", or the emulator of that name; "auto": the one for the project's target. Raises TTEError (E058)."""
+    if runner == "host":
+        return runner
+    target = find_emulated(build)
     if runner == "auto":
         return find_emulator(target) or target.emulators[0]
     if runner not in target.emulators:
