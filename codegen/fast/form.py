@@ -22,7 +22,7 @@ def make_form(kernel: Kernel, context: Mapping[str, Any], template: str, scratch
 
 def assembly(template: str, context: Mapping[str, Any], parameters: Sequence[str]) -> Kernel:
     """A function in assembly, that C calls with these parameters."""
-    own = {"args": [], "rows": None, "tile": None, "tail": [], "assembly": [*parameters]}
+    own = {"args": [], "rows": None, "columns": None, "tile": None, "tail": [], "assembly": [*parameters]}
     return Kernel(template, json.dumps(own | dict(context), sort_keys=True))
 
 
