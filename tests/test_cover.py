@@ -67,7 +67,7 @@ def test_integers_learn_the_same(share: float, storage: str, integers: Callable[
 
 
 def test_an_emulated_board(integers: Callable[[str], Path]) -> None:  # noqa: F811
-    plain, small = compile_within(0.5, integers("mcunet"), None, FULL, target="stm32f746")
+    plain, small = compile_within(0.4, integers("mcunet"), None, FULL, target="stm32f746")
     assert again(small) == {"rows", "tiles"}
     data = {"x": qdq.inputs(qdq.RECIPES["mcunet"], 3)[:, 0], "y": np.arange(3)}
     expected = plain.run(data, runner="host")
@@ -77,7 +77,7 @@ def test_an_emulated_board(integers: Callable[[str], Path]) -> None:  # noqa: F8
 
 
 def test_sanitizers(integers: Callable[[str], Path]) -> None:  # noqa: F811
-    _, small = compile_within(0.5, integers("mcunet"), None, FULL)
+    _, small = compile_within(0.4, integers("mcunet"), None, FULL)
     result = run_sanitized(small.build)
     assert result.returncode == 0, result.stderr
 
