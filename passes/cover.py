@@ -17,7 +17,7 @@ from tte.passes.row_groups import find_row_groups
 from tte.passes.stream import find_least
 from tte.passes.tile import Group, arrange, find_groups, repeat_in_tiles, tile_backward, widen
 
-EFFORT = 2.0  # of the question to CP-SAT, in its own deterministic time
+EFFORT = 5.0  # of the question to CP-SAT, in its own deterministic time
 MOST = 4  # nodes of the forward of which a group may compute any selection again
 TRIES = 4
 
@@ -192,6 +192,7 @@ class _Question:
         solver = cp_model.CpSolver()
         solver.parameters.random_seed = 1
         solver.parameters.num_workers = 1
+        solver.parameters.linearization_level = 2  # far fewer answers to try
         solver.parameters.max_deterministic_time = EFFORT
         if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             return None
