@@ -40,6 +40,11 @@ TTE_INLINE void tte_fill(int8_t *to, int value, int n) {
         *to++ = (int8_t)value;
 }
 
+TTE_INLINE void tte_clear(uint32_t *to, int n) {
+    for (; n > 0; n--)
+        *to++ = 0;
+}
+
 /* n elements of 16 bits as int8, and a bit for each: whether that changed nothing. n is a multiple of 8. */
 TTE_INLINE void tte_limit(const int16_t *from, int n, int8_t *to, uint8_t *same) {
     for (; n > 0; n -= 8, from += 8, to += 8) {
