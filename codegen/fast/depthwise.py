@@ -10,6 +10,8 @@ from tte.codegen.kernel import Kernel
 
 UNROLL = 4  # pairs of outputs in a loop at the most
 BLOCKS = 16  # words of a row that are packed in a loop at the most
+MOST = 12288  # bytes of scratch, where more than one row is packed at once
+SHORT = 8  # rows of a result each of which has code of its own, at the most
 BANDS = (64, 32, 16, 8, 4, 2, 1)  # rows of the result that are made of planes of their own, at the most
 
 Columns = tuple[int | None, int | None]  # what a word of a plane holds
@@ -39,30 +41,37 @@ def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Ker
     end = find_end(context, channels)
     if tile and (tile["sum"] or len(context["outs"]) > 1):
         return None
-    planes = read_pairs(context)
+    planes = read_pairs(context) or read_terms(context)
     if planes is None:
         return None
     stride = attrs["strides"][0]
     pitch = len(planes.row)
     whole = 1 if context["rows"] is not None else out["shape"][1]
 
+    def within(band: int) -> bool:
+        """Rows beside the picture are not there instead of zero."""
+        return planes.form == "terms" and context["rows"] is None and band == out["shape"][1] <= SHORT
+
+    def count(band: int) -> int:
+        return height if within(band) else (band - 1) * stride + window[0]
+
     def place(lanes: int, band: int) -> dict[str, int]:
-        lines = (band - 1) * stride + window[0]
+        lines = count(band)
         sums = 0 if end.result == "int8" else band * width * (8 if end.bits else lanes) * SIZES[end.result]
         return lay_out({"planes": 4 * lanes * lines * pitch, "stream": 4 * (4 + planes.table), "sums": sums})
 
     choices = [
-        (((band - 1) * stride + window[0]) / band * (7 if lanes == 4 else 10) + 12 / band, -band, lanes)
+        (count(band) / band * (7 if lanes == 4 else 10) + 12 / band, -band, lanes)
         for lanes in (4, 2)
         for band in {min(b, whole) for b in (whole, *BANDS)}
-        if lanes <= channels and place(lanes, band)["end"] <= room
+        if lanes <= channels and place(lanes, band)["end"] <= (room if band == 1 else min(room, MOST))
     ]
     if not choices:
         return None
     _, band, lanes = min(choices)
     band = -band
     at = place(lanes, band)
-    lines = (band - 1) * stride + window[0]
+    lines = count(band)
     pack = {
         "form": planes.form,
         "phases": planes.phases,
@@ -74,6 +83,8 @@ def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Ker
         "line": x["strides"][1],
         "zero": attrs.get("zero_point", 0),
     } | _loop(planes, x["strides"][2])
+    above = attrs["padding"][0] if within(band) else 0
+    runs = _rows(lines, window[0], stride, above, band)
     pixel = out["strides"][2] if end.result == "int8" else 8 if end.bits else lanes
     tall = 2 if band > 1 and planes.more["tall"] == 2 else 1
     read = {
@@ -84,7 +95,7 @@ def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Ker
         "pixel": pixel,
         "line": out["strides"][1] if end.result == "int8" else width * pixel,
         "step": SIZES[w["dtype"]],
-    } | asdict(end) | planes.more | {"tall": tall}
+    } | asdict(end) | planes.more | {"tall": tall, "runs": runs if planes.table else []}
     more = {
         "band": band,
         "lanes": lanes,
@@ -93,6 +104,7 @@ def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Ker
         "pitch": pitch,
         "tall": tall,
         "pixel": pixel,
+        "within": within(band),
     } | asdict(end)
     parts = assembly("dsp/pack", pack), assembly(planes.template, read)
     return make_form(kernel, context | more, "dsp/depthwise", at["end"], *parts)
@@ -116,6 +128,91 @@ def read_pairs(context: Mapping[str, Any]) -> Planes | None:
     passes = tiles // max(1, unroll)
     more = {"tall": 2 if stride == 1 else 1, "unroll": unroll, "passes": passes if passes > 1 else 0}
     return Planes("pairs", row, 1, "dsp/window3", more)
+
+
+def read_terms(context: Mapping[str, Any]) -> Planes | None:
+    """Windows of at most 64 elements as products of polynomials of two columns: X = u + v z by V = w0 + w1 z, z = 2^21.
+
+    A sum of products has three lanes, of z^0, z^1 and z^2: the second is an output, the third and the first of the next
+    sum are two parts of the one between. 255 * 128 * 64 < 2^21, so that no lane runs into the next.
+    """
+    (height, length), (_, stride) = context["ins"][1]["shape"][1:3], context["attrs"]["strides"]
+    if height * length > 64:
+        return None
+    width, left, columns = context["out"]["shape"][2], context["attrs"]["padding"][1], context["ins"][0]["shape"][2]
+    blocks = -(-columns // (2 * stride))
+    best = min((_multiply(width, columns, length, left, stride, blocks, odd) for odd in (0, 1)), key=lambda p: p[0])
+    _, taps, groups = best
+
+    def column(i: int) -> int | None:
+        return i if i < columns else None
+
+    row = [
+        (column(stride * 2 * i + f), column(stride * (2 * i + 1) + f)) for f in range(stride) for i in range(blocks)
+    ]
+    more = {"tall": 1, "taps": taps, "groups": groups, "zero": context["attrs"].get("zero_point", 0)}
+    return Planes("terms", row, stride, "dsp/terms", more, len(taps) * height)
+
+
+def _multiply(
+    width: int, columns: int, length: int, left: int, stride: int, blocks: int, odd: int
+) -> tuple[int, list[Columns], list[dict[str, Any]]]:
+    """How many products a row takes, the taps of each word of weights, and what groups of three sums add and give.
+
+    The outputs in the middle of a sum are the ``odd`` ones where odd is 0.
+    """
+    outputs = {}  # output -> the sum it is in the middle of, or the first of two
+    for j in range(width):
+        outputs[j] = ("middle", (j - odd - 1) // 2) if (j - odd) % 2 else ("between", (j - odd) // 2 - 1)
+    sums = sorted({c + d for kind, c in outputs.values() for d in ((0,) if kind == "middle" else (0, 1))})
+    taps: list[Columns] = []
+    products: dict[int, list[tuple[int, int]]] = {c: [] for c in sums}  # sum -> (word of the row, word of weights)
+    for f in range(stride):
+        at = {(f + left - i) // stride: i for i in range(length) if (f + left - i) % stride == 0}
+        words = -(-len(range(f, columns, stride)) // 2)
+        for b in sorted({(t - odd) // 2 for t in at}):
+            for a in range(words):
+                if a + b in products:
+                    products[a + b].append((f * blocks + a, len(taps)))
+            taps.append((at.get(2 * b + odd), at.get(2 * b + odd + 1)))
+    groups = []
+    for i in range(0, len(sums), 3):
+        part = sums[i : i + 3]
+        steps = []
+        for first in range(0, len(taps), 4):
+            chunk = range(first, min(first + 4, len(taps)))
+            words_used = sorted({x for c in part for x, v in products[c] if v in chunk})
+            steps.append(
+                {
+                    "first": first,
+                    "count": len(chunk),
+                    "words": words_used,
+                    "products": [[k, x, v - first] for k, c in enumerate(part) for x, v in products[c] if v in chunk],
+                }
+            )
+        ends = []
+        for j, (kind, c) in outputs.items():
+            if kind == "middle" and c in part:
+                ends.append([j, kind, part.index(c)])
+            elif kind == "between" and c + 1 in part:
+                ends.append([j, kind if c in part else "carried", part.index(c + 1)])
+        ends.sort(key=lambda e: (e[2], e[1] == "middle"))
+        carries = bool(i + 3 < len(sums)) and ("between", part[-1]) in outputs.values()
+        groups.append({"sums": len(part), "steps": steps, "ends": ends, "carries": carries})
+    return sum(map(len, products.values())), taps, groups
+
+
+def _rows(height: int, window: int, stride: int, above: int, result: int) -> list[dict[str, Any]]:
+    """Rows of the result in order: the rows of the window that lie inside, and how often in sequence."""
+    runs: list[dict[str, Any]] = []
+    for r in range(result):
+        inside = [k for k in range(window) if 0 <= r * stride + k - above < height]
+        start = max(0, r * stride - above)
+        if runs and runs[-1]["inside"] == inside and start == runs[-1]["start"] + runs[-1]["count"] * stride:
+            runs[-1]["count"] += 1
+        else:
+            runs.append({"inside": inside, "start": start, "count": 1})
+    return runs
 
 
 def _loop(planes: Planes, pixel: int) -> dict[str, int]:
