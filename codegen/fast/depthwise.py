@@ -10,7 +10,7 @@ from tte.codegen.kernel import Kernel
 
 UNROLL = 4  # pairs of outputs in a loop at the most
 BLOCKS = 16  # words of a row that are packed in a loop at the most
-MOST = 12288  # bytes of scratch, where more than one row is packed at once
+MOST = 8192  # bytes of scratch, where more than one row is packed at once
 SHORT = 8  # rows of a result each of which has code of its own, at the most
 BANDS = (64, 32, 16, 8, 4, 2, 1)  # rows of the result that are made of planes of their own, at the most
 
