@@ -13,6 +13,8 @@ BLOCKS = 16  # words of a row that are packed in a loop at the most
 MOST = 8192  # bytes of scratch, where more than one row is packed at once
 SHORT = 8  # rows of a result each of which has code of its own, at the most
 BANDS = (64, 32, 16, 8, 4, 2, 1)  # rows of the result that are made of planes of their own, at the most
+PACK = ("const int8_t *x", "uint32_t *y", "int rows")
+READ = ("const uint32_t *x", "uint32_t *stream", "void *y", "int times")
 
 Columns = tuple[int | None, int | None]  # what a word of a plane holds
 
@@ -87,15 +89,20 @@ def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Ker
     runs = _rows(lines, window[0], stride, above, band)
     pixel = out["strides"][2] if end.result == "int8" else 8 if end.bits else lanes
     tall = 2 if band > 1 and planes.more["tall"] == 2 else 1
-    read = {
-        "window": window,
-        "strides": attrs["strides"],
-        "pitch": pitch,
-        "width": width,
-        "pixel": pixel,
-        "line": out["strides"][1] if end.result == "int8" else width * pixel,
-        "step": SIZES[w["dtype"]],
-    } | asdict(end) | planes.more | {"tall": tall, "runs": runs if planes.table else []}
+    read = (
+        {
+            "window": window,
+            "strides": attrs["strides"],
+            "pitch": pitch,
+            "width": width,
+            "pixel": pixel,
+            "line": out["strides"][1] if end.result == "int8" else width * pixel,
+            "step": SIZES[w["dtype"]],
+        }
+        | asdict(end)
+        | planes.more
+        | {"tall": tall, "runs": runs if planes.table else []}
+    )
     more = {
         "band": band,
         "lanes": lanes,
@@ -106,7 +113,7 @@ def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Ker
         "pixel": pixel,
         "within": within(band),
     } | asdict(end)
-    parts = assembly("dsp/pack", pack), assembly(planes.template, read)
+    parts = assembly("dsp/pack", pack, PACK), assembly(planes.template, read, READ)
     return make_form(kernel, context | more, "dsp/depthwise", at["end"], *parts)
 
 
@@ -147,9 +154,7 @@ def read_terms(context: Mapping[str, Any]) -> Planes | None:
     def column(i: int) -> int | None:
         return i if i < columns else None
 
-    row = [
-        (column(stride * 2 * i + f), column(stride * (2 * i + 1) + f)) for f in range(stride) for i in range(blocks)
-    ]
+    row = [(column(stride * 2 * i + f), column(stride * (2 * i + 1) + f)) for f in range(stride) for i in range(blocks)]
     more = {"tall": 1, "taps": taps, "groups": groups, "zero": context["attrs"].get("zero_point", 0)}
     return Planes("terms", row, stride, "dsp/terms", more, len(taps) * height)
 
