@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tte.codegen.fast.conv2d import SIZES, find_end
-from tte.codegen.fast.form import assembly, lay_out, make_form
+from tte.codegen.fast.form import assembly, lay_out, limit, make_form
 from tte.codegen.kernel import Kernel
 
 UNROLL = 4  # pairs of outputs in a loop at the most
-BLOCKS = 16  # words of a row that are packed in a loop at the most
+BLOCKS = 8  # words of a row that are packed in a loop at the most
 MOST = 8192  # bytes of scratch, where more than one row is packed at once
-SHORT = 8  # rows of a result each of which has code of its own, at the most
+SHORT = 4  # rows of a result each of which has code of its own, at the most
 BANDS = (64, 32, 16, 8, 4, 2, 1)  # rows of the result that are made of planes of their own, at the most
 PACK = ("const int8_t *x", "uint32_t *y", "int rows")
 READ = ("const uint32_t *x", "uint32_t *stream", "void *y", "int times")
@@ -27,7 +27,7 @@ class Planes:
     row: Sequence[Columns]
     phases: int
     template: str
-    more: Mapping[str, Any]
+    more: dict[str, Any]
     table: int = 0  # words of weights that are made per channel
 
 
@@ -113,7 +113,9 @@ def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Ker
         "pixel": pixel,
         "within": within(band),
     } | asdict(end)
-    parts = assembly("dsp/pack", pack, PACK), assembly(planes.template, read, READ)
+    parts = [assembly("dsp/pack", pack, PACK), assembly(planes.template, read, READ)]
+    if end.bits:
+        parts.append(limit(channels))
     return make_form(kernel, context | more, "dsp/depthwise", at["end"], *parts)
 
 
