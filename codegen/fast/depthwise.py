@@ -1,122 +1,137 @@
 """int8 depthwise convolutions on planes: four or two channels at a time are taken apart, each is then read by words."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from tte.codegen.fast.conv2d import SIZES, find_end
+from tte.codegen.fast.conv2d import SIZES, End, find_end
 from tte.codegen.fast.form import assembly, lay_out, limit, make_form
 from tte.codegen.kernel import Kernel
 
 UNROLL = 4  # pairs of outputs in a loop at the most
 BLOCKS = 8  # words of a row that are packed in a loop at the most
-MOST = 8192  # bytes of scratch, where more than one row is packed at once
+MOST = 8192  # bytes of scratch, where more than one row is made at once
 SHORT = 4  # rows of a result each of which has code of its own, at the most
-BANDS = (64, 32, 16, 8, 4, 2, 1)  # rows of the result that are made of planes of their own, at the most
+BANDS = (64, 32, 16, 8, 4, 2, 1)
 PACK = ("const int8_t *x", "uint32_t *y", "int rows")
 READ = ("const uint32_t *x", "uint32_t *stream", "void *y", "int times")
 
-Columns = tuple[int | None, int | None]  # what a word of a plane holds
+Columns = tuple[int | None, int | None]  # what a word holds
 
 
 @dataclass(frozen=True)
 class Planes:
-    """How a plane is read: its words in a row, by phases of the stride; ``template`` and what it has to know."""
+    """What a plane holds and what reads it.
+
+    form      of a word, see dsp/pack
+    row       the words of a row, by ``phases`` of the stride
+    template  of the function that reads a plane, and ``more`` that it has to know
+    tall      rows of the result that it makes at once, where there are so many
+    table     words of weights that it makes for each channel
+    """
 
     form: str
     row: Sequence[Columns]
     phases: int
     template: str
-    more: dict[str, Any]
-    table: int = 0  # words of weights that are made per channel
+    more: Mapping[str, Any]
+    tall: int = 1
+    table: int = 0
+
+
+@dataclass(frozen=True)
+class Band:
+    """``rows`` of the result that are made of planes of their own, of ``lanes`` channels at a time."""
+
+    context: Mapping[str, Any]
+    planes: Planes
+    end: End
+    lanes: int
+    rows: int
+
+    @property
+    def within(self) -> bool:
+        """Rows beside the picture are left out; else they are zero."""
+        whole = self.context["rows"] is None and self.rows == self.context["out"]["shape"][1]
+        return whole and self.rows <= SHORT and self.planes.form == "terms"
+
+    @property
+    def lines(self) -> int:
+        """Rows of the planes."""
+        (_, height, _, _), (_, window, _, _) = (tensor["shape"] for tensor in self.context["ins"][:2])
+        stride: int = self.context["attrs"]["strides"][0]
+        return int(height) if self.within else (self.rows - 1) * stride + int(window)
+
+    @property
+    def at(self) -> dict[str, int]:
+        """Where things lie in the scratch."""
+        width, planes = self.context["out"]["shape"][2], self.planes
+        sums = self.rows * width * (8 if self.end.bits else self.lanes) * SIZES[self.end.result]
+        sizes = {
+            "planes": 4 * self.lanes * self.lines * len(planes.row),
+            "stream": 4 * (4 + planes.table),
+            "sums": 0 if self.end.result == "int8" else sums,
+        }
+        return lay_out(sizes)
+
+    @property
+    def cost(self) -> float:
+        """Instructions per row, about: packing and what is done once per band."""
+        width: int = self.context["ins"][0]["shape"][2]
+        return (self.lines * width * (1.8 if self.lanes == 4 else 2.5) + 50) / self.rows
 
 
 def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """(H, W, C) int8 by (C, KH, KW, 1) int8 or int16; windows without holes."""
     out, (x, w, *_), attrs, tile = context["out"], context["ins"], context["attrs"], context["tile"]
-    channels, height, width = x["shape"][3], x["shape"][1], out["shape"][2]
-    window = w["shape"][1:3]
+    channels, window = x["shape"][3], w["shape"][1:3]
     if x["steps"] or x["dtype"] != "int8" or context["acc"] != "int32_t" or w["shape"][0] != channels:
         return None
     if any(k > 1 and d > 1 for k, d in zip(window, attrs["dilation"], strict=True)):
         return None
-    end = find_end(context, channels)
     if tile and (tile["sum"] or len(context["outs"]) > 1):
         return None
     planes = read_pairs(context) or read_terms(context)
     if planes is None:
         return None
-    stride = attrs["strides"][0]
-    pitch = len(planes.row)
-    whole = 1 if context["rows"] is not None else out["shape"][1]
-
-    def within(band: int) -> bool:
-        """Rows beside the picture are not there instead of zero."""
-        return planes.form == "terms" and context["rows"] is None and band == out["shape"][1] <= SHORT
-
-    def count(band: int) -> int:
-        return height if within(band) else (band - 1) * stride + window[0]
-
-    def place(lanes: int, band: int) -> dict[str, int]:
-        lines = count(band)
-        sums = 0 if end.result == "int8" else band * width * (8 if end.bits else lanes) * SIZES[end.result]
-        return lay_out({"planes": 4 * lanes * lines * pitch, "stream": 4 * (4 + planes.table), "sums": sums})
-
-    choices = [
-        (count(band) / band * (7 if lanes == 4 else 10) + 12 / band, -band, lanes)
-        for lanes in (4, 2)
-        for band in {min(b, whole) for b in (whole, *BANDS)}
-        if lanes <= channels and place(lanes, band)["end"] <= (room if band == 1 else min(room, MOST))
-    ]
-    if not choices:
+    end = find_end(context, channels)
+    height = 1 if context["rows"] is not None else out["shape"][1]
+    heights = {min(rows, height) for rows in (height, *BANDS)}
+    bands = [Band(context, planes, end, lanes, rows) for lanes in (4, 2) if lanes <= channels for rows in heights]
+    fitting = [b for b in bands if b.at["end"] <= (room if b.rows == 1 else min(room, MOST))]
+    if not fitting:
         return None
-    _, band, lanes = min(choices)
-    band = -band
-    at = place(lanes, band)
-    lines = count(band)
+    band = min(fitting, key=lambda b: (b.cost, b.lanes, b.rows))
+    pixel = out["strides"][2] if end.result == "int8" else 8 if end.bits else band.lanes
+    own: dict[str, Any] = {"pitch": len(planes.row), "tall": min(planes.tall, band.rows), "pixel": pixel}
+    own |= {"scale": end.scale, "shift": end.shift, "result": end.result}
     pack = {
         "form": planes.form,
-        "phases": planes.phases,
         "row": planes.row,
-        "lanes": lanes,
-        "pitch": pitch,
-        "plane": lines * pitch,
+        "phases": planes.phases,
+        "lanes": band.lanes,
+        "pitch": len(planes.row),
+        "plane": band.lines * len(planes.row),
         "pixel": x["strides"][2],
         "line": x["strides"][1],
         "zero": attrs.get("zero_point", 0),
-    } | _loop(planes, x["strides"][2])
-    above = attrs["padding"][0] if within(band) else 0
-    runs = _rows(lines, window[0], stride, above, band)
-    pixel = out["strides"][2] if end.result == "int8" else 8 if end.bits else lanes
-    tall = 2 if band > 1 and planes.more["tall"] == 2 else 1
-    read = (
-        {
-            "window": window,
-            "strides": attrs["strides"],
-            "pitch": pitch,
-            "width": width,
-            "pixel": pixel,
-            "line": out["strides"][1] if end.result == "int8" else width * pixel,
-            "step": SIZES[w["dtype"]],
-        }
-        | asdict(end)
-        | planes.more
-        | {"tall": tall, "runs": runs if planes.table else []}
-    )
-    more = {
-        "band": band,
-        "lanes": lanes,
-        "at": at,
-        "lines": lines,
-        "pitch": pitch,
-        "tall": tall,
-        "pixel": pixel,
-        "within": within(band),
-    } | asdict(end)
-    parts = [assembly("dsp/pack", pack, PACK), assembly(planes.template, read, READ)]
-    if end.bits:
-        parts.append(limit(channels))
-    return make_form(kernel, context | more, "dsp/depthwise", at["end"], *parts)
+    }
+    read = own | {
+        "window": window,
+        "strides": attrs["strides"],
+        "width": out["shape"][2],
+        "line": out["strides"][1] if end.result == "int8" else out["shape"][2] * pixel,
+        "step": SIZES[w["dtype"]],
+    }
+    if planes.form == "terms":
+        read["runs"] = _rows(band.lines, window[0], attrs["strides"][0], attrs["padding"][0] * band.within, band.rows)
+    parts = [
+        assembly("dsp/pack", pack | _loop(planes, x["strides"][2]), PACK),
+        assembly(planes.template, read | dict(planes.more), READ),
+        *([limit(channels)] if end.bits else []),
+    ]
+    more = own | {"lanes": band.lanes, "bits": end.bits, "band": band.rows, "lines": band.lines, "within": band.within}
+    return make_form(kernel, context | more | {"at": band.at}, "dsp/depthwise", band.at["end"], *parts)
 
 
 def read_pairs(context: Mapping[str, Any]) -> Planes | None:
@@ -135,8 +150,8 @@ def read_pairs(context: Mapping[str, Any]) -> Planes | None:
     tiles = width // 2
     unroll = -(-tiles // max(1, -(-tiles // UNROLL)))
     passes = tiles // max(1, unroll)
-    more = {"tall": 2 if stride == 1 else 1, "unroll": unroll, "passes": passes if passes > 1 else 0}
-    return Planes("pairs", row, 1, "dsp/window3", more)
+    more = {"unroll": unroll, "passes": passes if passes > 1 else 0}
+    return Planes("pairs", row, 1, "dsp/window3", more, tall=2 if stride == 1 else 1)
 
 
 def read_terms(context: Mapping[str, Any]) -> Planes | None:
@@ -157,8 +172,8 @@ def read_terms(context: Mapping[str, Any]) -> Planes | None:
         return i if i < columns else None
 
     row = [(column(stride * 2 * i + f), column(stride * (2 * i + 1) + f)) for f in range(stride) for i in range(blocks)]
-    more = {"tall": 1, "taps": taps, "groups": groups, "zero": context["attrs"].get("zero_point", 0)}
-    return Planes("terms", row, stride, "dsp/terms", more, len(taps) * height)
+    more = {"taps": taps, "groups": groups, "zero": context["attrs"].get("zero_point", 0)}
+    return Planes("terms", row, stride, "dsp/terms", more, table=len(taps) * height)
 
 
 def _multiply(

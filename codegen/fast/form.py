@@ -30,5 +30,5 @@ WIDEN = assembly("dsp/widen", {}, ("uint32_t *y", "const int8_t *a", "const int8
 
 
 def limit(step: int) -> Kernel:
-    """What makes of eight elements of 16 bits int8 and bits, then of the next eight, whose results lie ``step`` further."""
+    """What makes int8 and bits of eight elements of 16 bits, then of the next, whose results lie ``step`` further."""
     return assembly("dsp/limit", {"step": step}, ("const int16_t *x", "int8_t *y", "uint8_t *bits", "int times"))
