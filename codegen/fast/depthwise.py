@@ -1,4 +1,4 @@
-"""int8 depthwise convolutions on planes: four or two channels at a time are taken apart, each is then read by words."""
+"""int8 depthwise convolutions on planes: a few channels at a time are taken apart, each is then read by words."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ BLOCKS = 8  # words of a row that are packed in a loop at the most
 MOST = 8192  # bytes of scratch, where more than one row is made at once
 SHORT = 4  # rows of a result each of which has code of its own, at the most
 BANDS = (64, 32, 16, 8, 4, 2, 1)
+PACKING = {4: 1.8, 2: 2.5, 1: 3.0}  # channels at a time: instructions per element
 PACK = ("const int8_t *x", "uint32_t *y", "int rows")
 READ = ("const uint32_t *x", "uint32_t *stream", "void *y", "int times")
 
@@ -78,7 +79,7 @@ class Band:
     def cost(self) -> float:
         """Instructions per row, about: packing and what is done once per band."""
         width: int = self.context["ins"][0]["shape"][2]
-        return (self.lines * width * (1.8 if self.lanes == 4 else 2.5) + 50) / self.rows
+        return (self.lines * width * PACKING[self.lanes] + 50) / self.rows
 
 
 def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
@@ -97,7 +98,7 @@ def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Ker
     end = find_end(context, channels)
     height = 1 if context["rows"] is not None else out["shape"][1]
     heights = {min(rows, height) for rows in (height, *BANDS)}
-    bands = [Band(context, planes, end, lanes, rows) for lanes in (4, 2) if lanes <= channels for rows in heights]
+    bands = [Band(context, planes, end, lanes, rows) for lanes in PACKING if lanes <= channels for rows in heights]
     fitting = [b for b in bands if b.at["end"] <= (room if b.rows == 1 else min(room, MOST))]
     if not fitting:
         return None
@@ -137,9 +138,9 @@ def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Ker
 def read_pairs(context: Mapping[str, Any]) -> Planes | None:
     """Windows of at most 3 x 3: two columns to a word, the padding among them."""
     window, (_, stride) = context["ins"][1]["shape"][1:3], context["attrs"]["strides"]
-    if max(window) > 3 or stride > 2:
-        return None
     width, left = context["out"]["shape"][2], context["attrs"]["padding"][1]
+    if max(window) > 3 or stride > 2 or (stride == 1 and width < 4):
+        return None
     words = -(-width // 2) + 1 if stride == 1 else width + 1 + width % 2
     columns = context["ins"][0]["shape"][2]
 
