@@ -11,6 +11,7 @@ from tte.codegen.kernel import Kernel
 UNROLL = 4  # pairs of outputs in a loop at the most
 BLOCKS = 8  # words of a row that are packed in a loop at the most
 MOST = 8192  # bytes of scratch, where more than one row is made at once
+WIDEST = 128  # outputs of a row each of which has code of its own, at the most
 SHORT = 4  # rows of a result each of which has code of its own, at the most
 BANDS = (64, 32, 16, 8, 4, 2, 1)
 PACKING = {4: 1.8, 2: 2.5, 1: 3.0}  # channels at a time: instructions per element
@@ -93,7 +94,7 @@ def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Ker
     if tile and (tile["sum"] or len(context["outs"]) > 1):
         return None
     planes = read_pairs(context) or read_terms(context)
-    if planes is None:
+    if planes is None or len(planes.row) > 1000:  # 4095 bytes are what an offset reaches
         return None
     end = find_end(context, channels)
     height = 1 if context["rows"] is not None else out["shape"][1]
@@ -162,9 +163,9 @@ def read_terms(context: Mapping[str, Any]) -> Planes | None:
     sum are two parts of the one between. 255 * 128 * 64 < 2^21, so that no lane runs into the next.
     """
     (height, length), (_, stride) = context["ins"][1]["shape"][1:3], context["attrs"]["strides"]
-    if height * length > 64:
-        return None
     width, left, columns = context["out"]["shape"][2], context["attrs"]["padding"][1], context["ins"][0]["shape"][2]
+    if height * length > 64 or width > WIDEST:
+        return None
     blocks = -(-columns // (2 * stride))
     best = min((_multiply(width, columns, length, left, stride, blocks, odd) for odd in (0, 1)), key=lambda p: p[0])
     _, taps, groups = best
