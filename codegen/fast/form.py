@@ -27,3 +27,8 @@ def assembly(template: str, context: Mapping[str, Any], parameters: Sequence[str
 
 
 WIDEN = assembly("dsp/widen", {}, ("uint32_t *y", "const int8_t *a", "const int8_t *b", "int n", "uint32_t add"))
+
+
+def limit(step: int) -> Kernel:
+    """What makes int8 and bits of eight elements of 16 bits, then of the next, whose results lie ``step`` further."""
+    return assembly("dsp/limit", {"step": step}, ("const int16_t *x", "int8_t *y", "uint8_t *bits", "int times"))
