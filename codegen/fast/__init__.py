@@ -20,5 +20,7 @@ FORMS: dict[str, Callable[[Kernel, dict[str, Any], int], Kernel | None]] = {
 
 def quicken(kernel: Kernel, room: int) -> Kernel:
     """What computes the same faster with at most ``room`` bytes of scratch; ``kernel`` itself where nothing does."""
-    form = FORMS.get(kernel.template)
-    return (form(kernel, kernel.arguments(), room) if form else None) or kernel
+    form, context = FORMS.get(kernel.template), kernel.arguments()
+    if form is None or context["columns"]:  # a few pixels are not worth the call
+        return kernel
+    return form(kernel, context, room) or kernel
