@@ -100,6 +100,24 @@ TTE_INLINE void tte_limit(const int16_t *from, int n, int8_t *to, uint8_t *same)
         *same++ = (uint8_t)(bits | bits >> 16);
     }
 }
+
+/* Rows of floats times a panel: see fpu/product. What ends with _next is the distance in bytes to the next row. */
+typedef struct {
+    const float *a;
+    int32_t a_next;
+    const float *start; /* what the sums begin with */
+    int32_t start_next;
+    float *y;
+    int32_t y_next;
+    const uint8_t *mask; /* which results are kept, or none */
+    int32_t mask_next;
+    const float *scale; /* of the results by column, or none */
+    const float *panel;
+    const int32_t *lines; /* by line: bytes from a row's begin, bytes from the panel's begin */
+    int32_t count;        /* of lines */
+    int32_t k;            /* products of a line */
+    int32_t rows;
+} tte_product;
 #endif
 
 #endif

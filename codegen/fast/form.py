@@ -1,7 +1,7 @@
 """What all faster forms of kernels are made with."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -20,7 +20,10 @@ def make_form(kernel: Kernel, context: Mapping[str, Any], template: str, scratch
     return Kernel(template, text, parts, scratch, kernel)
 
 
-def assembly(template: str, context: Mapping[str, Any]) -> Kernel:
-    """A function in assembly, that C calls: to (a, b, result, count)."""
+PAIRS = (("const void *", "a"), ("const void *", "b"), ("void *", "y"), ("int ", "count"))
+
+
+def assembly(template: str, context: Mapping[str, Any], parameters: Sequence[tuple[str, str]] = PAIRS) -> Kernel:
+    """A function in assembly, that C calls; ``parameters``: types and names of the arguments, in r0 to r3."""
     own: dict[str, Any] = {"args": [], "rows": None, "tile": None, "tail": [], "assembly": True}
-    return Kernel(template, json.dumps(own | dict(context), sort_keys=True))
+    return Kernel(template, json.dumps(own | {"parameters": parameters} | dict(context), sort_keys=True))
