@@ -117,6 +117,8 @@ typedef struct {
     int32_t count;        /* of lines */
     int32_t k;            /* products of a line */
     int32_t rows;
+    int32_t a_step; /* of fpu/depthwise, from product to product: bytes from the end of n elements to the next */
+    int32_t panel_step;
 } tte_product;
 #endif
 

@@ -1,5 +1,6 @@
 """Gradients of convolutions with respect to their input as products of matrices of floats."""
 
+import math
 import re
 from collections.abc import Sequence
 from itertools import groupby
@@ -41,11 +42,34 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     return make_form(kernel, context | more, "fpu/conv2d_transpose", at["end"], *parts)
 
 
+def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Some channels of a pixel at a time: (OH, OW, C) float32 by (C, KH, KW) of any type."""
+    out, (x, w, *_) = context["out"], context["ins"]
+    attrs, tail = context["attrs"], context["tail"]
+    channels, *kernel_size, multiplier = w["shape"]
+    sums = context["tile"] and context["tile"]["sum"]
+    if multiplier > 1 or x["steps"] or x["dtype"] != "float32" or context["acc"] != "float" or _reads_result(tail) or sums:
+        return None
+    wide = 16 if channels % 16 == 0 else WIDTH
+    whole = channels // wide * wide
+    blocks = [(first, end, n) for first, end, n in ((0, whole, wide), (whole, channels, channels % wide)) if first < end]
+    at = lay_out({"panel": kernel_size[0] * kernel_size[1] * max(n for _, _, n in blocks) * 4})
+    if at["end"] > room:
+        return None
+    mask, scale = find_finish(tail, channels)
+    spread = attrs["strides"][1] // math.gcd(attrs["strides"][1], attrs["dilation"][1])  # from tap to tap that reaches
+    columns = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
+    more = {"at": at, "columns": columns, "mask": mask, "scale": scale, "blocks": blocks, "spread": spread}
+    parts = [assembly("fpu/depthwise", {"n": n, "spread": spread > 1}, ROWS) for _, _, n in blocks]
+    return make_form(kernel, context | more, "fpu/depthwise_conv2d_transpose", at["end"], *parts)
+
+
+ROWS = (("void *", "rows"),)
 WIDEN = (("const int8_t *", "from"), ("float *", "to"), ("int ", "rows"), ("int ", "distance"))
 
 
 def dot(columns: int) -> Kernel:
-    return assembly("fpu/dot", {"n": columns}, (("void *", "rows"),))
+    return assembly("fpu/dot", {"n": columns}, ROWS)
 
 
 def find_finish(tail: Sequence[dict[str, Any]], channels: int) -> tuple[int | None, int | None]:
