@@ -7,13 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 from tte.codegen.fast.conv2d import convolve
-from tte.codegen.fast.product import convolve_back, convolve_depthwise_back
+from tte.codegen.fast.gradients import convolve_back, convolve_depthwise_back, differentiate_weights, sum_channels
 from tte.codegen.kernel import Kernel
 
 FORMS: dict[str, Callable[[Kernel, dict[str, Any], int], Kernel | None]] = {
     "conv2d": convolve,
     "conv2d_transpose": convolve_back,
     "depthwise_conv2d_transpose": convolve_depthwise_back,
+    "conv2d_weight_grad": differentiate_weights,
+    "sum": sum_channels,
 }
 
 

@@ -16,7 +16,8 @@ def lay_out(sizes: Mapping[str, int]) -> dict[str, int]:
 
 def make_form(kernel: Kernel, context: Mapping[str, Any], template: str, scratch: int, *parts: Kernel) -> Kernel:
     """``kernel`` by another template; ``parts`` are what it calls."""
-    text = json.dumps(dict(context) | {"args": [*context["args"], SCRATCH]}, sort_keys=True)
+    arguments = [*context["args"], SCRATCH] if scratch else context["args"]
+    text = json.dumps(dict(context) | {"args": arguments}, sort_keys=True)
     return Kernel(template, text, parts, scratch, kernel)
 
 

@@ -48,11 +48,16 @@ def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) 
     attrs, tail = context["attrs"], context["tail"]
     channels, *kernel_size, multiplier = w["shape"]
     sums = context["tile"] and context["tile"]["sum"]
-    if multiplier > 1 or x["steps"] or x["dtype"] != "float32" or context["acc"] != "float" or _reads_result(tail) or sums:
+    if (
+        multiplier > 1
+        or x["steps"]
+        or x["dtype"] != "float32"
+        or context["acc"] != "float"
+        or _reads_result(tail)
+        or sums
+    ):
         return None
-    wide = 16 if channels % 16 == 0 else WIDTH
-    whole = channels // wide * wide
-    blocks = [(first, end, n) for first, end, n in ((0, whole, wide), (whole, channels, channels % wide)) if first < end]
+    blocks = _find_blocks(channels)
     at = lay_out({"panel": kernel_size[0] * kernel_size[1] * max(n for _, _, n in blocks) * 4})
     if at["end"] > room:
         return None
@@ -64,6 +69,58 @@ def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) 
     return make_form(kernel, context | more, "fpu/depthwise_conv2d_transpose", at["end"], *parts)
 
 
+def differentiate_weights(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Two input channels times eight output channels at a time: (H, W, C) of any type by (OH, OW, O) float32."""
+    x, g = context["ins"]
+    outputs, *_, inputs = context["out"]["shape"]
+    if (
+        context["attrs"]["groups"] > 1
+        or g["steps"]
+        or x["steps"]
+        or context["acc"] != "float"
+        or context["tile"]
+        and context["tile"]["sum"]
+    ):
+        return None
+    _, oh, ow, _ = g["shape"]
+    pair = min(inputs, 2)
+
+    def place(height: int) -> dict[str, int]:
+        panel = height * ow * pair * 4 if x["dtype"] != "float32" else 0
+        return lay_out({"sums": outputs * pair * 4, "lines": height * 8, "panel": panel})
+
+    height = next((h for h in (-(-oh // n) for n in range(1, oh + 1)) if place(h)["end"] <= room), None)
+    if height is None:
+        return None
+    parts = [
+        assembly("fpu/outer", {"n": n, "rows": pair}, ROWS)
+        for n in (WIDTH if outputs >= WIDTH else 0, outputs % WIDTH)
+        if n
+    ]
+    at = place(height)
+    return make_form(kernel, context | {"height": height, "at": at}, "fpu/conv2d_weight_grad", at["end"], *parts)
+
+
+def sum_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Sums over all pixels of (H, W, C) float32, some channels at a time."""
+    (x,) = context["ins"]
+    if context["attrs"]["axis"] != [0, 1, 2] or len(x["shape"]) != 4 or context["attrs"]["keepdims"]:
+        return None
+    if x["steps"] or x["dtype"] != "float32" or context["tile"] and context["tile"]["sum"]:
+        return None
+    blocks = _find_blocks(x["shape"][3])
+    parts = [assembly("fpu/columns", {"n": n}, COLUMNS) for _, _, n in blocks]
+    return make_form(kernel, context | {"blocks": blocks}, "fpu/sum", 0, *parts)
+
+
+def _find_blocks(channels: int) -> list[tuple[int, int, int]]:
+    """Channels in blocks of some at a time: the first, the end, how many at a time."""
+    wide = 16 if channels % 16 == 0 else WIDTH
+    whole = channels // wide * wide
+    return [(first, end, n) for first, end, n in ((0, whole, wide), (whole, channels, channels % wide)) if first < end]
+
+
+COLUMNS = (("const float *", "from"), ("float *", "to"), ("int ", "rows"), ("int ", "distance"))
 ROWS = (("void *", "rows"),)
 WIDEN = (("const int8_t *", "from"), ("float *", "to"), ("int ", "rows"), ("int ", "distance"))
 
