@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tte.codegen.fast.conv2d import convolve
+from tte.codegen.fast.form import use_stack
 from tte.codegen.fast.gradients import convolve_back, convolve_depthwise_back, differentiate_weights, sum_channels
 from tte.codegen.kernel import Kernel
 
@@ -19,7 +20,13 @@ FORMS: dict[str, Callable[[Kernel, dict[str, Any], int], Kernel | None]] = {
 }
 
 
+STACK = 256  # bytes of scratch that lie on the stack where there is no other room
+
+
 def quicken(kernel: Kernel, room: int) -> Kernel:
     """What computes the same faster with at most ``room`` bytes of scratch; ``kernel`` itself where nothing does."""
     form = FORMS.get(kernel.template)
-    return (form(kernel, kernel.arguments(), room) if form else None) or kernel
+    faster = form(kernel, kernel.arguments(), max(room, STACK)) if form else None
+    if faster is None:
+        return kernel
+    return faster if faster.scratch <= room else use_stack(faster)

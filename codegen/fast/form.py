@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +20,13 @@ def make_form(kernel: Kernel, context: Mapping[str, Any], template: str, scratch
     arguments = [*context["args"], SCRATCH] if scratch else context["args"]
     text = json.dumps(dict(context) | {"args": arguments}, sort_keys=True)
     return Kernel(template, text, parts, scratch, kernel)
+
+
+def use_stack(kernel: Kernel) -> Kernel:
+    """The same with its scratch on the stack."""
+    context = kernel.arguments()
+    context |= {"args": [a for a in context["args"] if a != SCRATCH], "stack": kernel.scratch}
+    return replace(kernel, context=json.dumps(context, sort_keys=True), scratch=0)
 
 
 PAIRS = (("const void *", "a"), ("const void *", "b"), ("void *", "y"), ("int ", "count"))

@@ -58,13 +58,16 @@ def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) 
     ):
         return None
     blocks = _find_blocks(channels)
-    at = lay_out({"panel": kernel_size[0] * kernel_size[1] * max(n for _, _, n in blocks) * 4})
-    if at["end"] > room:
+    row = kernel_size[1] * max(n for _, _, n in blocks) * 4  # of the kernel, as floats
+    height = next((h for n in range(1, kernel_size[0] + 1) if (h := -(-kernel_size[0] // n)) * row <= room), None)
+    if height is None:
         return None
+    at = lay_out({"panel": height * row})
     mask, scale = find_finish(tail, channels)
     spread = attrs["strides"][1] // math.gcd(attrs["strides"][1], attrs["dilation"][1])  # from tap to tap that reaches
     columns = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
     more = {"at": at, "columns": columns, "mask": mask, "scale": scale, "blocks": blocks, "spread": spread}
+    more["height"] = height
     parts = [assembly("fpu/depthwise", {"n": n, "spread": spread > 1}, ROWS) for _, _, n in blocks]
     return make_form(kernel, context | more, "fpu/depthwise_conv2d_transpose", at["end"], *parts)
 
