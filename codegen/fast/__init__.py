@@ -7,16 +7,28 @@ from collections.abc import Callable
 from typing import Any
 
 from tte.codegen.fast.conv2d import convolve
+from tte.codegen.fast.float32 import (
+    convolve_back,
+    convolve_depthwise_back,
+    convolve_depthwise_floats,
+    convolve_floats,
+    differentiate_weights,
+    sum_channels,
+)
 from tte.codegen.fast.form import use_stack
-from tte.codegen.fast.gradients import convolve_back, convolve_depthwise_back, differentiate_weights, sum_channels
 from tte.codegen.kernel import Kernel
 
-FORMS: dict[str, Callable[[Kernel, dict[str, Any], int], Kernel | None]] = {
-    "conv2d": convolve,
-    "conv2d_transpose": convolve_back,
-    "depthwise_conv2d_transpose": convolve_depthwise_back,
-    "conv2d_weight_grad": differentiate_weights,
-    "sum": sum_channels,
+Form = Callable[[Kernel, dict[str, Any], int], Kernel | None]
+FORMS: dict[str, tuple[Form, ...]] = {
+    "conv2d": (
+        convolve,
+        convolve_floats,
+    ),
+    "depthwise_conv2d": (convolve_depthwise_floats,),
+    "conv2d_transpose": (convolve_back,),
+    "depthwise_conv2d_transpose": (convolve_depthwise_back,),
+    "conv2d_weight_grad": (differentiate_weights,),
+    "sum": (sum_channels,),
 }
 
 
@@ -25,8 +37,9 @@ STACK = 256  # bytes of scratch that lie on the stack where there is no other ro
 
 def quicken(kernel: Kernel, room: int) -> Kernel:
     """What computes the same faster with at most ``room`` bytes of scratch; ``kernel`` itself where nothing does."""
-    form = FORMS.get(kernel.template)
-    faster = form(kernel, kernel.arguments(), max(room, STACK)) if form else None
+    context = kernel.arguments()
+    forms = (form(kernel, context, max(room, STACK)) for form in FORMS.get(kernel.template, ()))
+    faster = next((made for made in forms if made), None)
     if faster is None:
         return kernel
     return faster if faster.scratch <= room else use_stack(faster)

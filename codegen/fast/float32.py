@@ -1,8 +1,9 @@
-"""Gradients of convolutions with respect to their input as products of matrices of floats."""
+"""Convolutions of floats and their gradients as products of matrices."""
 
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -12,33 +13,82 @@ from tte.codegen.kernel import Kernel
 WIDTH = 8  # channels at a time
 
 
+def convolve_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Two pixels times eight channels at a time: (H, W, I) float32 by (O, KH, KW, I) of any type."""
+    out, (x, w, *_) = context["out"], context["ins"]
+    attrs, tail = context["attrs"], context["tail"]
+    channels, *kernel_size, depth = w["shape"]
+    if attrs["groups"] > 1 or x["steps"] or not _is_float(context) or _reads_result(tail):
+        return None
+    flat = kernel_size == [1, 1] and not any(attrs["padding"]) and attrs["strides"] == [1, 1]
+    chunks = _find_chunks(kernel_size[0] * kernel_size[1], depth)
+    place = partial(_place, min(WIDTH, channels), 0)
+    if not (chunk := next((c for c in chunks if place(c)["end"] <= room), None)):
+        return None
+    mask, scale = find_finish(tail, channels)
+    more: dict[str, Any] = {"chunk": chunk, "at": place(chunk), "flat": flat, "mask": mask, "scale": scale}
+    more["merged"] = attrs["dilation"][1] == 1 and chunk[1] == depth and chunk[0] % kernel_size[1] == 0
+    more["columns"] = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
+    return make_form(kernel, context | more, "fpu/conv2d", more["at"]["end"], *_dots(channels))
+
+
+def convolve_depthwise_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Some channels of a pixel at a time: (H, W, C) float32 by (C, KH, KW) of any type."""
+    out, (x, w, *_) = context["out"], context["ins"]
+    attrs, tail = context["attrs"], context["tail"]
+    channels, *kernel_size, _ = w["shape"]
+    if channels != x["shape"][3] or x["steps"] or not _is_float(context) or _reads_result(tail):
+        return None
+    blocks = _find_blocks(channels)
+    at = lay_out({"panel": kernel_size[0] * kernel_size[1] * max(n for _, _, n in blocks) * 4})
+    if at["end"] > room:
+        return None
+    mask, scale = find_finish(tail, channels)
+    more: dict[str, Any] = {"at": at, "mask": mask, "scale": scale, "blocks": blocks}
+    more["columns"] = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
+    parts = [assembly("fpu/depthwise", {"n": n, "spread": False}, ROWS) for _, _, n in blocks]
+    return make_form(kernel, context | more, "fpu/depthwise_conv2d", at["end"], *parts)
+
+
+def _is_float(context: dict[str, Any]) -> bool:
+    """Whether sums and what they begin with are floats; weights may be anything."""
+    x, _, *begin = context["ins"]
+    return context["acc"] == "float" and all(operand["dtype"] == "float32" for operand in (x, *begin))
+
+
+def _find_chunks(taps: int, depth: int) -> list[tuple[int, int]]:
+    """How many taps, and products for each, may be in a panel: all, some taps, or a part of one."""
+    return [(t, depth) for t in range(taps, 0, -1)] + [(1, -(-depth // (4 * n)) * 4) for n in range(2, depth // 8 + 1)]
+
+
+def _place(columns: int, made: int, chunk: Sequence[int]) -> dict[str, int]:
+    """made: how many rows are made to be read."""
+    taps, depth = chunk
+    return lay_out({"panel": taps * depth * columns * 4, "lines": taps * 8, "made": made * depth * 4})
+
+
+def _dots(channels: int) -> list[Kernel]:
+    return [dot(n) for n in (WIDTH if channels >= WIDTH else 0, channels % WIDTH) if n]
+
+
 def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Two pixels times eight channels at a time: (OH, OW, O) float32 by (O, KH, KW, C) of any type."""
     out, (x, w, *_) = context["out"], context["ins"]
     attrs, tail = context["attrs"], context["tail"]
     _, oh, ow, depth = x["shape"]
     _, height, width, channels = out["shape"]
-    if attrs["groups"] > 1 or x["dtype"] != "float32" or context["acc"] != "float" or _reads_result(tail):
+    if attrs["groups"] > 1 or not _is_float(context) or _reads_result(tail):
         return None
     taps = w["shape"][1] * w["shape"][2]
     flat = taps == 1 and not any(attrs["padding"]) and attrs["strides"] == [1, 1] and (oh, ow) == (height, width)
-    row = 4 * min(WIDTH, channels)
-
-    def place(chunk: Sequence[int]) -> dict[str, int]:
-        made = oh * ow * chunk[1] * 4 if x["steps"] else 0
-        return lay_out({"panel": chunk[0] * chunk[1] * row, "lines": 0 if flat else taps * 8, "made": made})
-
-    chunks = [(t, depth) for t in range(taps, 0, -1)]
-    chunks += [(1, -(-depth // (4 * n)) * 4) for n in range(2, depth // 8 + 1)]
-    chunk = next((c for c in chunks if place(c)["end"] <= room), None)
-    if chunk is None:
+    place = partial(_place, min(WIDTH, channels), oh * ow if x["steps"] else 0)
+    if not (chunk := next((c for c in _find_chunks(taps, depth) if place(c)["end"] <= room), None)):
         return None
     at = place(chunk)
     mask, scale = find_finish(tail, channels)
-    columns = [(0, 1, 1)] if flat else _find_columns(width, ow, w["shape"][2], attrs)
+    columns = _find_columns_back(width, ow, w["shape"][2], attrs)
     more = {"chunk": chunk, "at": at, "flat": flat, "columns": columns, "mask": mask, "scale": scale}
-    parts = [assembly("fpu/widen", {}, WIDEN)]
-    parts += [dot(n) for n in (WIDTH if channels >= WIDTH else 0, channels % WIDTH) if n]
+    parts = [assembly("fpu/widen", {}, WIDEN), *_dots(channels)]
     return make_form(kernel, context | more, "fpu/conv2d_transpose", at["end"], *parts)
 
 
@@ -48,14 +98,7 @@ def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) 
     attrs, tail = context["attrs"], context["tail"]
     channels, *kernel_size, multiplier = w["shape"]
     sums = context["tile"] and context["tile"]["sum"]
-    if (
-        multiplier > 1
-        or x["steps"]
-        or x["dtype"] != "float32"
-        or context["acc"] != "float"
-        or _reads_result(tail)
-        or sums
-    ):
+    if multiplier > 1 or x["steps"] or sums or not _is_float(context) or _reads_result(tail):
         return None
     blocks = _find_blocks(channels)
     row = kernel_size[1] * max(n for _, _, n in blocks) * 4  # of the kernel, as floats
@@ -65,7 +108,7 @@ def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) 
     at = lay_out({"panel": height * row})
     mask, scale = find_finish(tail, channels)
     spread = attrs["strides"][1] // math.gcd(attrs["strides"][1], attrs["dilation"][1])  # from tap to tap that reaches
-    columns = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
+    columns = _find_columns_back(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
     more = {"at": at, "columns": columns, "mask": mask, "scale": scale, "blocks": blocks, "spread": spread}
     more["height"] = height
     parts = [assembly("fpu/depthwise", {"n": n, "spread": spread > 1}, ROWS) for _, _, n in blocks]
@@ -165,8 +208,22 @@ def _reads_result(tail: Sequence[dict[str, Any]]) -> bool:
     return any(o.get("c", "").strip("(").split(" ")[0] == "y0" for step in tail for o in step["operands"])
 
 
-def _find_columns(width: int, reach: int, size: int, attrs: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """Columns of the result that the same taps reach: the first, and the distance and number of them."""
+Columns = list[tuple[int, int, int]]  # of the result, that the same taps reach: the first, distance, how many
+
+
+def _find_columns(width: int, reach: int, size: int, attrs: dict[str, Any]) -> Columns:
+    """Of a convolution to ``width`` columns, from ``reach``."""
+    stride, dilation, left = attrs["strides"][1], attrs["dilation"][1], attrs["padding"][1]
+
+    def reached(column: int) -> tuple[int, ...]:
+        return tuple(t for t in range(size) if 0 <= column * stride + t * dilation - left < reach)
+
+    groups = [list(group) for _, group in groupby(range(width), reached)]
+    return [(columns[0], 1, len(columns)) for columns in groups]
+
+
+def _find_columns_back(width: int, reach: int, size: int, attrs: dict[str, Any]) -> Columns:
+    """Of a transposed convolution to ``width`` columns, from ``reach``."""
     stride, dilation, left = attrs["strides"][1], attrs["dilation"][1], attrs["padding"][1]
 
     def reached(column: int) -> tuple[int, ...]:
