@@ -18,15 +18,23 @@ def convolve_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kerne
     out, (x, w, *_) = context["out"], context["ins"]
     attrs, tail = context["attrs"], context["tail"]
     channels, *kernel_size, depth = w["shape"]
-    if attrs["groups"] > 1 or x["steps"] or not _is_float(context) or _reads_result(tail):
+    if attrs["groups"] > 1 or x["steps"] or not _is_float(context):
         return None
-    flat = kernel_size == [1, 1] and not any(attrs["padding"]) and attrs["strides"] == [1, 1]
-    chunks = _find_chunks(kernel_size[0] * kernel_size[1], depth)
-    place = partial(_place, min(WIDTH, channels), 0)
+    aside = _reads_result(tail)  # then the sums cannot wait in the result
+    flat = kernel_size == [1, 1] and not any(attrs["padding"]) and attrs["strides"] == [1, 1] and not aside
+    chunks = _find_chunks(kernel_size[0] * kernel_size[1], depth)[: 1 if aside else None]
+    place = partial(_place, min(WIDTH, channels), aside=out["shape"][2] if aside else 0)
     if not (chunk := next((c for c in chunks if place(c)["end"] <= room), None)):
         return None
     mask, scale = find_finish(tail, channels)
-    more: dict[str, Any] = {"chunk": chunk, "at": place(chunk), "flat": flat, "mask": mask, "scale": scale}
+    more: dict[str, Any] = {
+        "chunk": chunk,
+        "at": place(chunk),
+        "flat": flat,
+        "aside": aside,
+        "mask": mask,
+        "scale": scale,
+    }
     more["merged"] = attrs["dilation"][1] == 1 and chunk[1] == depth and chunk[0] % kernel_size[1] == 0
     more["columns"] = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
     return make_form(kernel, context | more, "fpu/conv2d", more["at"]["end"], *_dots(channels))
@@ -61,10 +69,11 @@ def _find_chunks(taps: int, depth: int) -> list[tuple[int, int]]:
     return [(t, depth) for t in range(taps, 0, -1)] + [(1, -(-depth // (4 * n)) * 4) for n in range(2, depth // 8 + 1)]
 
 
-def _place(columns: int, made: int, chunk: Sequence[int]) -> dict[str, int]:
-    """made: how many rows are made to be read."""
+def _place(columns: int, chunk: tuple[int, int], made: int = 0, aside: int = 0) -> dict[str, int]:
+    """made: how many rows are made to be read; aside: of how many rows the sums are kept apart."""
     taps, depth = chunk
-    return lay_out({"panel": taps * depth * columns * 4, "lines": taps * 8, "made": made * depth * 4})
+    sizes = {"panel": taps * depth * columns, "lines": taps * 2, "made": made * depth, "sums": aside * columns}
+    return lay_out({name: 4 * size for name, size in sizes.items()})
 
 
 def _dots(channels: int) -> list[Kernel]:
@@ -81,7 +90,7 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
         return None
     taps = w["shape"][1] * w["shape"][2]
     flat = taps == 1 and not any(attrs["padding"]) and attrs["strides"] == [1, 1] and (oh, ow) == (height, width)
-    place = partial(_place, min(WIDTH, channels), oh * ow if x["steps"] else 0)
+    place = partial(_place, min(WIDTH, channels), made=oh * ow if x["steps"] else 0)
     if not (chunk := next((c for c in _find_chunks(taps, depth) if place(c)["end"] <= room), None)):
         return None
     at = place(chunk)
