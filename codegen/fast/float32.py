@@ -18,7 +18,7 @@ def convolve_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kerne
     out, (x, w, *_) = context["out"], context["ins"]
     attrs, tail = context["attrs"], context["tail"]
     channels, *kernel_size, depth = w["shape"]
-    if attrs["groups"] > 1 or x["steps"] or not _is_float(context):
+    if attrs["groups"] > 1 or x["steps"] or not _is_float(context) or (len(w["segments"]) > 1 and w["axis"] != 3):
         return None
     aside = _reads_result(tail)  # then the sums cannot wait in the result
     flat = kernel_size == [1, 1] and not any(attrs["padding"]) and attrs["strides"] == [1, 1] and not aside
@@ -66,7 +66,9 @@ def _is_float(context: dict[str, Any]) -> bool:
 
 def _find_chunks(taps: int, depth: int) -> list[tuple[int, int]]:
     """How many taps, and products for each, may be in a panel: all, some taps, or a part of one."""
-    return [(t, depth) for t in range(taps, 0, -1)] + [(1, -(-depth // (4 * n)) * 4) for n in range(2, depth // 8 + 1)]
+    return [(t, depth) for t in range(taps, 0, -1)] + [
+        (1, -(-depth // (4 * n)) * 4) for n in range(2, -(-depth // 8) + 1)
+    ]
 
 
 def _place(columns: int, chunk: tuple[int, int], made: int = 0, aside: int = 0) -> dict[str, int]:
