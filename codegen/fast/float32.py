@@ -26,7 +26,7 @@ def convolve_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kerne
     place = partial(_place, min(WIDTH, channels), aside=out["shape"][2] if aside else 0)
     if not (chunk := next((c for c in chunks if place(c)["end"] <= room), None)):
         return None
-    mask, scale = find_finish(tail, channels)
+    mask, scale = _find_finish(tail, channels)
     more: dict[str, Any] = {
         "chunk": chunk,
         "at": place(chunk),
@@ -45,13 +45,13 @@ def convolve_depthwise_floats(kernel: Kernel, context: dict[str, Any], room: int
     out, (x, w, *_) = context["out"], context["ins"]
     attrs, tail = context["attrs"], context["tail"]
     channels, *kernel_size, _ = w["shape"]
-    if channels != x["shape"][3] or x["steps"] or not _is_float(context) or _reads_result(tail):
+    if channels == 1 or channels != x["shape"][3] or x["steps"] or not _is_float(context) or _reads_result(tail):
         return None
     blocks = _find_blocks(channels)
     at = lay_out({"panel": kernel_size[0] * kernel_size[1] * max(n for _, _, n in blocks) * 4})
     if at["end"] > room:
         return None
-    mask, scale = find_finish(tail, channels)
+    mask, scale = _find_finish(tail, channels)
     more: dict[str, Any] = {"at": at, "mask": mask, "scale": scale, "blocks": blocks}
     more["columns"] = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
     parts = [assembly("fpu/depthwise", {"n": n, "spread": False}, ROWS) for _, _, n in blocks]
@@ -79,7 +79,12 @@ def _place(columns: int, chunk: tuple[int, int], made: int = 0, aside: int = 0) 
 
 
 def _dots(channels: int) -> list[Kernel]:
-    return [dot(n) for n in (WIDTH if channels >= WIDTH else 0, channels % WIDTH) if n]
+    return [assembly("fpu/dot", {"n": n}, ROWS) for n in _find_widths(channels)]
+
+
+def _find_widths(channels: int) -> list[int]:
+    """How many channels at a time, and how many are left."""
+    return [n for n in (WIDTH if channels >= WIDTH else 0, channels % WIDTH) if n]
 
 
 def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
@@ -91,12 +96,14 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     if attrs["groups"] > 1 or not _is_float(context) or _reads_result(tail):
         return None
     taps = w["shape"][1] * w["shape"][2]
+    if taps * depth == 1:
+        return None  # a product alone is no sum
     flat = taps == 1 and not any(attrs["padding"]) and attrs["strides"] == [1, 1] and (oh, ow) == (height, width)
     place = partial(_place, min(WIDTH, channels), made=oh * ow if x["steps"] else 0)
     if not (chunk := next((c for c in _find_chunks(taps, depth) if place(c)["end"] <= room), None)):
         return None
     at = place(chunk)
-    mask, scale = find_finish(tail, channels)
+    mask, scale = _find_finish(tail, channels)
     columns = _find_columns_back(width, ow, w["shape"][2], attrs)
     more = {"chunk": chunk, "at": at, "flat": flat, "columns": columns, "mask": mask, "scale": scale}
     parts = [assembly("fpu/widen", {}, WIDEN), *_dots(channels)]
@@ -109,7 +116,7 @@ def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) 
     attrs, tail = context["attrs"], context["tail"]
     channels, *kernel_size, multiplier = w["shape"]
     sums = context["tile"] and context["tile"]["sum"]
-    if multiplier > 1 or x["steps"] or sums or not _is_float(context) or _reads_result(tail):
+    if channels == 1 or multiplier > 1 or x["steps"] or sums or not _is_float(context) or _reads_result(tail):
         return None
     blocks = _find_blocks(channels)
     row = kernel_size[1] * max(n for _, _, n in blocks) * 4  # of the kernel, as floats
@@ -117,7 +124,7 @@ def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) 
     if height is None:
         return None
     at = lay_out({"panel": height * row})
-    mask, scale = find_finish(tail, channels)
+    mask, scale = _find_finish(tail, channels)
     spread = attrs["strides"][1] // math.gcd(attrs["strides"][1], attrs["dilation"][1])  # from tap to tap that reaches
     columns = _find_columns_back(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
     more = {"at": at, "columns": columns, "mask": mask, "scale": scale, "blocks": blocks, "spread": spread}
@@ -128,17 +135,12 @@ def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) 
 
 def differentiate_weights(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Two input channels times eight output channels at a time: (H, W, C) of any type by (OH, OW, O) float32."""
-    x, g = context["ins"]
+    attrs, tile, (x, g) = context["attrs"], context["tile"], context["ins"]
     outputs, *_, inputs = context["out"]["shape"]
-    if (
-        context["attrs"]["groups"] > 1
-        or g["steps"]
-        or x["steps"]
-        or context["acc"] != "float"
-        or context["tile"]
-        and context["tile"]["sum"]
-    ):
+    if attrs["groups"] > 1 or x["steps"] or g["steps"] or context["acc"] != "float" or (tile and tile["sum"]):
         return None
+    if outputs == 1:
+        return None  # no two products of an input
     _, oh, ow, _ = g["shape"]
     pair = min(inputs, 2)
 
@@ -149,11 +151,7 @@ def differentiate_weights(kernel: Kernel, context: dict[str, Any], room: int) ->
     height = next((h for h in (-(-oh // n) for n in range(1, oh + 1)) if place(h)["end"] <= room), None)
     if height is None:
         return None
-    parts = [
-        assembly("fpu/outer", {"n": n, "rows": pair}, ROWS)
-        for n in (WIDTH if outputs >= WIDTH else 0, outputs % WIDTH)
-        if n
-    ]
+    parts = [assembly("fpu/outer", {"n": n, "rows": pair}, ROWS) for n in _find_widths(outputs)]
     at = place(height)
     return make_form(kernel, context | {"height": height, "at": at}, "fpu/conv2d_weight_grad", at["end"], *parts)
 
@@ -182,11 +180,7 @@ ROWS = (("void *", "rows"),)
 WIDEN = (("const int8_t *", "from"), ("float *", "to"), ("int ", "rows"), ("int ", "distance"))
 
 
-def dot(columns: int) -> Kernel:
-    return assembly("fpu/dot", {"n": columns}, ROWS)
-
-
-def find_finish(tail: Sequence[dict[str, Any]], channels: int) -> tuple[int | None, int | None]:
+def _find_finish(tail: Sequence[dict[str, Any]], channels: int) -> tuple[int | None, int | None]:
     """Which steps of the tail are a mask, of whole bytes, and a factor for each channel, if they are all there is."""
     ops = [step["op"] for step in tail]
     if ops not in (["nn_apply_mask"], ["multiply"], ["nn_apply_mask", "multiply"]):
