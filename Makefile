@@ -15,7 +15,7 @@ demo: $(READY)  ## pretrain, compile and train on an emulated Cortex-M7; writes 
 	$(BIN)/python examples/digits/demo.py --out build/demo
 
 test: $(READY)  ## all tests (PYTEST="-k conv" passes arguments on)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 check: $(READY) links  ## style, types, floors, and warnings of the generated C
 	$(BIN)/ruff check .

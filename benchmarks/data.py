@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 VARIABLE = "TTE_DATA"
+CAMERA = {"io": {"input": {"dtype": "int8", "layout": "nhwc", "std": [127.5]}}}  # of a scheme: trunc(pixel - 127.5)
 MCUNET = Path(__file__).resolve().parents[1] / "examples" / "mcunet"
 
 
@@ -44,15 +45,15 @@ def read_published(stem: str) -> tuple[list[Any], Any]:
     return steps, tensors
 
 
-def import_published(stem: str, classes: int) -> Any:
+def import_published(stem: str, classes: int, int8_head: bool = False) -> Any:
     """The same as ONNX, with a new head."""
-    return load_module(MCUNET / "import_model.py").convert(*read_published(stem), classes)
+    return load_module(MCUNET / "import_model.py").convert(*read_published(stem), classes, int8_head=int8_head)
 
 
 def load_scheme(name: str) -> dict[str, Any]:
     """One of MIT's update schemes, for a camera that gives int8 pixels."""
     rules: dict[str, Any] = yaml.safe_load((MCUNET / "schemes" / f"{name}.yaml").read_text())
-    return rules | {"io": {"input": {"dtype": "int8", "layout": "nhwc", "std": [127.5]}}}
+    return rules | CAMERA
 
 
 @cache

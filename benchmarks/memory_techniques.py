@@ -29,12 +29,11 @@ ROWS: dict[str, tuple[tuple[str, ...], str]] = {
 def measure(scheme: str, model: Any, disabled: tuple[str, ...], place: str) -> dict[str, Any]:
     rules = load_scheme(scheme)
     artifact = tte.compile(model, update_scheme=rules, target="host", input=place, disable_passes=disabled)
-    arena = max(program.plan.arena_bytes for program in artifact.compiled.programs)
-    trained = artifact.report["memory"]["trained_bytes"]
+    memory = artifact.report["memory"]
     return {
-        "arena_bytes": arena,
-        "total_bytes": arena + trained,
-        "proved": all(program.plan.proved for program in artifact.compiled.programs),
+        "arena_bytes": memory["arena_bytes"],
+        "total_bytes": memory["arena_bytes"] + memory["trained_bytes"],
+        "proved": memory["proved_optimal"],
         "macs": sum(node.macs for node in artifact.graph.nodes),
     }
 
@@ -53,7 +52,7 @@ def main() -> None:
     out = parser.parse_args().out
     rows: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in ROWS}
     for scheme in track(SCHEMES, description="schemes"):
-        model = import_published(scheme.rpartition("-")[0], classes=10)
+        model = import_published(scheme.rpartition("-")[0], classes=10, int8_head=True)
         for name, (disabled, place) in ROWS.items():
             rows[name][scheme] = measure(scheme, model, disabled, place)
             assert rows[name][scheme]["macs"] == rows["nothing"][scheme]["macs"], (name, scheme)

@@ -1,7 +1,7 @@
 """Re-reads a memory plan with suspicion: replays the program on an arena of tags. Shares no code with the planner."""
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -73,6 +73,14 @@ def check_plan(graph: Graph, plan: Plan, scratch: Mapping[int, int] | None = Non
     memory.tags |= {param.name: memory.tags[value.name] for param, value in graph.updates}
     for param in graph.params:
         memory.read(param.name, "end")
+
+
+def check_input(graphs: Sequence[Graph], plans: Sequence[Plan]) -> None:
+    """Callers write the input before they say which program is to read it. Raises PlanError where that makes a
+    difference."""
+    places = {plan.offsets.get(graph.inputs[0].name) for graph, plan in zip(graphs, plans, strict=True)}
+    if len(places) > 1:
+        raise PlanError(f"the input lies at {places}, not at one place")
 
 
 def _replay_stream(node: Node, stream: Stream, memory: "_Memory", scratch: str, at: str) -> None:

@@ -1,5 +1,6 @@
 """Writes the C project: programs, their kernels and their memory plan in, file contents out."""
 
+import functools
 import inspect
 import json
 import re
@@ -33,6 +34,11 @@ class Program:
     graph: Graph
     plan: Plan
     room: Room | None = None
+
+    @property
+    def input_offset(self) -> int | None:
+        """Where the input lies in the arena, if it does."""
+        return self.plan.offsets.get(self.graph.inputs[0].name)
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
         "hash_bytes": [str(b) for b in bytes.fromhex(interface.model_hash)[:16]],
         "macs": {program.role: sum(node.macs for node in program.graph.nodes) for program in programs},
         "arena_bytes": max(1, *(program.plan.arena_bytes for program in programs)),
+        "input_offset": programs[0].input_offset,
         "ctype": CTYPES,
     }
     paths = {template: path.format(m=interface.name) for template, path in FILES.items()}
@@ -363,7 +370,7 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -
         function: dict[str, Any] = {
             "name": name,
             "template": kernel.template,
-            "assembly": False,
+            "assembly": [],
             "portable": "",
             "stack": 0,
         } | kernel.arguments()
@@ -393,7 +400,9 @@ def emit_selftest(interface: Interface, steps: int, golden: Mapping[str, int]) -
     return {SELFTEST.format(m=interface.name): header + "\n" + text}
 
 
+@functools.cache
 def _environment(prefix: str) -> jinja2.Environment:
+    """Kept, with the templates that it has compiled: reading them takes longer than printing them."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([HERE / "kernels", HERE / "templates"]),
         undefined=jinja2.StrictUndefined,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from tte.ir import Graph, Value
 from tte.ir.rows import find_stream, saved_bytes
@@ -18,7 +19,7 @@ class Buffer:
 
     name   the value that is born here (views and in-place results live in the same bytes), or "scratch.<node>"
     layer  the user's name of the layer of the node that makes it
-    pinned must lie at offset 0, where a caller expects it
+    fixed  the offset that it must have; None: any
     """
 
     name: str
@@ -27,7 +28,7 @@ class Buffer:
     birth: int
     death: int
     offset: int = 0
-    pinned: bool = False
+    fixed: int | None = None
 
     @property
     def end(self) -> int:
@@ -80,23 +81,24 @@ class Plan:
 
 
 def plan_memory(
-    graph: Graph, scratch: Mapping[int, int] | None = None, alignment: int = 4, hold_input: bool = False
+    graph: Graph,
+    scratch: Mapping[int, int] | None = None,
+    alignment: int = 4,
+    hold_input: bool = False,
+    input_offset: int | None = None,
 ) -> Plan:
     """Place all that ``graph`` keeps in the arena.
 
     scratch: node index -> bytes that its kernel needs while it runs, by default ``find_scratch``. Graph inputs are the
-    caller's memory; with ``hold_input`` the first lies at the arena's start up to its last use. Params and constants
-    have storage of their own, also for results computed in place of a param.
+    caller's memory; with ``hold_input`` the first lies in the arena up to its last use, at ``input_offset`` if that is
+    given. Params and constants have storage of their own, also for results computed in place of a param.
     """
     scratch = find_scratch(graph) if scratch is None else scratch
     owners = graph.owners()
     held = graph.inputs[:1] if hold_input else ()
-    buffers = find_buffers(graph, owners, scratch, alignment, held)
+    buffers = find_buffers(graph, owners, scratch, alignment, held, input_offset)
     pairs = find_pairs(graph, owners, buffers)
-    live = tuple(
-        sum(b.size for b in buffers if b.birth <= i <= b.death) - sum(p.saved for p in pairs if p.node == i)
-        for i in range(len(graph.nodes))
-    )
+    live = count_live(graph, buffers, pairs)
     bound = max(live, default=0)
     placed, proof = place(buffers, bound, alignment, pairs)
     offset = {b.name: b.offset for b in placed}
@@ -110,6 +112,45 @@ def plan_memory(
         scratch={i: offset[_scratch_name(i)] for i in scratch if _scratch_name(i) in offset},
         live=live,
     )
+
+
+def find_lower_bound(graph: Graph, hold_input: bool = False) -> int:
+    """The most bytes alive at one node of what ``plan_memory`` would place."""
+    owners = graph.owners()
+    buffers = find_buffers(graph, owners, find_scratch(graph), 4, graph.inputs[:1] if hold_input else ())
+    return max(count_live(graph, buffers, find_pairs(graph, owners, buffers)), default=0)
+
+
+def count_live(graph: Graph, buffers: Sequence[Buffer], pairs: Sequence["Pair"]) -> tuple[int, ...]:
+    """Bytes alive at each node."""
+    return tuple(
+        sum(b.size for b in buffers if b.birth <= i <= b.death) - sum(p.saved for p in pairs if p.node == i)
+        for i in range(len(graph.nodes))
+    )
+
+
+def plan_together(graphs: Sequence[Graph], hold_input: bool = False) -> list[Plan]:
+    """Plans of programs that run in one arena; with ``hold_input`` the input has the same offset in each of them.
+
+    That is where the first program likes it best. If another one then needs more bytes than the first, they lead in
+    turn, and the start of the arena is tried as well.
+    """
+    if not hold_input:
+        return [plan_memory(graph) for graph in graphs]
+    tried = []
+    for leader in graphs:
+        first = plan_memory(leader, hold_input=True)
+        place = first.offsets[leader.inputs[0].name]
+        tried.append([first if g is leader else plan_memory(g, hold_input=True, input_offset=place) for g in graphs])
+        if _arena_bytes(tried[-1]) == first.arena_bytes:
+            return tried[-1]
+    tried.append([plan_memory(g, hold_input=True, input_offset=0) for g in graphs])
+    return min(tried, key=_arena_bytes)
+
+
+def _arena_bytes(plans: Sequence[Plan]) -> int:
+    """Bytes of the arena that all of these programs fit."""
+    return max(plan.arena_bytes for plan in plans)
 
 
 @dataclass(frozen=True)
@@ -136,7 +177,7 @@ def find_pairs(graph: Graph, owners: Mapping[str, str], buffers: Sequence[Buffer
         found = []
         for inner, value in node.arguments.items():
             dying = number.get(owners[value.name], -1)
-            if inner in stream.shifts and dying >= 0 and buffers[dying].death == i and not buffers[dying].pinned:
+            if inner in stream.shifts and dying >= 0 and buffers[dying].death == i:
                 saved = saved_bytes(buffers[dying].size, buffers[born].size, stream.shifts[inner])
                 # An operand that is only the front of its buffer would say too little.
                 if saved > 0 and _align(value.type.nbytes, 4) == buffers[dying].size:
@@ -151,6 +192,7 @@ def find_buffers(
     scratch: Mapping[int, int],
     alignment: int,
     held: Sequence[Value] = (),
+    fixed: int | None = None,
 ) -> tuple[Buffer, ...]:
     """What has to be placed, in order of birth. What outlives the program is alive up to the last node."""
     death: dict[str, int] = {}
@@ -158,7 +200,7 @@ def find_buffers(
         death |= {owners[v.name]: i for v in (*node.inputs, *node.outputs)}
     for value in graph.lasting:
         death[owners[value.name]] = len(graph.nodes) - 1
-    buffers = [Buffer(v.name, "", _align(v.type.nbytes, alignment), 0, death[v.name], pinned=True) for v in held]
+    buffers = [Buffer(v.name, "", _align(v.type.nbytes, alignment), 0, death.get(v.name, 0), fixed=fixed) for v in held]
     for i, node in enumerate(graph.nodes):
         for value in node.outputs:
             if owners[value.name] == value.name:
@@ -175,19 +217,20 @@ def place(
     """The buffers with offsets, and the proof (see ``Plan``): greedy in several orders, then CP-SAT."""
     below = {(p.born, p.dying): p.shift for p in pairs}
     meets = [[j for j, other in enumerate(buffers) if j != i and b.meets(other)] for i, b in enumerate(buffers)]
+    floor = max([bound, *(b.fixed + b.size for b in buffers if b.fixed is not None)])
     best: list[int] = []
     height = -1
-    for key in SORT_KEYS:
-        order = sorted(range(len(buffers)), key=lambda i: (not buffers[i].pinned, key(buffers[i]), i))
-        for strategy in (_fill, _stack):
-            offsets = strategy(buffers, meets, order, below)
-            top = max((o + b.size for o, b in zip(offsets, buffers, strict=True)), default=0)
-            if height < 0 or top < height:
-                best, height = offsets, top
-            if height == bound:
-                return _at(buffers, best), "bound"
-    best, height, proved = _search(buffers, best, bound, height, alignment, pairs)
-    return _at(buffers, best), "bound" if height == bound else "search" if proved else ""
+    for key, strategy in product(SORT_KEYS, (_fill, _stack)):
+        order = sorted(range(len(buffers)), key=lambda i: (buffers[i].fixed is None, key(buffers[i]), i))
+        offsets = strategy(buffers, meets, order, below)
+        top = max((o + b.size for o, b in zip(offsets, buffers, strict=True)), default=0)
+        if height < 0 or top < height:
+            best, height = offsets, top
+        if height == floor:
+            break
+    best, height, proved = _search(buffers, best, floor, height, alignment, pairs)
+    free = all(b.fixed is None for b in buffers)  # else only placements that agree with that are excluded
+    return _at(buffers, best), "bound" if height == bound else "search" if proved and free else ""
 
 
 SortKey = Callable[[Buffer], tuple[int, ...]]
@@ -207,7 +250,7 @@ def _fill(buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], order: Sequ
     """Each buffer in turn at the lowest offset that is free while it lives."""
     offsets = [-1] * len(buffers)
     for i in order:
-        offset = 0
+        offset = buffers[i].fixed or 0
         for low, high in sorted(_between(buffers, offsets, i, j, below) for j in meets[i] if offsets[j] >= 0):
             if offset <= low:
                 break
@@ -224,10 +267,10 @@ def _between(buffers: Sequence[Buffer], offsets: Sequence[int], i: int, j: int, 
 
 def _stack(buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], order: Sequence[int], below: Below) -> list[int]:
     """Always next the buffer that can stand lowest on those it meets; ``order`` decides ties."""
-    offsets = [0] * len(buffers)
+    offsets = [b.fixed or 0 for b in buffers]
     left = dict.fromkeys(order)
     while left:
-        i = min(left, key=lambda j: offsets[j])  # the first of the lowest
+        i = min(left, key=lambda j: (buffers[j].fixed is None, offsets[j]))  # the first of the lowest
         del left[i]
         for j in meets[i]:
             if j in left:
@@ -281,7 +324,8 @@ def _fit(
     dying = {p.dying for p in pairs}
     for i, buffer in enumerate(buffers):
         size = buffer.size // alignment
-        starts.append(model.new_int_var(0, 0 if buffer.pinned else height // alignment - size, f"offset{i}"))
+        least, most = (0, height - buffer.size) if buffer.fixed is None else (buffer.fixed, buffer.fixed)
+        starts.append(model.new_int_var(least // alignment, most // alignment, f"offset{i}"))
         length = buffer.death - buffer.birth + (i not in dying)
         times.append(model.new_fixed_size_interval_var(buffer.birth, length, f"time{i}"))
         places.append(model.new_fixed_size_interval_var(starts[i], size, f"place{i}"))

@@ -10,8 +10,8 @@ from tte.passes.inplace import find_owners, is_view, work_in_place
 
 @dataclass(frozen=True)
 class Arena:
-    """limit: bytes that it may have, or has anyway for another program; holds_input: the input lies in it, too;
-    may_recompute: results of the forward may be computed a second time to stay within the limit."""
+    """limit: bytes that it may have, or has anyway for another program; holds_input: the input lies in it, too, and may
+    be written over; may_recompute: results of the forward may be computed a second time to stay within the limit."""
 
     limit: int = 0
     holds_input: bool = False
@@ -46,7 +46,7 @@ class Costs:
         self.roots = find_owners(graph)
         self.ends: dict[str, int] = {}  # of what may be written over by what lies below it, views included
         for name, root in self.roots.items():
-            if births.get(root, -1) >= 0:
+            if root in births:
                 self.ends[root] = max(self.last.get(name, -1), self.ends.get(root, -1))
         needed = {v.name for v in graph.outputs}
         forward = 0

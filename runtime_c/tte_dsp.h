@@ -1,5 +1,4 @@
-/* Two operations of 16 bits at a time, on cores with the DSP extension (Cortex-M4, M7, M33). A word holds two elements
- * of 16 bits; four elements are two words, of the even and of the odd ones. */
+/* Two operations of 16 bits at a time, on cores with the DSP extension (Cortex-M4, M7, M33). */
 #ifndef TTE_DSP_H
 #define TTE_DSP_H
 
@@ -24,44 +23,9 @@ TTE_INLINE void tte_store4(void *to, uint32_t word) {
     __builtin_memcpy(to, &word, 4);
 }
 
-/* Elements 0 and 2 of four of 8 bits, plus what ``to`` holds. */
-TTE_INLINE uint32_t tte_even(uint32_t to, uint32_t four) {
-    uint32_t y;
-    __asm__("sxtab16 %0, %1, %2" : "=r"(y) : "r"(to), "r"(four));
-    return y;
-}
-
-/* Elements 1 and 3. */
-TTE_INLINE uint32_t tte_odd(uint32_t to, uint32_t four) {
-    uint32_t y;
-    __asm__("sxtab16 %0, %1, %2, ror #8" : "=r"(y) : "r"(to), "r"(four));
-    return y;
-}
-
-/* Where element k of row q (0 or 1) lies in the halfwords that tte_widen makes. */
+/* Where element k of row q (0 or 1) lies in the halfwords that widen makes. */
 TTE_INLINE int tte_lane(int k, int q) {
     return (k / 4 * 4 + q * 2 + (k & 1)) * 2 + ((k >> 1) & 1);
-}
-
-/* Rows a and b of k elements, less zero, as dot2x2 reads them: 16 bytes for every four elements of both. Behind the last
- * element zeros follow. */
-TTE_INLINE void tte_widen(uint32_t *to, const int8_t *a, const int8_t *b, int k, int zero) {
-    const uint32_t less = ((uint32_t)-zero & 0xffff) * 0x10001u;
-#pragma GCC unroll 4
-    for (int i = k / 4; i > 0; i--, a += 4, b += 4, to += 4) {
-        const uint32_t u = tte_load4(a), v = tte_load4(b);
-        to[0] = tte_even(less, u);
-        to[1] = tte_odd(less, u);
-        to[2] = tte_even(less, v);
-        to[3] = tte_odd(less, v);
-    }
-    if (k % 4) {
-        int16_t *const last = (int16_t *)(void *)to;
-        for (int i = 0; i < 4; i++) {
-            last[tte_lane(i, 0)] = (int16_t)(i < k % 4 ? a[i] - zero : 0);
-            last[tte_lane(i, 1)] = (int16_t)(i < k % 4 ? b[i] - zero : 0);
-        }
-    }
 }
 
 TTE_INLINE void tte_copy(int8_t *to, const int8_t *from, int n) {

@@ -1,9 +1,14 @@
-"""What tests share: the data pack, and the option that rewrites golden files."""
+"""What tests share: the data pack, imported modules, and the option that rewrites golden files."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 from data import VARIABLE, find_pack
+
+IMPORTED: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()  # module -> its graphs
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,3 +34,23 @@ def pack() -> Path:
     if folder is None:
         pytest.skip(f"no data pack: neither ../shared/data nor the variable {VARIABLE} names one")
     return folder
+
+
+@pytest.fixture
+def import_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that compile one module in several ways: torch.export takes as long as all the rest."""
+    import torch
+
+    from tte.frontends import import_model
+
+    def import_again(model: Any, example: Sequence[Any] | None = None, *rest: Any) -> Any:
+        if not isinstance(model, torch.nn.Module) or not isinstance(example, tuple):
+            return import_model(model, example, *rest)
+        weights = ((name, t.data_ptr(), t._version) for name, t in model.state_dict(keep_vars=True).items())
+        key = (model.training, *((x.shape, x.dtype) for x in example), *rest, *weights)
+        found = IMPORTED.setdefault(model, {})
+        if key not in found:
+            found[key] = import_model(model, example, *rest)
+        return found[key]
+
+    monkeypatch.setattr("tte.compiler.import_model", import_again)

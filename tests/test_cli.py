@@ -1,9 +1,11 @@
 """The command line: what it says, where it says it, and with which exit status."""
 
+import io
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import networks
@@ -19,10 +21,22 @@ from tte.weights import require_writable
 COMMANDS = ("analyze", "compile", "run", "verify", "state", "ops", "targets")
 
 
-def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def spawn(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "tte.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has imported everything already."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["tte", *map(str, arguments)])
+        if cwd:
+            patch.chdir(cwd)
+        with pytest.raises(SystemExit) as end:
+            main()
+    return subprocess.CompletedProcess(arguments, end.value.code or 0, out.getvalue(), err.getvalue())
 
 
 def test_help_is_fast_because_it_imports_nothing_heavy() -> None:
@@ -132,9 +146,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_from_model_to_trained_weights(model: Path, tmp_path: Path) -> None:
-    """analyze -> scheme -> compile -> run -> state, as a user types it."""
+    """analyze -> scheme -> compile -> run -> state; the first as a user types it."""
     scheme, build, saved = tmp_path / "scheme.yaml", tmp_path / "build", tmp_path / "weights.npz"
-    analysis = json.loads(succeed("analyze", model, "--write-scheme", scheme, "--json"))
+    analyzed = spawn("analyze", model, "--write-scheme", scheme, "--json")
+    assert analyzed.returncode == 0, analyzed.stderr
+    analysis = json.loads(analyzed.stdout)
     assert [row["name"] for row in analysis["layers"]] == ["stem", "a", "b", "depthwise", "narrow", "head"]
     text = succeed("compile", model, "--update-scheme", scheme, "--target", "stm32f746", "-o", build)
     assert "head" in text and "proved optimal" in text

@@ -1,7 +1,7 @@
 """Kernels for cores with the DSP extension, alone on an emulated core, against the interpreter: every bit."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -13,7 +13,6 @@ from tte.codegen.schedule import Call, schedule
 from tte.ir import Builder, Graph, TensorType, Value, evaluate, verify
 from tte.passes.regions import wrap
 
-pytestmark = pytest.mark.xdist_group("fast")  # the programs are built by one process
 pytest.importorskip("unicorn", reason="pip install 'tte[emulate]'")
 
 EVERYTHING = 1 << 20  # bytes of scratch
@@ -44,6 +43,8 @@ def convolution(
     weights: str = "int8",
     split: tuple[int, int] | None = None,
     zero: int = 3,
+    shift: int = 0,
+    add: bool = False,
     **attrs: object,
 ) -> Graph:
     """int8 (H, W, C) by ``channels`` filters, as int8 again. split: axis and place at which the weights are cut."""
@@ -62,22 +63,42 @@ def convolution(
     inputs.append(Value("b", TensorType((channels,), "int32")))
     inputs.append(Value("m", TensorType((channels,), "float32" if scale == "float" else "int32")))
     acc = builder.call("qnn.conv2d", inputs[0], w, inputs[-2], zero_point=zero, **attrs)
-    limit = {"low": limits[0], "high": limits[1], "mask": mask}
+    limit = {"low": limits[0], "high": limits[1], "mask": mask, "shift": shift}
     made = builder.calls("qnn.requantize", acc, inputs[-1], scale=0.1, zero_point=-7, **limit)
+    if add:
+        inputs.append(Value("other", made[0].type))
+        terms = {"a_scale": 0.1, "a_zero": -7, "b_scale": 0.08, "b_zero": 11, "scale": 0.11, "bits": 19}
+        made = (builder.call("qnn.add", made[0], inputs[-1], **terms), *made[1:])
     whole = wrap(builder.nodes, made, {"strategy": "fused"}, "layer")
-    return verify(Graph("main", tuple(inputs), nodes=(whole,), outputs=made).renumbered())
+    if add:  # in place
+        whole = replace(whole, inplace=(whole.inputs.index(inputs[-1]), *[None] * (len(made) - 1)))
+    return Graph("main", tuple(inputs), nodes=(whole,), outputs=made).renumbered()
+
+
+def matrix(n: int, depth: int, channels: int) -> Graph:
+    """int8 (n, depth) by (channels, depth), as int8 again."""
+    builder = Builder()
+    types = {"x": ((n, depth), "int8"), "w": ((channels, depth), "int8"), "b": ((channels,), "int32")}
+    inputs = [Value(name, TensorType(*of)) for name, of in (types | {"m": ((channels,), "float32")}).items()]
+    acc = builder.call("qnn.dense", *inputs[:3], zero_point=-9)
+    made = builder.call("qnn.requantize", acc, inputs[3], scale=0.1, zero_point=4)
+    whole = wrap(builder.nodes, [made], {"strategy": "fused"}, "layer")
+    return verify(Graph("main", tuple(inputs), nodes=(whole,), outputs=(made,)).renumbered())
 
 
 def draw(graph: Graph, seed: int, extreme: bool) -> list[np.ndarray]:
     """Operands of all values; extreme: of the largest and smallest alone. Scales bring most sums into int8."""
     rng = np.random.default_rng(seed)
+    shift = next(n.attrs["shift"] for n in graph.nodes[0].body.nodes if n.op == "qnn.requantize")
     arrays = []
     for value in graph.inputs:
         shape, dtype = value.type.shape, value.type.dtype
         if value.name == "m":
             depth = np.sqrt(graph.inputs[1].type.size / shape[0])
             m = rng.uniform(0.2, 1.5, shape) / (128 * 74 * depth / 60)
-            arrays.append(m.astype(np.float32) if dtype == "float32" else np.rint(m * 2**31).astype(np.int32))
+            arrays.append(
+                m.astype(np.float32) if dtype == "float32" else np.rint(m * 2.0 ** (32 - shift)).astype(np.int32)
+            )
         elif dtype == "int32":
             arrays.append(rng.integers(-20000, 20000, shape, np.int32))
         elif extreme:
@@ -89,7 +110,7 @@ def draw(graph: Graph, seed: int, extreme: bool) -> list[np.ndarray]:
     return arrays
 
 
-def dense_cases() -> Iterator[Case]:
+def product_cases() -> Iterator[Case]:
     """1 x 1: numbers of pixels, channels in and out."""
     for (h, w), c, o in product([(1, 2), (1, 3), (5, 5), (16, 9)], [1, 2, 3, 4, 8, 17], [2, 3, 8, 11]):
         for scale in ("float", "fixed"):
@@ -102,6 +123,14 @@ def dense_cases() -> Iterator[Case]:
         for limits in ((-128, 127), (-7, 60)):
             graph = convolution((6, 5, 8), o, (1, 1), mask=True, limits=limits)
             yield Case(f"1x1 6x5 8->{o} mask {limits}", graph)
+    for shift, mask in product((-1, -7, 2), (False, True)):
+        graph = convolution((5, 5, 8), 8, (1, 1), "fixed", shift=shift, mask=mask)
+        yield Case(f"1x1 5x5 8->8 shift {shift} mask {mask}", graph)
+    for scale, mask in product(("float", "fixed"), (False, True)):
+        graph = convolution((4, 5, 6), 8, (1, 1), scale, mask=mask, add=True)
+        yield Case(f"1x1 4x5 6->8 {scale} mask {mask} add", graph)
+        graph = convolution((9, 15, 6), 5, (1, 1), scale, mask=mask, add=True)
+        yield Case(f"1x1 9x15 6->5 {scale} mask {mask} add", graph)
     for room in (300, 700, 2000):
         yield Case(f"1x1 16x17 8->6 in {room} bytes", convolution((16, 17, 8), 6, (1, 1)), room)
     for weights in ("int8", "int16"):
@@ -128,7 +157,15 @@ def window_cases() -> Iterator[Case]:
     yield Case("3x3 int16 mask", graph)
 
 
-CASES = [*dense_cases(), *window_cases()]
+def vector_cases() -> Iterator[Case]:
+    """Matrix times vector."""
+    for n, depth, channels in product([1, 2], [4, 5, 10, 16, 23, 640], [4, 5, 7, 12]):
+        yield Case(f"dense {n}x{depth}->{channels}", matrix(n, depth, channels))
+    yield Case("dense 1x3->4", matrix(1, 3, 4), fast=False)
+    yield Case("dense 1x8->3", matrix(1, 8, 3), fast=False)
+
+
+CASES = [*product_cases(), *window_cases(), *vector_cases()]
 NAMES: dict[Kernel, str] = {}
 for _case in CASES:
     for _kernel in _case.call.kernel.family():
@@ -158,7 +195,11 @@ def test_every_bit(case: Case, cores: dict[str, Core]) -> None:
         arrays = draw(case.graph, seed, extreme)
         values = dict(zip([v.name for v in case.graph.inputs], arrays, strict=True))
         expected = evaluate(case.graph, arrays).outputs
-        made = [np.full(v.type.nbytes, 0xA5, np.uint8) for v in call.outputs]
+        taken = [case.graph.nodes[0].overwrites.get(v.name) for v in call.outputs]
+        made = [
+            values[old.name] if old else np.full(v.type.nbytes, 0 if v.type.dtype == "bit" else 0xA5, np.uint8)
+            for v, old in zip(call.outputs, taken, strict=True)
+        ]
         scratch = [np.full(call.kernel.scratch, 0xA5, np.uint8)] if call.kernel.scratch else []
         for name, core in cores.items():
             buffers = [values[v.name] for v in call.inputs] + made + scratch

@@ -23,8 +23,6 @@ from tte.passes.inplace import work_in_place
 from tte.passes.optimizer import attach_sgd
 from tte.runner.toolchain import FLAGS
 
-pytestmark = pytest.mark.xdist_group("kernels")  # the library is built by one process
-
 COMPILERS = {
     "zig": [sys.executable, "-m", "ziglang", "cc", "-march=native"] if importlib.util.find_spec("ziglang") else None,
     "gcc": ["gcc", "-march=native"] if shutil.which("gcc") else None,

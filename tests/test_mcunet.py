@@ -83,9 +83,14 @@ def test_every_tensor_agrees_with_exact_rounding(mode: str, published: Any, pict
     assert found["values"] > 15_000_000 and found["different"] < 1e-5 * found["values"], found
 
 
-def test_new_head_answers_zero_and_learns(published: Any, pictures: np.ndarray) -> None:
-    _, _, model = published
+@pytest.mark.parametrize("int8_head", [False, True])
+def test_new_head_answers_zero_and_learns(published: Any, pictures: np.ndarray, int8_head: bool) -> None:
+    steps, tensors, _ = published
+    model = example.convert(steps, tensors, classes=5, int8_head=int8_head)
     artifact = tte.compile(model, update_scheme="last-layer")
+    size = 1 if int8_head else 4  # of a weight; biases have 4 bytes
+    assert artifact.report["memory"]["trained_bytes"] == 5 * steps[-1]["in_channels"] * size + 5 * 4
+    assert not int8_head or artifact.verify(steps=2)["ok"]
     host = artifact.host()
     x = (pictures * np.float32(example.INPUT_SCALE)).astype(np.float32)
     np.testing.assert_array_equal(host.infer(x[0]).reshape(-1), np.zeros(5))

@@ -9,6 +9,8 @@ import tte
 from tte.artifact import Artifact
 from tte.errors import TTEError
 
+pytestmark = pytest.mark.usefixtures("import_once")
+
 
 class Block(nn.Module):
     def __init__(self, channels: int, wide: int) -> None:

@@ -73,7 +73,7 @@ def imported(name: str) -> Graph:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in NETWORKS])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_trains_as_pytorch_does_in_the_least_memory(
     name: str, scheme: str, known: dict[str, Network], monkeypatch: pytest.MonkeyPatch
 ) -> None:

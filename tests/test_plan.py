@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from programs import programs
 
-from tte.codegen.check import PlanError, check_plan
-from tte.codegen.plan import Buffer, Plan, place, plan_memory
+from tte.codegen.check import PlanError, check_input, check_plan
+from tte.codegen.plan import Buffer, Plan, place, plan_memory, plan_together
 from tte.ir import Graph, Node, parse
 from tte.passes.inplace import work_in_place
 
@@ -78,13 +78,29 @@ def test_in_place_results_share_the_buffer() -> None:
 
 
 @pytest.mark.parametrize("text", [CHAIN, STEP])
-def test_an_input_in_the_arena_lies_at_its_start(text: str) -> None:
+@pytest.mark.parametrize("offset", [None, 0, 8, 64])
+def test_an_input_in_the_arena_lies_where_it_must(text: str, offset: int | None) -> None:
     graph = parse(text)
-    plan = plan_memory(graph, hold_input=True)
-    assert plan.offsets[graph.inputs[0].name] == 0
+    plan = plan_memory(graph, hold_input=True, input_offset=offset)
+    place = plan.offsets[graph.inputs[0].name]
+    assert place == offset or offset is None
     check_plan(graph, plan)
     with pytest.raises(PlanError, match="%x was last written by %0"):
-        check_plan(graph, replace(plan, offsets=plan.offsets | {"0": 0}))
+        check_plan(graph, replace(plan, offsets=plan.offsets | {"0": place}))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(programs(8), min_size=1, max_size=3))
+def test_programs_share_an_arena(graphs: list[Graph]) -> None:
+    """Their input is at one place, which is never worse than the start, and they are placed as if they were alone."""
+    plans = plan_together(graphs, hold_input=True)
+    check_input(graphs, plans)
+    for graph, plan in zip(graphs, plans, strict=True):
+        check_plan(graph, plan)
+    assert max(p.arena_bytes for p in plans) <= max(
+        plan_memory(g, hold_input=True, input_offset=0).arena_bytes for g in graphs
+    )
+    assert all(p.arena_bytes >= plan_memory(g, hold_input=True).arena_bytes for g, p in zip(graphs, plans, strict=True))
 
 
 def test_params_have_storage_of_their_own() -> None:

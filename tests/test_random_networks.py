@@ -14,6 +14,7 @@ from tte.compiler import lower
 from tte.runner.board import unpack_state
 from tte.weights import export_weights
 
+pytestmark = pytest.mark.usefixtures("import_once")
 torch.set_num_threads(1)
 STEPS = 4
 

@@ -33,6 +33,8 @@ from tte.passes.optimizer import attach_sgd
 from tte.passes.recompute import execute, find_schedule, pareto, recompute
 from tte.passes.reorder import reorder
 
+pytestmark = pytest.mark.usefixtures("import_once")
+
 
 def peak(graph: Graph) -> int:
     """As the planner sees it."""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import qdq
 import torch
-from data import import_published
+from data import CAMERA, import_published
 from random_networks import Network, draw_scheme
 from test_stream import Block, assert_same_bits, network
 from torch import nn
@@ -32,12 +32,15 @@ from tte.runner.board import STATUS
 from tte.runner.qemu import find_qemu
 from tte.runner.toolchain import find_toolchains, host_compiler
 
+pytestmark = pytest.mark.usefixtures("import_once")
+
 OK, LABEL, SOURCE, BUSY = (STATUS.index(name) for name in ("OK", "LABEL", "SOURCE", "BUSY"))
 SHAPE = (1, 2, 24, 20)
 NHWC = {"layout": "nhwc"}
 BYTES = NHWC | {"dtype": "uint8", "mean": [120.0, 90.0], "std": [60.0, 70.0]}
 
 
+@cache
 def unread() -> nn.Module:
     """Of an odd number of rows the last is in no window; rows of 15 bytes do not all begin at one of 4."""
     torch.manual_seed(0)
@@ -45,11 +48,13 @@ def unread() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
 
 
+@cache
 def keyword() -> nn.Module:
     torch.manual_seed(0)
     return qdq.DsCnn().eval()
 
 
+@cache
 def blocks() -> nn.Module:
     torch.manual_seed(0)
     return network(Block(4), Block(4, 5, padding=2), Block(4, stride=2))
@@ -100,7 +105,7 @@ def test_the_same_bits_as_from_memory(name: str) -> None:
     rows, caller = build(name), build(name, "caller")
     assert len(sources(rows)) == (3 if CASES[name].streamed else 0)
     assert_same_bits(rows, caller)
-    assert rows.host().selftest() == OK and rows.verify(steps=2)["ok"]
+    assert rows.host(selftest=True).selftest() == OK and rows.verify(steps=2)["ok"]
     arenas = {place: largest(build(name, place)) for place in ("caller", "arena", "rows")}
     size = int(np.prod(CASES[name].shape)) * rows.build.input.dtype.itemsize
     print(name, arenas, "picture", size)
@@ -132,17 +137,18 @@ def test_integers(form: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_published_model(pack: Path) -> None:
-    """MCUNet, of which only the last layer learns: less memory than its picture has."""
+    """MCUNet, of which only the last layer learns: less memory than its picture has, or hardly more."""
     model = import_published("mcunet-5fps", mcunet_table.CLASSES)
-    scheme = {"train": "last-layer", "io": {"input": mcunet_table.INPUT}}
+    scheme = CAMERA | {"train": "last-layer"}
     built = {p: tte.compile(model, None, scheme, "stm32f746", "net", input=p) for p in ("caller", "arena", "rows")}
     arenas = {place: largest(artifact) for place, artifact in built.items()}
     print(arenas, built["rows"].report["memory"]["static_ram_bytes"])
-    assert arenas["rows"] <= arenas["caller"] + 3 * 384 < arenas["arena"] - 30_000  # the rows of the stem's window
-    assert arenas["arena"] <= arenas["caller"] + 128 * 128 * 3
+    assert arenas["rows"] <= arenas["caller"] + 3 * 384 < 128 * 128 * 3  # the rows of the stem's window
+    assert arenas["arena"] == 128 * 128 * 3 + 4 * 64 * 16  # and those of two rings
     pictures = mcunet_table.pick_pictures(2)
-    results = [built[place].run(pictures, runner=r) for place, r in (("caller", "host"), ("rows", "unicorn"))]
-    assert results[0].loss == results[1].loss and results[0].weights_sha256 == results[1].weights_sha256
+    runs = (("caller", "host"), ("rows", "unicorn"), ("arena", "unicorn"))
+    results = [built[place].run(pictures, runner=r) for place, r in runs]
+    assert len({(tuple(r.loss), r.weights_sha256) for r in results}) == 1
 
 
 @dataclass

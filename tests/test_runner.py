@@ -90,7 +90,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def start(build: Build, place: str) -> Board:
     """The project at a place; skips where a tool is missing."""
     if place == "host":
-        return open_host(build)
+        return open_host(build, selftest=True)
     emulator, toolchain = place.split("-")
     if toolchain not in find_toolchains():
         pytest.skip("arm-none-eabi-gcc is not installed" if toolchain == "gcc" else "ziglang is not installed")
@@ -134,7 +134,7 @@ import json, sys
 sys.path[:0] = sys.argv[2:]
 from test_runner import train
 from tte.runner import Build, open_host
-board = open_host(Build.open(sys.argv[1]), sanitize=True)
+board = open_host(Build.open(sys.argv[1]), sanitize=True, selftest=True)
 result = train(board)
 state = bytes.fromhex(result["state"])
 status = [board.selftest(), board.reset_state(), board.load_state(state), board.load_state(b"")]
@@ -146,7 +146,7 @@ def run_sanitized(build: Build) -> subprocess.CompletedProcess[str]:
     """Train under AddressSanitizer and UndefinedBehaviorSanitizer; Python itself must start with the former."""
     if not shutil.which("gcc"):
         pytest.skip("gcc is not installed")
-    build_host(build, sanitize=True)  # here: the compiler need not run under its own sanitizers
+    build_host(build, sanitize=True, selftest=True)  # here: the compiler need not run under its own sanitizers
     runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     if not Path(runtime.stdout.strip()).is_absolute():
         pytest.skip("gcc has no libasan.so")
@@ -422,4 +422,4 @@ def test_selftest_of_a_model_that_diverges(tmp_path: Path) -> None:
     artifact = tte.compile(tmp_path / "net.ir", update_scheme=scheme)
     text = (artifact.build.folder / "Core/Src/net_selftest.c").read_text()
     assert re.search("#define STEPS [012]\n", text)
-    assert artifact.host().selftest() == OK
+    assert artifact.host(selftest=True).selftest() == OK

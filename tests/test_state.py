@@ -286,7 +286,7 @@ def call_all(board: HostBoard) -> list[str]:
 
 
 def test_nothing_works_before_init(artifact: Artifact) -> None:
-    board = open_host(artifact.build)
+    board = open_host(artifact.build, selftest=True)
     assert call_all(board) == ["NOT_INIT"] * 7
     assert board.init() == 0
     assert set(call_all(board)) == {"OK", "STATE_VERSION"}

@@ -1,6 +1,7 @@
 """Regions that run row by row: the same bits in less memory, and rings of just as many rows as are needed."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from tte.codegen.plan import find_pairs
 from tte.compiler import lower
 from tte.ir import OPS, Node, evaluate, parse, verify
 from tte.ir.rows import find_stream
+
+pytestmark = pytest.mark.usefixtures("import_once")
 
 
 class Block(nn.Module):
@@ -77,6 +80,11 @@ def both(module: nn.Module, scheme: object, example: tuple[torch.Tensor, ...] = 
     ]
 
 
+@cache
+def built(name: str) -> list[Artifact]:
+    return both(NETWORKS[name], LAST)
+
+
 def regions(artifact: Artifact) -> list[Node]:
     return [node for node in artifact.graph.nodes if node.attrs.get("strategy") == "rows"]
 
@@ -100,7 +108,7 @@ def assert_same_bits(rows: Artifact, layers: Artifact) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_same_bits_in_less_memory(name: str) -> None:
-    rows, layers = both(NETWORKS[name], LAST)
+    rows, layers = built(name)
     assert regions(rows) and not regions(layers)
     assert rows.plan.arena_bytes < layers.plan.arena_bytes and rows.plan.proved
     assert_same_bits(rows, layers)
@@ -135,7 +143,7 @@ def test_integers_and_an_emulated_board(train: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_rings_are_as_small_as_they_can_be(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one row less in any ring some row is overwritten before it is read."""
-    program = both(NETWORKS[name], LAST)[0].compiled.train
+    program = built(name)[0].compiled.train
     for node in program.graph.nodes:
         if node.attrs.get("strategy") != "rows":
             continue
@@ -152,7 +160,7 @@ def test_rings_are_as_small_as_they_can_be(name: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", NETWORKS)
 def test_results_are_not_written_over_rows_that_are_read(name: str) -> None:
     """A result that lies exactly as far below a dying operand as it must: four bytes higher is too high."""
-    program = both(NETWORKS[name], LAST)[0].compiled.train
+    program = built(name)[0].compiled.train
     graph, plan = program.graph, program.plan
     pairs = find_pairs(graph, graph.owners(), plan.buffers)
     tight = [p for p in pairs if plan.buffers[p.born].offset + p.shift == plan.buffers[p.dying].offset]
@@ -165,7 +173,7 @@ def test_results_are_not_written_over_rows_that_are_read(name: str) -> None:
 
 def test_the_text_of_a_region() -> None:
     """It reads back, and means its inner program as it stands."""
-    artifact = both(NETWORKS["pools"], LAST)[0]
+    artifact = built("pools")[0]
     graph = artifact.compiled.programs[1].graph
     assert any(node.attrs.get("strategy") == "rows" for node in graph.nodes)
     consts = {c.name: c.data for c in (*graph.consts, *graph.params)}
@@ -183,7 +191,7 @@ def test_operators_that_go_by_rows_have_kernels_that_do(op: str) -> None:
 
 
 def test_layers_keep_their_names_and_their_work() -> None:
-    rows, layers = both(NETWORKS["blocks"], LAST)
+    rows, layers = built("blocks")
     assert rows.report["layers"] == layers.report["layers"]
 
 

@@ -33,6 +33,8 @@ from tte.passes.reorder import reorder
 from tte.runner import open_host
 from tte.runner.board import unpack_state
 
+pytestmark = pytest.mark.usefixtures("import_once")
+
 
 def conv(i: int, o: int, kernel: int = 1, stride: int = 1, act: nn.Module | None = None, **options: Any) -> nn.Module:
     """Convolution, batch norm with statistics that are not trivial, activation."""
@@ -85,6 +87,7 @@ class Case:
     shape: tuple[int, ...] = (1, 2, 12, 10)
     head: bool = True
 
+    @functools.cached_property
     def module(self) -> nn.Module:
         torch.manual_seed(0)
         head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(3)) if self.head else ()
@@ -140,7 +143,7 @@ CASES = {
         SMALL,
         head=False,
     ),
-    "transposed": Case(lambda: (conv(2, 4, 3, 2), up(4, 24), nn.ReLU(), conv(24, 4), inverted(4, 24, 4)), exact=False),
+    "transposed": Case(lambda: (conv(2, 4, 3, 2), up(4, 24), nn.ReLU(), conv(24, 4), inverted(4, 24, 4))),
     "twice": Case(lambda: (conv(2, 24, 3, 2), conv(24, 4), up(4, 4, bias=False), Sum(nn.Identity()), nn.ReLU())),
     "u": Case(
         lambda: (
@@ -153,7 +156,6 @@ CASES = {
             nn.Conv2d(32, 2, 1),
         ),
         {"loss": "l1", "train": "full"},
-        exact=False,
         head=False,
     ),
     "branches": Case(
@@ -170,7 +172,6 @@ CASES = {
             conv(2, 4),
             *(Join(nn.Identity(), nn.Sequential(conv(c, 24, act=nn.ReLU()), conv(24, 4, 3))) for c in (4, 8)),
         ),
-        exact=False,
     ),
     "narrow in the middle": Case(
         lambda: (
@@ -245,17 +246,20 @@ def assert_same_training(tiles: Artifact, whole: Artifact, exact: bool = True, s
     if exact:
         assert losses == expected and state == other
         return
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
     weights = [unpack_state(s, tiles.build) for s in (state, other)]
     for name, weight in weights[1].items():
-        noise = 1e-6 * np.abs(weight).max() if weight.dtype == np.float32 else 1  # of integers, one step
-        np.testing.assert_allclose(weights[0][name], weight, rtol=1e-5, atol=noise, err_msg=name)
+        difference = weights[0][name].astype(np.float64) - weight
+        if weight.dtype == np.float32:
+            assert np.linalg.norm(difference) <= 1e-6 * np.linalg.norm(weight), name
+        else:  # what is rounded differently is another integer
+            assert np.abs(difference).max() <= 1, name
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_training_in_no_more_memory(name: str) -> None:
     case = CASES[name]
-    inputs = (case.module(), (torch.zeros(case.shape),), case.scheme)
+    inputs = (case.module, (torch.zeros(case.shape),), case.scheme)
     with tiled(slim=name not in SMALLER):
         tiles = compile_one(*inputs)
     normal, whole = compile_one(*inputs), compile_one(*inputs, "tile_backward")
@@ -322,7 +326,7 @@ def test_an_emulated_board(integers: Callable[[str], Path]) -> None:
 def test_the_same_bits_under_sanitizers(name: str) -> None:
     case = CASES[name]
     with tiled():
-        artifact = compile_one(case.module(), (torch.zeros(case.shape),), case.scheme)
+        artifact = compile_one(case.module, (torch.zeros(case.shape),), case.scheme)
     assert regions(artifact)
     result = run_sanitized(artifact.build)
     assert result.returncode == 0, result.stderr
@@ -477,7 +481,7 @@ def test_a_tile_that_was_not_made() -> None:
 def test_a_wrong_kernel_is_seen(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison of bits is worth something: reading the first tile for all, or forgetting a sum so far."""
     case = CASES["relu6"]
-    inputs = (case.module(), (torch.zeros(case.shape),), case.scheme)
+    inputs = (case.module, (torch.zeros(case.shape),), case.scheme)
     whole = compile_one(*inputs, "tile_backward")
     with tiled():
         if broken == "tile":
@@ -508,4 +512,4 @@ def test_random_networks(seed: int) -> None:
     scheme = draw_scheme(lower(*inputs), seed, module.classes)
     with tiled(lambda i, count: (i + seed) % count):
         tiles = compile_one(*inputs, scheme)
-    assert_same_training(tiles, compile_one(*inputs, scheme, "tile_backward"), exact=False)
+    assert_same_training(tiles, compile_one(*inputs, scheme, "tile_backward"))

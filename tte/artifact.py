@@ -57,7 +57,7 @@ def compile(
     name:           prefix of every C symbol and file; by default made from the model's file or class
     arena:          "static", or "extern": the caller gives the arena's memory to <name>_init
     input:          "caller": the input stays in the caller's memory, or "arena": the arena has a place for it, which
-                    is used for other tensors as soon as it has been read, or "rows": a function of the caller gives one
+                    other tensors take over while it is read, or "rows": a function of the caller gives one
                     row of the picture after the other, and nobody needs a place for the whole of it
     memory_plan:    how many bytes the arena may have: "fastest" for any number, "smallest" for as few as possible, or a
                     number, whose cheapest plan is taken; "auto": so that the scheme's budget of SRAM is met, smallest
@@ -180,12 +180,13 @@ class Artifact:
         files["report.html"] = render_html(self.report, self.compiled.programs).encode()
         write_tree(Path(folder), files)
 
-    def host(self, sanitize: bool = False) -> HostBoard:
+    def host(self, sanitize: bool = False, selftest: bool = False) -> HostBoard:
         """The very same C, compiled for this computer and initialised.
 
         ``.train_step(x, y)``, ``.evaluate(x, y)``, ``.infer(x)``, ``.save_state()`` ... : see tte.runner.Board.
+        selftest: with ``.selftest()``
         """
-        board = open_host(self.build, sanitize)
+        board = open_host(self.build, sanitize, selftest)
         require_ok(board.init(), "init")
         return board
 
@@ -241,10 +242,8 @@ class Artifact:
         )
         if not interface.selftest:
             return files
-        # Its own golden values come from a run without it.
-        placeholder = emit_selftest(interface, 0, {"output": 0, "state": 0})
-        self._write(files | {path: text.encode() for path, text in placeholder.items()})
-        steps, golden = self._golden()
+        # Its golden values come from a run without it.
+        steps, golden = self._golden(self._write(files))
         selftest = emit_selftest(interface, steps, golden)
         return files | {path: text.encode() for path, text in selftest.items()}
 
@@ -262,13 +261,13 @@ class Artifact:
         """The project in a temporary folder."""
         return self._write(self._files)
 
-    def _golden(self) -> tuple[int, dict[str, int]]:
+    def _golden(self, build: Build) -> tuple[int, dict[str, int]]:
         """(training steps, CRC-32 of what the self-test computes): the same numbers and calls, on this computer.
 
         Fewer steps where made-up data drive the model out of the finite: NaNs have other bits on other machines.
         """
-        board = open_host(Build.open(self._folder.name))
-        samples = draw_samples(board.build, SELFTEST_STEPS + 1)
+        board = open_host(build)
+        samples = draw_samples(build, SELFTEST_STEPS + 1)
         for steps in range(SELFTEST_STEPS, -1, -1):
             require_ok(board.init(), "init")
             statuses = [board.train_step(*_sample(samples, i)).status for i in range(steps)]

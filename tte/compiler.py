@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from tte.codegen.check import check_plan
+from tte.codegen.check import check_input, check_plan
 from tte.codegen.emit import Interface, Program, StateLayout
-from tte.codegen.plan import plan_memory
+from tte.codegen.plan import find_lower_bound, plan_memory, plan_together
 from tte.codegen.schedule import schedule
 from tte.errors import TTEError
 from tte.frontends import import_model
@@ -244,6 +244,7 @@ def compile_graphs(
     )
     if target.dsp:
         programs = make_room(programs, Arena(limit, input_place == "arena"))
+    check_input([p.graph for p in programs], [p.plan for p in programs])
     needed = _arena_bytes(programs)
     if isinstance(memory_plan, int) and needed > memory_plan:
         raise TTEError(
@@ -343,14 +344,14 @@ def _arena_bytes(programs: Sequence[Program]) -> int:
 
 def plan_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) -> list[Program]:
     """Each program made small, placed and checked; one need not be smaller than those before it."""
-    programs: list[Program] = []
+    graphs: list[Graph] = []
+    room = arena
     for role, graph in roles.items():
-        least = max((program.plan.lower_bound for program in programs), default=0)
-        room = replace(arena, limit=max(arena.limit, least))
-        small = pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}", room)
-        plan = plan_memory(small, hold_input=arena.holds_input)
-        check_plan(small, plan)
-        programs.append(Program(role, small, plan))
+        graphs.append(pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}", room))
+        room = replace(room, limit=max(room.limit, find_lower_bound(graphs[-1], arena.holds_input)))
+    programs = [Program(*p) for p in zip(roles, graphs, plan_together(graphs, arena.holds_input), strict=True)]
+    for program in programs:
+        check_plan(program.graph, program.plan)
     return programs
 
 
@@ -366,7 +367,7 @@ def make_room(programs: Sequence[Program], arena: Arena) -> list[Program]:
         for share in SHARES:
             room = {i: int((height - live) * share) for i, live in enumerate(program.plan.live)}
             scratch = {c.node: c.kernel.scratch for c in schedule(graph, room) if c.kernel.scratch}
-            plan = plan_memory(graph, scratch, hold_input=arena.holds_input)
+            plan = plan_memory(graph, scratch, hold_input=arena.holds_input, input_offset=program.input_offset)
             if plan.arena_bytes <= height:
                 check_plan(graph, plan, scratch)
                 program = replace(program, plan=plan, room=room)

@@ -56,7 +56,7 @@ def make_report(
     """
     train = find_program(programs, "train")
     graph = train.graph
-    largest = max(programs, key=lambda program: program.plan.arena_bytes).plan
+    largest = max((program.plan for program in programs), key=lambda plan: (plan.arena_bytes, plan.proved))
     consts = {c.name: c for program in programs for c in program.graph.consts}
     trained = [p for p, _ in graph.updates]
     trained_bytes = sum(p.type.nbytes for p in trained)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tte.codegen.fast.conv2d import convolve
+from tte.codegen.fast.dense import dense
 from tte.codegen.fast.float32 import (
     convolve_back,
     convolve_depthwise_back,
@@ -20,10 +21,8 @@ from tte.codegen.kernel import Kernel
 
 Form = Callable[[Kernel, dict[str, Any], int], Kernel | None]
 FORMS: dict[str, tuple[Form, ...]] = {
-    "conv2d": (
-        convolve,
-        convolve_floats,
-    ),
+    "conv2d": (convolve, convolve_floats),
+    "dense": (dense,),
     "depthwise_conv2d": (convolve_depthwise_floats,),
     "conv2d_transpose": (convolve_back,),
     "depthwise_conv2d_transpose": (convolve_depthwise_back,),

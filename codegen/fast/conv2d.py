@@ -1,13 +1,15 @@
 """int8 convolutions as products of matrices of 16 bits."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from tte.codegen.fast.form import assembly, lay_out, make_form
+from tte.codegen.fast.form import WIDEN, assembly, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
 BLOCK = 128  # pixels of a block at the most: each block widens all weights
 UNROLL = 24  # groups of four products in a loop at the most: code against four instructions per round
+DOT = ("const uint32_t *a", "const uint32_t *b", "void *y", "int pairs")
 SIZES = {"int8": 1, "int16": 2, "int32": 4}
 
 
@@ -21,16 +23,16 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | Non
     if context["attrs"]["groups"] > 1 or channels < 2 or pixels < 2:
         return None
     groups = -(-kernel_size[0] * kernel_size[1] * depth // 4)
-    scale, result, bits = _find_end(context, channels)
+    end = find_end(context, channels)
     plain = kernel_size == [1, 1] and not any(context["attrs"]["padding"])
-    if 2 * channels * SIZES[result] + SIZES[result] > 4095:
+    if 2 * channels * SIZES[end.result] + SIZES[end.result] > 4095:
         return None
 
     def place(block: int) -> dict[str, int]:
         sizes = {
             "panel": -(-block // 2) * groups * 16,
             "stream": (5 + groups * 4) * 4,
-            "sums": 0 if result == "int8" else block * channels * SIZES[result],
+            "sums": 0 if end.result == "int8" else block * channels * SIZES[end.result],
             "window": 0 if plain else 2 * kernel_size[0] * kernel_size[1] * depth,
         }
         return lay_out(sizes)
@@ -41,23 +43,38 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | Non
     at = place(blocks[0])
     quads = all(part["start"] % 4 == 0 == part["stop"] % 4 for part in w["segments"])
     unroll = -(-groups // -(-groups // UNROLL))
-    dot = {"groups": groups, "unroll": unroll, "scale": scale, "result": result, "stride": channels}
-    more = {"block": blocks[0], "at": at, "scale": scale, "result": result, "bits": bits, "quads": quads}
-    return make_form(kernel, context | more, "dsp/conv2d", at["end"], assembly("dsp/dot2x2", dot))
+    pairs = 2 if blocks[0] % 4 == 0 and groups <= 8 and 4 * channels * SIZES[end.result] <= 4095 else 1
+    dot = asdict(end) | {"groups": groups, "unroll": unroll, "stride": channels, "pairs": pairs}
+    more = asdict(end) | {"block": blocks[0], "at": at, "quads": quads}
+    return make_form(kernel, context | more, "dsp/conv2d", at["end"], assembly("dsp/dot2x2", dot, DOT), WIDEN)
 
 
-def _find_end(context: Mapping[str, Any], channels: int) -> tuple[str, str, bool]:
-    """How sums are scaled ("fixed", "float" or "none"), as what they are stored ("int8": finished, "int16": to be
-    limited, "int32": to be scaled) and whether 8 at a time become int8 and bits."""
+@dataclass(frozen=True)
+class End:
+    """How sums leave the assembly.
+
+    scale   "fixed", "float", or "none"; shift: of the multiplier, beyond 32 bits of fraction
+    result  "int8": finished, "int16": scaled, to be limited, "int32": sums
+    bits    eight at a time become int8 and bits
+    """
+
+    scale: str = "none"
+    shift: int = 0
+    result: str = "int32"
+    bits: bool = False
+
+
+def find_end(context: Mapping[str, Any], channels: int) -> End:
+    """What of the tail can be done at once."""
     tail = context["tail"]
-    if len(tail) != 1 or tail[0]["op"] != "qnn_requantize" or len(tail[0]["operands"]) != 2:
-        return "none", "int32", False
+    if not tail or tail[0]["op"] != "qnn_requantize" or len(tail[0]["operands"]) != 2:
+        return End()
     attrs, multiplier = tail[0]["attrs"], tail[0]["operands"][1]
     per_channel = multiplier["kind"] == "literal" or not any(multiplier.get("strides", [1])[:-1])
     scale = "float" if attrs["types"][1] == "float32" else "fixed"
-    if attrs["average"] or not per_channel or (scale == "fixed" and attrs["shift"] != 0):
-        return "none", "int32", False
-    full = (attrs["low"], attrs["high"]) == (-128, 127)
-    if full and not attrs["mask"]:
-        return scale, "int8", False
-    return scale, "int16", full and channels % 8 == 0
+    if attrs["average"] or not per_channel or attrs["shift"] > 0:
+        return End()
+    full, single = (attrs["low"], attrs["high"]) == (-128, 127), len(tail) == 1
+    if full and single and not attrs["mask"]:
+        return End(scale, -attrs["shift"], "int8")
+    return End(scale, -attrs["shift"], "int16", full and single and channels % 8 == 0)

@@ -106,7 +106,7 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     mask, scale = _find_finish(tail, channels)
     columns = _find_columns_back(width, ow, w["shape"][2], attrs)
     more = {"chunk": chunk, "at": at, "flat": flat, "columns": columns, "mask": mask, "scale": scale}
-    parts = [assembly("fpu/widen", {}, WIDEN), *_dots(channels)]
+    parts = [WIDEN, *_dots(channels)]
     return make_form(kernel, context | more, "fpu/conv2d_transpose", at["end"], *parts)
 
 
@@ -175,9 +175,9 @@ def _find_blocks(channels: int) -> list[tuple[int, int, int]]:
     return [(first, end, n) for first, end, n in ((0, whole, wide), (whole, channels, channels % wide)) if first < end]
 
 
-COLUMNS = (("const float *", "from"), ("float *", "to"), ("int ", "rows"), ("int ", "distance"))
-ROWS = (("void *", "rows"),)
-WIDEN = (("const int8_t *", "from"), ("float *", "to"), ("int ", "rows"), ("int ", "distance"))
+COLUMNS = ("const float *from", "float *to", "int rows", "int distance")
+ROWS = ("void *rows",)
+WIDEN = assembly("fpu/widen", {}, ("const int8_t *from", "float *to", "int rows", "int distance"))
 
 
 def _find_finish(tail: Sequence[dict[str, Any]], channels: int) -> tuple[int | None, int | None]:

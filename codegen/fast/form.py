@@ -29,10 +29,10 @@ def use_stack(kernel: Kernel) -> Kernel:
     return replace(kernel, context=json.dumps(context, sort_keys=True), scratch=0)
 
 
-PAIRS = (("const void *", "a"), ("const void *", "b"), ("void *", "y"), ("int ", "count"))
+def assembly(template: str, context: Mapping[str, Any], parameters: Sequence[str]) -> Kernel:
+    """A function in assembly, that C calls with these parameters."""
+    own = {"args": [], "rows": None, "tile": None, "tail": [], "assembly": [*parameters]}
+    return Kernel(template, json.dumps(own | dict(context), sort_keys=True))
 
 
-def assembly(template: str, context: Mapping[str, Any], parameters: Sequence[tuple[str, str]] = PAIRS) -> Kernel:
-    """A function in assembly, that C calls; ``parameters``: types and names of the arguments, in r0 to r3."""
-    own: dict[str, Any] = {"args": [], "rows": None, "tile": None, "tail": [], "assembly": True}
-    return Kernel(template, json.dumps(own | {"parameters": parameters} | dict(context), sort_keys=True))
+WIDEN = assembly("dsp/widen", {}, ("uint32_t *y", "const int8_t *a", "const int8_t *b", "int n", "uint32_t add"))

@@ -1,4 +1,4 @@
-"""MIT's int8 models for microcontrollers -> QDQ ONNX with a new float head.
+"""MIT's int8 models for microcontrollers -> QDQ ONNX with a new head.
 
     python examples/mcunet/import_model.py mcunet-5fps.pkl --classes 5 -o model.onnx
 
@@ -161,8 +161,11 @@ class Writer:
 
     def real(self, name: str, reader: str) -> str:
         """A value as floats, dequantised for this reader alone."""
-        operands = [f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"]
-        return self.add("DequantizeLinear", operands, f"{reader}/{name}", f"{reader}/{name}_dequantize")
+        return self.add("DequantizeLinear", self.integers(name), f"{reader}/{name}", f"{reader}/{name}_dequantize")
+
+    def integers(self, name: str) -> list[str]:
+        """A value with its scale and zero point."""
+        return [f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"]
 
     def weights(self, layer: str, x_scale: float, x_zero: int) -> Iterator[str]:
         weight = self.tensors[f"{layer}.weight"]
@@ -191,10 +194,16 @@ def limited(bias: np.ndarray, weight: np.ndarray, x_zero: int) -> np.ndarray:
     return np.clip(bias.astype(np.int64), -room, room).astype(np.int32)
 
 
-def convert(steps: list[Step], tensors: Tensors, classes: int, size: int = 128) -> onnx.ModelProto:
-    """The model as QDQ ONNX; its classifier is replaced by a float one of ``classes`` classes that answers 0."""
-    writer = Writer(tensors)
-    first = steps[0]
+def convert(
+    steps: list[Step], tensors: Tensors, classes: int, size: int = 128, int8_head: bool = False
+) -> onnx.ModelProto:
+    """The model as QDQ ONNX; its classifier is replaced by a new one of ``classes`` classes that answers 0.
+
+    int8_head: in integers as all the rest, on the grids of the old one; else in float32
+    """
+    first, head = steps[0], steps[-1]
+    new = new_head(tensors, head["name"], classes)
+    writer = Writer(tensors | new)
     writer.quantize("x", "input", first["x_scale"], first["x_zero"])
     for step in steps[:-1]:
         name, output = step["name"], step["output"]
@@ -212,12 +221,17 @@ def convert(steps: list[Step], tensors: Tensors, classes: int, size: int = 128) 
             real = writer.add("GlobalAveragePool", reals, f"{output}_real", name)
         grid = (step["y_scale"], step["y_zero"]) if "y_scale" in step else writer.grids[step["input"]]
         writer.quantize(real, output, *grid)
-    head = steps[-1]
-    features = tensors[f"{head['name']}.weight"].shape[1]
-    flat = writer.add("Flatten", [writer.real(head["input"], "classifier")], "features", "flatten")
-    weight = writer.store("classifier.weight", np.zeros((classes, features), np.float32))
-    bias = writer.store("classifier.bias", np.zeros(classes, np.float32))
-    writer.add("Gemm", [flat, weight, bias], "logits", "classifier", transB=1)
+    name = head["name"]
+    flat = writer.add("Flatten", [writer.real(head["input"], name)], "features", "flatten")
+    if int8_head:
+        real = writer.add(
+            "Gemm", [flat, *writer.weights(name, head["x_scale"], head["x_zero"])], "answer", name, transB=1
+        )
+        writer.quantize(real, "logits", head["y_scale"], head["y_zero"])
+        writer.add("DequantizeLinear", writer.integers("logits"), "logits", "logits_dequantize")
+    else:
+        weights = [writer.store(f"{name}.{part}", np.float32(new[f"{name}.{part}"])) for part in ("weight", "bias")]
+        writer.add("Gemm", [flat, *weights], "logits", name, transB=1)
     graph = helper.make_graph(
         writer.nodes,
         "mcunet",
@@ -228,6 +242,16 @@ def convert(steps: list[Step], tensors: Tensors, classes: int, size: int = 128) 
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     onnx.checker.check_model(model)
     return model
+
+
+def new_head(tensors: Tensors, name: str, classes: int) -> Tensors:
+    """A classifier of zeros; each class has the scale of weights that is usual in the old one."""
+    scale = np.median(tensors[f"{name}.w_scales"])
+    return {
+        f"{name}.weight": np.zeros((classes, tensors[f"{name}.weight"].shape[1]), np.int8),
+        f"{name}.bias": np.zeros(classes, np.int32),
+        f"{name}.w_scales": np.full(classes, scale, np.float32),
+    }
 
 
 def sources(step: Step) -> list[tuple[str, tuple[float, int] | None]]:
@@ -241,11 +265,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path, help="a .pkl of tiny-training, or the stem of a .json and a .npz")
     parser.add_argument("--classes", type=int, required=True, help="classes of the new head")
+    parser.add_argument("--int8-head", action="store_true", help="the new head in int8, too; else float32")
     parser.add_argument("--size", type=int, default=128, help="rows and columns of a picture")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
     steps, tensors = read_model(given.model)
-    onnx.save(convert(steps, tensors, given.classes, given.size), given.output)
+    onnx.save(convert(steps, tensors, given.classes, given.size, given.int8_head), given.output)
     layers = sum(step["op"] == "conv2d" for step in steps) - 1
     print(f"{given.output}: {layers} convolutions, {given.classes} classes")
 

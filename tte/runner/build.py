@@ -95,9 +95,10 @@ class Build:
                 fix="give the folder that `tte compile -o` wrote",
             ) from problem
 
-    @property
-    def sources(self) -> list[Path]:
-        return sorted((self.folder / "Core" / "Src").glob(f"{self.name}*.c"))
+    def list_sources(self, selftest: bool = False) -> list[Path]:
+        """The C of the program, with or without its self-test."""
+        found = sorted((self.folder / "Core" / "Src").glob(f"{self.name}*.c"))
+        return [path for path in found if selftest or path.name != f"{self.name}_selftest.c"]
 
     @property
     def include(self) -> Path:

@@ -19,15 +19,18 @@ class _Result(ctypes.Structure):
     _fields_ = (("loss", ctypes.c_float), ("predicted", ctypes.c_int32), ("confidence", ctypes.c_float))
 
 
-def open_host(build: Build, sanitize: bool = False) -> "HostBoard":
-    """Build the project for this computer and load it. Raises TTEError (E051) without compiler or sanitizers."""
+def open_host(build: Build, sanitize: bool = False, selftest: bool = False) -> "HostBoard":
+    """Build the project for this computer and load it. Raises TTEError (E051) without compiler or sanitizers.
+
+    selftest: with the self-test, which takes a compiler as long again
+    """
     if sanitize and not hasattr(ctypes.CDLL(None), "__asan_init"):
         raise TTEError(
             "TTE-E051",
             "the sanitizers are not part of this process",
             fix="start Python with ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$(gcc -print-file-name=libasan.so)",
         )
-    return HostBoard(build, build_host(build, sanitize))
+    return HostBoard(build, build_host(build, sanitize, selftest))
 
 
 class HostBoard:
@@ -98,6 +101,8 @@ class HostBoard:
         return int(self._call("state_reset"))
 
     def selftest(self) -> int:
+        if not hasattr(self._library, f"{self.build.name}_selftest"):
+            raise TTEError("TTE-E055", "this board has no self-test", fix="open it with selftest=True")
         return int(self._call("selftest"))
 
     def high_water(self) -> tuple[int, int] | None:

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -79,7 +78,7 @@ def build_firmware(
     boards = [_in_qemu(target)] if machine == "qemu" else _maps(target)
     for board in boards:
         try:
-            return _link(build, board, toolchain, [optimize, *(["-DEMU_SELFTEST"] if selftest else [])])
+            return _link(build, board, toolchain, optimize, selftest)
         except _DoesNotFit as problem:
             last = problem
     raise TTEError(
@@ -118,10 +117,11 @@ class _DoesNotFit(Exception):
         super().__init__("; ".join(full) or _first_lines(text))
 
 
-def _link(build: Build, board: Target, toolchain: str, options: Sequence[str]) -> Firmware:
+def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: bool) -> Firmware:
     emulator = build.folder / "emulator"
     timer = TIMERS.get(board.qemu_machine, TIMER)
-    flags = [*FLAGS, "-fno-unwind-tables", *options]  # nothing unwinds on a board
+    flags = [*FLAGS, "-fno-unwind-tables", optimize]  # nothing unwinds on a board
+    flags += ["-DEMU_SELFTEST"] if selftest else []
     prefix = f"{build.name}_"  # with "_": -DMODEL=model would go around in circles
     flags += [f"-I{build.include}", f"-I{emulator}", f"-DMODEL_PREFIX={prefix}"]
     flags += [f"-DMODEL_PREFIX_UPPER={prefix.upper()}", f'-DMODEL_HEADER="{build.name}.h"', f"-DEMU_TIMER={timer:#x}u"]
@@ -130,24 +130,23 @@ def _link(build: Build, board: Target, toolchain: str, options: Sequence[str]) -
     else:
         command = ["arm-none-eabi-gcc", *board.gcc_flags, "-ffreestanding"]
     script = _linker_script(emulator, board)
-    sources = [*build.sources, *sorted(emulator.glob("emu_*.c"))]
-    headers = [*build.include.glob("*.h"), *build.sources[0].parent.glob("*.h"), *emulator.glob("*.h")]
+    sources = [*build.list_sources(selftest), *sorted(emulator.glob("emu_*.c"))]
     version = toolchain_version(toolchain)
     words = [version, *(f for f in flags if not f.startswith("-I")), *board.gcc_flags]
-    elf = _cache(build) / f"{board.name}-{toolchain}-{_digest([*sources, *headers], [script, *words])}.elf"
+    files = [*sources, *_headers(build), *emulator.glob("*.h")]
+    elf = _cache(build) / f"{board.name}-{toolchain}-{_digest(files, [script, *words])}.elf"
     if not elf.exists():
         with tempfile.TemporaryDirectory(dir=elf.parent) as scratch:
             ld = Path(scratch) / "link.ld"
             ld.write_text(script)
-            objects = _compile(command + flags, sources, headers, words, elf.parent)
             made = Path(scratch) / "firmware.elf"
-            link = [*command, "-nostartfiles", "-Wl,--gc-sections", f"-Wl,-T,{ld}", "-o", str(made), *map(str, objects)]
-            link += ["-nostdlib"] if toolchain == "zig" else ["-nostdlib", "-lc", "-lgcc"]
-            result = _run(link)
+            line = [*command, *flags, "-Wl,--gc-sections", f"-Wl,-T,{ld}", "-o", str(made)]
+            line += [*map(str, sources), "-nostdlib", *([] if toolchain == "zig" else ["-lc", "-lgcc"])]
+            result = _run(line)
             if result.returncode:
                 if "overflow" in result.stderr or "will not fit" in result.stderr or "overlap" in result.stderr:
                     raise _DoesNotFit(result.stderr, board)
-                raise _refused(link, result.stderr)
+                raise _refused(line, result.stderr)
             made.replace(elf)
     return Firmware(elf, version, board, *_sizes(elf), timer=timer)
 
@@ -160,10 +159,11 @@ def host_compiler(sanitize: bool = False) -> list[str] | None:
     return [system] if system else None
 
 
-def build_host(build: Build, sanitize: bool = False) -> Path:
+def build_host(build: Build, sanitize: bool = False, selftest: bool = False) -> Path:
     """The project as a shared library for this computer: the same C, the same bits.
 
-    sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer, by the system's compiler.
+    sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer, by the system's compiler
+    selftest: with the self-test
     Raises TTEError: E051 no compiler, E052 the compiler refuses the code.
     """
     command = host_compiler(sanitize)
@@ -172,18 +172,16 @@ def build_host(build: Build, sanitize: bool = False) -> Path:
     flags = [*FLAGS, "-march=native", "-fPIC", f"-I{build.include}"]
     if sanitize:
         flags += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    headers = [*build.include.glob("*.h"), *build.sources[0].parent.glob("*.h")]
+    sources = build.list_sources(selftest)
     words = [*command, *(f for f in flags if not f.startswith("-I")), _this_cpu()]
-    library = _cache(build) / f"host-{_digest([*build.sources, *headers], words)}.so"
+    library = _cache(build) / f"host-{_digest([*sources, *_headers(build)], words)}.so"
     if not library.exists():
-        objects = _compile(command + flags, build.sources, headers, words, library.parent)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             made = Path(scratch) / "host.so"
-            extra = ["-fsanitize=address,undefined"] if sanitize else []
-            link = [*command, "-shared", *extra, "-o", str(made), *map(str, objects)]
-            result = _run(link)
+            line = [*command, *flags, "-shared", "-o", str(made), *map(str, sources)]
+            result = _run(line)
             if result.returncode:
-                raise _refused(link, result.stderr)
+                raise _refused(line, result.stderr)
             made.replace(library)
     return library
 
@@ -207,31 +205,19 @@ def build_counter(build: Build) -> Path:
 def toolchain_version(toolchain: str) -> str:
     """For example "zig 0.16.0" or "arm-none-eabi-gcc 12.2.1"."""
     if toolchain == "zig":
-        return f"zig {_run([sys.executable, '-m', 'ziglang', 'version']).stdout.strip()}"
+        return f"zig {_run([_zig()[0], 'version']).stdout.strip()}"
     return f"arm-none-eabi-gcc {_run(['arm-none-eabi-gcc', '-dumpfullversion']).stdout.strip()}"
 
 
 def _zig() -> list[str]:
-    return [sys.executable, "-m", "ziglang", "cc"]
+    """The program itself, which `python -m ziglang` finds too, more slowly."""
+    found = importlib.util.find_spec("ziglang")
+    assert found and found.submodule_search_locations
+    return [str(Path(found.submodule_search_locations[0]) / ("zig.exe" if os.name == "nt" else "zig")), "cc"]
 
 
-def _compile(
-    command: Sequence[str], sources: Sequence[Path], headers: Sequence[Path], words: Sequence[str], cache: Path
-) -> list[Path]:
-    """The object of every source. One that was compiled before from the same bytes is taken as it is: programs of one
-    project share most of their sources."""
-    objects = []
-    for source in sources:
-        objects.append(cache / f"{source.stem}-{_digest([source, *headers], words)}.o")
-        if objects[-1].exists():
-            continue
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            made = Path(scratch) / "made.o"
-            result = _run([*command, "-c", str(source), "-o", str(made)])
-            if result.returncode:
-                raise _refused([*command, str(source)], result.stderr)
-            made.replace(objects[-1])
-    return objects
+def _headers(build: Build) -> list[Path]:
+    return [path for folder in (build.include, build.folder / "Core" / "Src") for path in folder.glob("*.h")]
 
 
 def _refused(command: Sequence[str], text: str) -> TTEError:
