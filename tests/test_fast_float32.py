@@ -278,7 +278,7 @@ for _case in CASES:
     for _call in (_case.call, _case.portable):
         for _kernel in _call.kernel.family():
             NAMES.setdefault(_kernel, f"t_k{len(NAMES)}")
-BUILDS = [("zig", "-O2")]
+BUILDS = [("zig", "-O2"), ("gcc", "-O0")]
 
 
 @pytest.fixture(scope="module")
