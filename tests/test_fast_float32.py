@@ -262,7 +262,7 @@ def forward_cases() -> Iterator[Case]:
         for room in (EVERYTHING, 32 * 10):
             graph = forward((4, 4, 9), 21, kernel, split, padding=(1, 1, 1, 1))
             yield Case(f"forward {kernel} split {split} {room}", graph, room)
-    for room in (32 * 7, 32 * 20, 32 * 40, 32 * 80):
+    for room in (32 * 7, 32 * 20, 32 * 40, 32 * 60, 32 * 110):
         graph = forward((4, 5, 17), 9, (3, 3), tail="r", padding=(1, 1, 1, 1))
         yield Case(f"forward 3x3 {room} bytes", graph, room + 72)
     for o, kernel in product([8, 11], [1, 3]):
