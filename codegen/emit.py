@@ -16,7 +16,7 @@ from tte.codegen.kernel import CTYPES, Kernel
 from tte.codegen.plan import Plan
 from tte.codegen.schedule import Call, Room, schedule
 from tte.ir import Const, Graph, Node, Param, TensorType, Value
-from tte.ir.rows import STRATEGIES, expand
+from tte.ir.rows import STRATEGIES, expand, in_pieces
 from tte.ops.quantized import add_terms, tflite_terms
 
 # What makes integers of floats: a NaN would not reach the loss.
@@ -74,13 +74,14 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     constants = _constants(programs)
     names = _c_names(interface.name, constants)
     kernels: dict[Kernel, str] = {}
-    bodies = []
+    bodies, listed = [], {}
     for program in programs:
         calls = schedule(program.graph, program.room)
         for kernel in (k for call in calls for k in call.kernel.family()):
             if kernel not in kernels:
                 kernels[kernel] = f"{interface.name}_k{len(kernels):02d}_{kernel.template.rpartition('/')[2]}"
         bodies.append(_program(program, calls, kernels, layout, names))
+        listed[program.role] = [_list_call(program.graph.nodes[c.node], c, kernels) for c in calls]
     used = {call for body in bodies for call in body["constants"]}
     slots = []
     for i, (param, offset) in enumerate(layout.slots):
@@ -101,10 +102,12 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     }
     paths = {template: path.format(m=interface.name) for template, path in FILES.items()}
     selftest = [SELFTEST.format(m=interface.name)] if interface.selftest else []
-    context["sources"] = [path for path in paths.values() if path.endswith(".c")] + selftest
+    context["sources"] = [
+        path for path in (*paths.values(), *_runtime(interface.name)) if path.endswith(".c")
+    ] + selftest
     files = {path: environment.get_template(template).render(context) for template, path in paths.items()}
-    files |= _headers(interface.name)
-    files["build.json"] = json.dumps(_description(interface, layout, programs), indent=2)
+    files |= _runtime(interface.name)
+    files["build.json"] = json.dumps(_description(interface, layout, programs) | {"calls": listed}, indent=2)
     files |= {f"emulator/{f.name}": f.read_text() for f in sorted(RUNTIME.glob("emu_*")) if f.is_file()}
     header = environment.get_template("file_header.j2").render(context)
     return {
@@ -233,13 +236,33 @@ class _Storage:
 
 
 def _comment(node: Node, updated: list[str]) -> str:
+    layer, what = _describe(node)
+    update = f" -> {', '.join(updated)}" if updated and not in_pieces(node) else ""
+    return _safe(f"{layer}: {what}{update}")
+
+
+def _describe(node: Node) -> tuple[str, str]:
+    """The layers of a node, and what it does."""
     members = list(expand(node))
     if len(members) > 1:
-        way = STRATEGIES[str(node.attrs["strategy"])]
-        return _safe(f"{members[0].layer or '-'} to {members[-1].layer or '-'}: {way}")
-    what = " + ".join(n.op.removeprefix("nn.") for n in node.body.nodes) if node.body else node.op.removeprefix("nn.")
-    update = f" -> {', '.join(updated)}" if updated else ""
-    return _safe(f"{node.layer or '-'}: {what}{update}")
+        ends = dict.fromkeys(member.layer or "-" for member in (members[0], members[-1]))
+        return " to ".join(ends), STRATEGIES[str(node.attrs["strategy"])]
+    return node.layer or "-", " + ".join(op.removeprefix("nn.") for op in _list_ops(node))
+
+
+def _list_ops(node: Node) -> list[str]:
+    return [op for member in node.body.nodes for op in _list_ops(member)] if node.body else [node.op]
+
+
+def _list_call(node: Node, call: Call, kernels: Mapping[Kernel, str]) -> dict[str, Any]:
+    """A call in build.json; parts: of a region in pieces, the kernels that its own calls."""
+
+    def record(node: Node, kernel: Kernel) -> dict[str, Any]:
+        layer, what = _describe(node)
+        return {"layer": layer, "op": what, "macs": node.macs, "kernel": kernels[kernel]}
+
+    parts = zip(call.members, call.kernel.parts, strict=False) if len(list(expand(node))) > 1 else ()
+    return record(node, call.kernel) | {"parts": [record(*part) for part in parts]}
 
 
 def _safe(text: str) -> str:
@@ -359,7 +382,7 @@ def emit_kernels(kernels: Mapping[Kernel, str], prefix: str) -> dict[str, str]:
         path.format(m=prefix): environment.get_template(template).render(context)
         for template, path in FILES.items()
         if "kernels" in template or "build" in template
-    } | _headers(prefix)
+    } | _runtime(prefix)
     return {Path(path).name: text for path, text in files.items()}
 
 
@@ -384,10 +407,11 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -
     return {"functions": result, "finds_nan": finds_nan, "takes_rows": any(f["template"] == "source" for f in result)}
 
 
-def _headers(prefix: str) -> dict[str, str]:
+def _runtime(prefix: str) -> dict[str, str]:
+    """Path -> text of what is the same in every project."""
     return {
-        f"Core/Src/{prefix}_{name}.h": _prefixed((RUNTIME / f"tte_{name}.h").read_text(), prefix)
-        for name in ("math", "dsp")
+        f"Core/Src/{prefix}_{name}": _prefixed((RUNTIME / f"tte_{name}").read_text(), prefix)
+        for name in ("math.h", "dsp.h", "fma.c")
     }
 
 

@@ -20,12 +20,14 @@ class Call:
     """A kernel applied to values: inputs (in the order of the pointers), then outputs.
 
     An operand whose buffer an output takes over is reached through that output's pointer.
+    members: of a region in pieces, for each part of the kernel the node that it makes pieces of
     """
 
     node: int
     kernel: Kernel
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+    members: tuple[Node, ...] = ()
 
 
 Room = Mapping[int, int]  # node -> bytes of scratch that faster kernels may use there
@@ -64,7 +66,7 @@ def _stream(index: int, node: Node, stream: Stream, room: int | None) -> Call:
         call = _quicken(_call(index, member, {}, driver.outer, stream.rings), room)
         height = member.output.type.shape[1]
         needs = [{"maker": d.maker, "height": d.height} | asdict(d.window) for d in demands]
-        steps.append({"arguments": driver.add(call), "height": height, "needs": needs})
+        steps.append({"arguments": driver.add(member, call), "height": height, "needs": needs})
     return driver.call(index, "stream", {"steps": steps, "rest": stream.rest})
 
 
@@ -81,7 +83,7 @@ def _tiles(index: int, node: Node, tiles: Tiles, room: int | None) -> Call:
         for start, stop in pairwise([span[0], *sorted(e for e in ends if span[0] < e < span[1]), span[1]]):
             tile = _Tile(tiles.width, tiles.cuts, frozenset(tiles.sizes), span, start)
             call = _quicken(_call(index, member, {}, driver.outer, tile=tile), room)
-            steps.append({"arguments": driver.add(call), "start": start, "stop": stop})
+            steps.append({"arguments": driver.add(member, call), "start": start, "stop": stop})
     end = max(stop for _, stop in tiles.spans)
     return driver.call(index, "tiles", {"steps": steps, "width": tiles.width, "end": end})
 
@@ -102,10 +104,12 @@ class _Driver:
                 self.expressions[inner[overwritten.name].name] = self.expressions[result]
         self.args: dict[str, Value] = {}
         self.parts: list[Kernel] = []
+        self.members: list[Node] = []
 
-    def add(self, call: Call) -> list[str]:
+    def add(self, member: Node, call: Call) -> list[str]:
         """The arguments of a call that is to be made."""
         self.parts.append(call.kernel)
+        self.members.append(member)
         arguments = []
         for value in (*call.inputs, *call.outputs):
             if value.name in self.outer and value.name not in self.expressions:
@@ -127,7 +131,8 @@ class _Driver:
         if scratch:
             pointers.append(SCRATCH)
         text = json.dumps({"args": pointers, "rows": None, "tile": None, "tail": []} | dict(context), sort_keys=True)
-        return Call(index, Kernel(template, text, tuple(self.parts), scratch), tuple(self.args.values()), made)
+        kernel = Kernel(template, text, tuple(self.parts), scratch)
+        return Call(index, kernel, tuple(self.args.values()), made, tuple(self.members))
 
 
 @dataclass(frozen=True)

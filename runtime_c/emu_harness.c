@@ -14,7 +14,7 @@
  *   W                     stack bytes, arena bytes                         high-water marks
  *   Q                     -                                                quit
  *
- * All numbers are 4 bytes, little-endian. count: instructions, or 0 where the machine has no timer for them. */
+ * All numbers are 4 bytes, little-endian. count: instructions, or 0 where the machine has no counter for them. */
 #include MODEL_HEADER
 #include "emu_semihosting.h"
 
@@ -105,22 +105,29 @@ static int read_state(void *ctx, size_t offset, void *data, size_t n) {
     return emu_seek(handle, offset) != 0 || emu_read(handle, data, n) != 0;
 }
 
-/* CMSDK timer 0 counts down; the emulators scale it so that differences give executed instructions. */
-#ifdef EMU_TIMER
-#define TIMER(offset) (*(volatile uint32_t *)(EMU_TIMER + (offset)))
-static void start_timer(void) {
-    TIMER(8) = 0xffffffffu;
-    TIMER(4) = 0xffffffffu;
-    TIMER(0) = 1;
+/* Where differences give executed instructions, as the runner scales them. */
+#define REGISTER(address) (*(volatile uint32_t *)(address))
+#if !defined(EMU_COUNTER)
+static void start_counter(void) {
 }
-static uint32_t timer(void) {
-    return TIMER(4);
-}
-#else
-static void start_timer(void) {
-}
-static uint32_t timer(void) {
+static uint32_t count(void) {
     return 0;
+}
+#elif EMU_COUNTER == 0x40008540u /* timer 0 of the nRF51: started with 32 bits at full speed, and captured to be read */
+static void start_counter(void) {
+    REGISTER(0x40008508u) = 3;
+    REGISTER(0x40008510u) = 0;
+    REGISTER(0x40008000u) = 1;
+}
+static uint32_t count(void) {
+    REGISTER(0x40008040u) = 1;
+    return REGISTER(EMU_COUNTER);
+}
+#else /* FPGAIO of the MPS boards: runs from the start */
+static void start_counter(void) {
+}
+static uint32_t count(void) {
+    return REGISTER(EMU_COUNTER);
 }
 #endif
 
@@ -129,9 +136,9 @@ static void run_step(int (*step)(INPUT_TYPES, const API(target_t) *, API(result_
     if (SIZE(TARGET_SIZE) > 0)
         receive(target, sizeof target[0] * SIZE(TARGET_SIZE));
     begin_input();
-    const uint32_t before = timer();
+    const uint32_t before = count();
     const int status = step(INPUT, target, &result);
-    const uint32_t ticks = before - timer();
+    const uint32_t ticks = count() - before;
     end_input();
     send_u32((uint32_t)status);
     (void)send(0, &result, sizeof result);
@@ -145,7 +152,7 @@ int main(void) {
         return 2;
     for (uint8_t *at = emu_arena_start; at < emu_arena_end; at++)
         *at = ARENA_PAINT;
-    start_timer();
+    start_counter();
     for (;;) {
         uint8_t command;
         receive(&command, 1);
@@ -167,9 +174,9 @@ int main(void) {
             break;
         case 'F': {
             begin_input();
-            const uint32_t before = timer();
+            const uint32_t before = count();
             const int status = CALL(infer)(INPUT, y);
-            const uint32_t ticks = before - timer();
+            const uint32_t ticks = count() - before;
             end_input();
             send_u32((uint32_t)status);
             send_u32(ticks);

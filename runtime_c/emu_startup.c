@@ -1,4 +1,4 @@
-/* Start-up for any Cortex-M with an FPU, for emulators: vectors, memory, stack paint, main. */
+/* Start-up for any Cortex-M, for emulators: vectors, memory, stack paint, main. */
 #include "emu_semihosting.h"
 
 extern uint32_t emu_data_load[], emu_data_start[], emu_data_end[], emu_bss_start[], emu_bss_end[];
@@ -20,8 +20,10 @@ __attribute__((used, section(".vectors"))) const void *const emu_vectors[16] = {
     (const void *)fault, (const void *)fault};
 
 __attribute__((noreturn)) void emu_reset(void) {
-    REGISTER(0xe000ed88) |= 0xfu << 20; /* CPACR: the FPU is on */
+#if defined(__ARM_FP) || defined(__ARM_FEATURE_MVE)
+    REGISTER(0xe000ed88) |= 0xfu << 20; /* CPACR: FPU and vector unit are on */
     __asm__ volatile("dsb\n isb" ::: "memory");
+#endif
     for (uint32_t *to = emu_data_start, *from = emu_data_load; to < emu_data_end;)
         *to++ = *from++;
     for (uint32_t *to = emu_bss_start; to < emu_bss_end;)

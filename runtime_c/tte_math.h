@@ -17,6 +17,21 @@ static inline int32_t tte_to_bits(float f) {
     return u.i;
 }
 
+/* x * y + z, rounded once: in one instruction, or in integers (tte_fma.c) on cores that have none. */
+#ifndef TTE_SOFT_FMA
+#if defined(__arm__) && !defined(__ARM_FEATURE_FMA)
+#define TTE_SOFT_FMA 1
+#else
+#define TTE_SOFT_FMA 0
+#endif
+#endif
+#if !TTE_SOFT_FMA
+#define TTE_FMAF __builtin_fmaf
+#else
+#define TTE_FMAF tte_fmaf
+float tte_fmaf(float x, float y, float z);
+#endif
+
 /* exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2; ln 2 in two parts; 2^n in two factors for subnormals. */
 static inline float tte_expf(float x) {
     if (!(x > -104.0f))
@@ -24,15 +39,15 @@ static inline float tte_expf(float x) {
     if (x > 89.0f)
         return tte_from_bits(0x7f800000);
     const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-    float r = __builtin_fmaf(n, -0.693145752f, x);
-    r = __builtin_fmaf(n, -1.42860677e-6f, r);
+    float r = TTE_FMAF(n, -0.693145752f, x);
+    r = TTE_FMAF(n, -1.42860677e-6f, r);
     float y = 1.3888889e-3f;
-    y = __builtin_fmaf(y, r, 8.3333333e-3f);
-    y = __builtin_fmaf(y, r, 4.1666667e-2f);
-    y = __builtin_fmaf(y, r, 1.6666667e-1f);
-    y = __builtin_fmaf(y, r, 0.5f);
-    y = __builtin_fmaf(y, r, 1.0f);
-    y = __builtin_fmaf(y, r, 1.0f);
+    y = TTE_FMAF(y, r, 8.3333333e-3f);
+    y = TTE_FMAF(y, r, 4.1666667e-2f);
+    y = TTE_FMAF(y, r, 1.6666667e-1f);
+    y = TTE_FMAF(y, r, 0.5f);
+    y = TTE_FMAF(y, r, 1.0f);
+    y = TTE_FMAF(y, r, 1.0f);
     const int32_t k = (int32_t)n, half = k / 2;
     return y * tte_from_bits((half + 127) * (1 << 23)) * tte_from_bits((k - half + 127) * (1 << 23));
 }
@@ -57,11 +72,11 @@ static inline float tte_logf(float x) {
     }
     const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
     float y = 0.22222222f;
-    y = __builtin_fmaf(y, z, 0.28571429f);
-    y = __builtin_fmaf(y, z, 0.4f);
-    y = __builtin_fmaf(y, z, 0.66666667f);
-    y = __builtin_fmaf(y * z, s, 2.0f * s);
-    return __builtin_fmaf((float)e, 0.693145752f, __builtin_fmaf((float)e, 1.42860677e-6f, y));
+    y = TTE_FMAF(y, z, 0.28571429f);
+    y = TTE_FMAF(y, z, 0.4f);
+    y = TTE_FMAF(y, z, 0.66666667f);
+    y = TTE_FMAF(y * z, s, 2.0f * s);
+    return TTE_FMAF((float)e, 0.693145752f, TTE_FMAF((float)e, 1.42860677e-6f, y));
 }
 
 /* log(1 + x), 0 <= x: what 1 + x loses is given back to first order. */
@@ -80,11 +95,11 @@ static inline float tte_tanhf(float x) {
     const float a = __builtin_fabsf(x), z = x * x;
     if (a < 0.625f) {
         float y = -6.19203822e-3f;
-        y = __builtin_fmaf(y, z, 2.10889187e-2f);
-        y = __builtin_fmaf(y, z, -5.38795515e-2f);
-        y = __builtin_fmaf(y, z, 1.33330868e-1f);
-        y = __builtin_fmaf(y, z, -3.33333374e-1f);
-        return __builtin_fmaf(y * z, x, x);
+        y = TTE_FMAF(y, z, 2.10889187e-2f);
+        y = TTE_FMAF(y, z, -5.38795515e-2f);
+        y = TTE_FMAF(y, z, 1.33330868e-1f);
+        y = TTE_FMAF(y, z, -3.33333374e-1f);
+        return TTE_FMAF(y * z, x, x);
     }
     const float e = tte_expf(-2.0f * a), y = (1.0f - e) / (1.0f + e);
     return x < 0.0f ? -y : y;
@@ -95,25 +110,25 @@ static inline float tte_erff(float x) {
     const float a = __builtin_fabsf(x), z = x * x;
     if (a < 1.0f) {
         float y = 7.88912041e-5f;
-        y = __builtin_fmaf(y, z, -8.02084154e-4f);
-        y = __builtin_fmaf(y, z, 5.18953537e-3f);
-        y = __builtin_fmaf(y, z, -2.68544446e-2f);
-        y = __builtin_fmaf(y, z, 1.12836002e-1f);
-        y = __builtin_fmaf(y, z, -3.76126271e-1f);
-        y = __builtin_fmaf(y, z, 1.12837917f);
+        y = TTE_FMAF(y, z, -8.02084154e-4f);
+        y = TTE_FMAF(y, z, 5.18953537e-3f);
+        y = TTE_FMAF(y, z, -2.68544446e-2f);
+        y = TTE_FMAF(y, z, 1.12836002e-1f);
+        y = TTE_FMAF(y, z, -3.76126271e-1f);
+        y = TTE_FMAF(y, z, 1.12837917f);
         return x * y;
     }
     if (a > 4.0f)
         return x < 0.0f ? -1.0f : 1.0f;
     const float t = 1.0f / (1.0f + 0.5f * a);
     float y = 1.19777224e-1f;
-    y = __builtin_fmaf(y, t, -4.72778138e-1f);
-    y = __builtin_fmaf(y, t, 5.65720308e-1f);
-    y = __builtin_fmaf(y, t, -1.05693197e-1f);
-    y = __builtin_fmaf(y, t, 3.4884577e-1f);
-    y = __builtin_fmaf(y, t, 2.59379294e-1f);
-    y = __builtin_fmaf(y, t, 2.84962345e-1f);
-    y = __builtin_fmaf(y, t, -1.57577068e-4f);
+    y = TTE_FMAF(y, t, -4.72778138e-1f);
+    y = TTE_FMAF(y, t, 5.65720308e-1f);
+    y = TTE_FMAF(y, t, -1.05693197e-1f);
+    y = TTE_FMAF(y, t, 3.4884577e-1f);
+    y = TTE_FMAF(y, t, 2.59379294e-1f);
+    y = TTE_FMAF(y, t, 2.84962345e-1f);
+    y = TTE_FMAF(y, t, -1.57577068e-4f);
     y = 1.0f - tte_expf(-z) * y;
     return x < 0.0f ? -y : y;
 }

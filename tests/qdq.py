@@ -7,15 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from mlperf import ResNet8, conv
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-
-def conv(
-    i: int, o: int, k: int = 3, stride: int = 1, groups: int = 1, act: type[nn.Module] | None = nn.ReLU
-) -> nn.Module:
-    layers = [nn.Conv2d(i, o, k, stride, k // 2, groups=groups, bias=False), nn.BatchNorm2d(o)]
-    return nn.Sequential(*layers, *([act()] if act else []))
 
 
 class Inverted(nn.Module):
@@ -49,23 +43,6 @@ class Mobile(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.pool(self.last(self.blocks(self.stem(x)))).flatten(1))
-
-
-class ResNet8(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = conv(3, 16)
-        self.a1, self.a2 = conv(16, 16), conv(16, 16, act=None)
-        self.b1, self.b2, self.bs = conv(16, 32, 3, 2), conv(32, 32, act=None), conv(16, 32, 1, 2, act=None)
-        self.c1, self.c2, self.cs = conv(32, 64, 3, 2), conv(64, 64, act=None), conv(32, 64, 1, 2, act=None)
-        self.pool, self.fc = nn.AvgPool2d(4), nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = F.relu(x + self.a2(self.a1(x)))
-        x = F.relu(self.bs(x) + self.b2(self.b1(x)))
-        x = F.relu(self.cs(x) + self.c2(self.c1(x)))
-        return self.fc(self.pool(x).flatten(1))
 
 
 class Branches(nn.Module):
@@ -167,13 +144,17 @@ def mcunet() -> nn.Module:
     return Mobile(16, [(8, 1, 3, 1), (16, 4, 7, 2), (16, 3, 5, 1), (24, 3, 7, 2), (24, 4, 5, 1), (24, 4, 3, 1)], 40)
 
 
+def small_resnet8() -> nn.Module:
+    return ResNet8(16)
+
+
 RECIPES = {
     "mobilenet-v2": Recipe(mobilenet_v2, (1, 3, 32, 32)),
     "mobilenet-v2-uint8": Recipe(mobilenet_v2, (1, 3, 32, 32), per_channel=False, unsigned=True),
     "mcunet": Recipe(mcunet, (1, 3, 32, 32)),
     "mcunet-per-tensor": Recipe(mcunet, (1, 3, 32, 32), per_channel=False),
-    "resnet8": Recipe(ResNet8, (1, 3, 16, 16)),
-    "resnet8-uint8": Recipe(ResNet8, (1, 3, 16, 16), unsigned=True),
+    "resnet8": Recipe(small_resnet8, (1, 3, 16, 16)),
+    "resnet8-uint8": Recipe(small_resnet8, (1, 3, 16, 16), unsigned=True),
     "ds-cnn": Recipe(DsCnn, (1, 1, 49, 10)),
     "autoencoder": Recipe(autoencoder, (1, 96), per_channel=False),
     "branches": Recipe(Branches, (1, 3, 16, 16)),

@@ -20,7 +20,7 @@ from torch import nn
 import tte
 from tte.runner.toolchain import build_firmware, build_host, find_toolchains
 
-BOARDS = ("cortex-m7", "cortex-m4", "cortex-m33", "stm32f746", "stm32h743", "stm32f446")
+BOARDS = ("cortex-m7", "cortex-m4", "cortex-m33", "cortex-m55", "stm32f746", "stm32h743", "stm32f446", "rp2040")
 SCHEME = """\
 train:
   - {layer: "*", bias: true}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import mcunet_table
+import mlperf
 import networks
 import numpy as np
 import pytest
@@ -81,6 +82,15 @@ def test_real_networks(name: str, scheme: str, target: str, pack: Path, update_g
     network = next(n for n in load_networks() if n.name == name)
     artifact = tte.compile(network.model, network.example, network.scheme(scheme), target, name)
     compare(f"{name} {scheme} {target}", costs(artifact), update_golden)
+
+
+@pytest.mark.parametrize("name", mlperf.SHAPES)
+def test_inference_in_integers(name: str, tmp_path: Path, update_golden: bool) -> None:
+    """The networks of MLPerf Tiny, which take as many multiply-accumulates as is published."""
+    artifact = mlperf.compile_int8(name, tmp_path)
+    infer = next(program.graph for program in artifact.compiled.programs if program.role == "infer")
+    assert sum(node.macs for node in infer.nodes) == mlperf.SHAPES[name].macs
+    compare(f"{name} int8 cortex-m7", costs(artifact), update_golden)
 
 
 def test_published_model_learns_on_its_board(pack: Path, update_golden: bool) -> None:

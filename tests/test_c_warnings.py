@@ -10,15 +10,17 @@ import networks
 import pytest
 
 import tte
-from tte.target import CORTEX_M4, CORTEX_M7
+from tte.target import CORTEX_M0PLUS, CORTEX_M7, CORTEX_M55
 
 STRICT = "-Wall -Wextra -Werror -Wconversion -Wpedantic -Wshadow -Wstrict-prototypes -Wmissing-prototypes".split()
 COMPILERS = {
     "gcc": ["gcc"],
     "clang": ["clang"],
     "zig": [sys.executable, "-m", "ziglang", "cc"] if find_spec("ziglang") else ["zig-is-not-installed"],
-    "arm-gcc-m7": ["arm-none-eabi-gcc", *CORTEX_M7.gcc_flags],
-    "arm-gcc-m4": ["arm-none-eabi-gcc", *CORTEX_M4.gcc_flags],
+    **{
+        f"arm-gcc-{core.name}": ["arm-none-eabi-gcc", *core.gcc_flags]
+        for core in (CORTEX_M7, CORTEX_M55, CORTEX_M0PLUS)
+    },
 }
 # The second line is what an STM32CubeIDE project compiles with in its Debug configuration.
 FLAGS = {

@@ -18,7 +18,7 @@ from tte.passes.inplace import work_in_place
 from tte.passes.regions import enclose
 from tte.report import Measured, count_saved, find_phases, list_steps, list_tensors, make_report, render_html
 from tte.runner.toolchain import Firmware
-from tte.target import STM32F746
+from tte.target import CORTEX_M7, STM32F746
 
 STEP = """
 def @train(%x: Tensor[(1, 8), float32], %target: Tensor[(1, 4), float32]) {
@@ -63,7 +63,7 @@ def test_phases_and_costs() -> None:
 
 
 def test_what_is_planned(programs: list[Program]) -> None:
-    report = make_report(programs, model="m", target="cortex-m7", scheme={"train": "last-layer"})
+    report = make_report(programs, model="m", target=CORTEX_M7, scheme={"train": "last-layer"})
     memory = report["memory"]
     assert report["source"] == "planned"
     assert report["gradients"] == ["fc.weight"]
@@ -84,17 +84,15 @@ def test_what_is_planned(programs: list[Program]) -> None:
 
 
 def test_what_is_linked_overrides_what_is_planned(programs: list[Program]) -> None:
-    firmware = Firmware(
-        Path("m.elf"), "gcc", STM32F746, text=1000, rodata=300, data=20, bss=5000, stack_reserved=4096, timer=0
-    )
-    linked = make_report(programs, model="m", target="stm32f746", scheme={}, firmware=firmware)
+    firmware = Firmware(Path("m.elf"), "gcc", STM32F746, text=1000, rodata=300, data=20, bss=5000, stack_reserved=4096)
+    linked = make_report(programs, model="m", target=STM32F746, scheme={}, firmware=firmware)
     assert linked["source"] == "linked"
     assert linked["memory"]["static_ram_bytes"] == 20 + 5000 + 4096
     assert linked["flash_bytes"] == 1320
     assert linked["flash"] == {"code_bytes": 1000, "const_bytes": 192, "initial_values_bytes": 128}
     measured = Measured(stack_infer=64, stack_train_step=96, instructions_train_step=216_000)
     report = make_report(
-        programs, model="m", target="stm32f746", scheme={}, firmware=firmware, measured=measured, clock_hz=216_000_000
+        programs, model="m", target=STM32F746, scheme={}, firmware=firmware, measured=measured, clock_hz=216_000_000
     )
     assert report["memory"]["static_ram_bytes"] == 20 + 5000 + 96
     assert report["train_step"]["ms_estimate"] == 1.0
@@ -102,7 +100,7 @@ def test_what_is_linked_overrides_what_is_planned(programs: list[Program]) -> No
 
 
 def test_the_page_stands_alone_and_draws_every_tensor(programs: list[Program]) -> None:
-    report = make_report(programs, model="<m> & co", target="cortex-m7", scheme={})
+    report = make_report(programs, model="<m> & co", target=CORTEX_M7, scheme={})
     page = render_html(report, programs)
     assert page == render_html(report, programs)
     assert not re.search(r"(src|href)=|https?://", page)
@@ -118,7 +116,7 @@ def test_the_page_stands_alone_and_draws_every_tensor(programs: list[Program]) -
 
 def test_what_is_alive_and_what_nothing_can_save(programs: list[Program]) -> None:
     """At the loss: the first layer's result and the prediction, which the backward reads."""
-    report = make_report(programs, model="m", target="cortex-m7", scheme={}, unfused_macs=120)
+    report = make_report(programs, model="m", target=CORTEX_M7, scheme={}, unfused_macs=120)
     memory = report["memory"]
     assert memory["gap_bytes"] == 0 and memory["proof"] == "bound"
     assert (memory["saved_bytes"], memory["floor_bytes"]) == (32 + 16, 32 + 16 + 128)
@@ -127,7 +125,7 @@ def test_what_is_alive_and_what_nothing_can_save(programs: list[Program]) -> Non
     last = {"step": 5, "layer": "fc", "op": "nn.sgd", "phase": "update", "live_bytes": 260}
     assert report["steps"][5] == last
     unproved = replace(programs[0].plan, arena_bytes=300, proof="")
-    memory = make_report([replace(programs[0], plan=unproved), programs[1]], model="m", target="cortex-m7", scheme={})[
+    memory = make_report([replace(programs[0], plan=unproved), programs[1]], model="m", target=CORTEX_M7, scheme={})[
         "memory"
     ]
     assert (memory["gap_bytes"], memory["proved_optimal"], memory["proof"]) == (300 - 260, False, None)

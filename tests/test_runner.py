@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 
 import tte
-from tte.artifact import Artifact, draw_samples
+from tte.artifact import Artifact
 from tte.cli import main
 from tte.errors import TTEError
 from tte.ir import Graph, TensorType, Value
 from tte.runner import Board, Build, open_host, open_qemu, open_unicorn
 from tte.runner.qemu import find_qemu
 from tte.runner.toolchain import build_firmware, build_host, find_toolchains
-from tte.runner.train import run_training
+from tte.runner.train import draw_samples, run_training
 from tte.target import STM32F746, TARGETS, Region, find_target
 
 if not find_toolchains() or not importlib.util.find_spec("unicorn"):
@@ -101,10 +101,10 @@ def start(build: Build, place: str) -> Board:
     return (open_qemu if emulator == "qemu" else open_unicorn)(build, firmware)
 
 
-def train(board: Board) -> dict[str, object]:
-    """Ten steps and an inference: all the numbers that must be the same everywhere."""
-    samples = draw_samples(board.build, STEPS)
-    result = run_training(board, samples, steps=STEPS, evaluation=samples)
+def train(board: Board, steps: int = STEPS) -> dict[str, object]:
+    """Some steps and an inference: all the numbers that must be the same everywhere."""
+    samples = draw_samples(board.build, steps)
+    result = run_training(board, samples, steps=steps, evaluation=samples)
     output = board.infer(samples.x[0])
     return {
         "loss": result.loss,

@@ -16,14 +16,14 @@ import torch
 from typer.testing import CliRunner
 
 import tte
-from tte.artifact import Artifact, draw_samples
+from tte.artifact import Artifact
 from tte.cli import _require_foreign, app
 from tte.compiler import OPTIONAL
 from tte.ir import Graph, TensorType, Value
 from tte.runner import Board, HostBoard, open_host
 from tte.runner.board import STATUS
 from tte.runner.toolchain import find_toolchains
-from tte.runner.train import open_board
+from tte.runner.train import draw_samples, open_board
 from tte.saved import write_onnx
 
 if not find_toolchains():

@@ -124,7 +124,7 @@ CASES = {
     "biases only": Case(blocks, learn({"layer": "*", "bias": True})),
     "parts of weights": Case(blocks, learn(*PARTS)),
     "the first block only": Case(blocks, learn({"layer": "1.branches.0.0.0", "weight": "all"})),
-    "resnet8": Case(lambda: (qdq.ResNet8(),), exact=False, shape=(1, 3, 16, 16), head=False),
+    "resnet8": Case(lambda: (qdq.small_resnet8(),), exact=False, shape=(1, 3, 16, 16), head=False),
     "prime": Case(lambda: (conv(2, 5), inverted(5, 37, 5), inverted(5, 37, 5))),
     "multiplier": Case(
         lambda: (conv(2, 6), Sum(nn.Sequential(conv(6, 12), conv(12, 24, 3, groups=12, act=nn.ReLU()), conv(24, 6))))

@@ -25,7 +25,7 @@ from tte.runner.board import Board, require_ok
 from tte.runner.build import Build
 from tte.runner.host import HostBoard, open_host
 from tte.runner.toolchain import Firmware, build_firmware, find_toolchains, host_compiler
-from tte.runner.train import Data, RunResult, open_board, train
+from tte.runner.train import Data, RunResult, draw_samples, find_emulator, open_board, train
 from tte.saved import pack_weights
 from tte.scheme import UpdateScheme
 from tte.target import Target, find_target
@@ -164,7 +164,7 @@ class Artifact:
         return make_report(
             self.compiled.programs,
             model=self.compiled.interface.name,
-            target=self.target.name,
+            target=self.target,
             scheme=json.loads(json.dumps(self.compiled.resolved.scheme.model_dump(mode="json", exclude_none=True))),
             firmware=firmware,
             measured=measured,
@@ -190,8 +190,9 @@ class Artifact:
         require_ok(board.init(), "init")
         return board
 
-    def run(self, data: Any, *, evaluation: Any = None, runner: str = "unicorn", **options: Any) -> RunResult:
-        """Train on an emulated board ("unicorn", "qemu") or on this computer ("host").
+    def run(self, data: Any, *, evaluation: Any = None, runner: str = "auto", **options: Any) -> RunResult:
+        """Train on an emulated board ("unicorn", "qemu", "auto": the first that knows the core) or on
+        this computer ("host").
 
         data, evaluation: paths to .npz or mappings with x and y
         options: epochs, steps, rate, seed, progress, toolchain
@@ -280,8 +281,6 @@ class Artifact:
 
     def _measure(self) -> tuple[Firmware | None, Measured]:
         """Link the firmware and run one step and one inference of it, as far as the tools are installed."""
-        import importlib.util
-
         if self.target.name == "host" or not find_toolchains():
             return None, Measured()
         try:
@@ -291,18 +290,19 @@ class Artifact:
                 raise
             peak = f"at the peak: {self._describe_peak()}"
             raise TTEError(problem.code, problem.what, where=peak, fix=problem.fix) from problem
-        if importlib.util.find_spec("unicorn") is None:
+        emulator = find_emulator(self.target)
+        if emulator is None:
             return firmware, Measured()
         samples = draw_samples(self.build, 1)
         marks = []
         for call in ("infer", "train"):
-            board = open_board(self.build, "unicorn")
+            board = open_board(self.build, emulator)
             try:
                 marks.append(_run_once(board, call, samples))
             finally:
                 board.close()
         (stack_infer, infer), (stack_train, step) = marks
-        return firmware, Measured(stack_infer, stack_train, infer, step)
+        return firmware, Measured(emulator, stack_infer, stack_train, infer, step)
 
 
 def _run_once(board: Board, call: str, samples: Data) -> tuple[int, int]:
@@ -317,28 +317,6 @@ def _run_once(board: Board, call: str, samples: Data) -> tuple[int, int]:
     marks = board.high_water()
     assert marks is not None
     return marks[0], instructions
-
-
-def draw_samples(build: Build, count: int) -> Data:
-    """The samples of the generated self-test: a linear congruential generator, element by element."""
-    seed = 1
-
-    def draw() -> int:
-        nonlocal seed
-        seed = (seed * 1664525 + 1013904223) & 0xFFFFFFFF
-        return seed >> 24
-
-    xs, ys = [], []
-    for _ in range(count):
-        x = [draw() for _ in range(build.input.size)]
-        real = build.input.dtype == np.float32
-        wrapped = np.asarray(x, np.int64).astype(build.input.dtype) if not real else (np.asarray(x) - 128) / 64
-        xs.append(np.asarray(wrapped, build.input.dtype).reshape(build.input.shape[1:]))
-        if build.target is not None:
-            y = [draw() for _ in range(build.target.size)]
-            targets = np.asarray(y) % build.classes if build.classes else (np.asarray(y) - 128) / 64
-            ys.append(np.asarray(targets, build.target.dtype).reshape(build.target.sample))
-    return Data(np.stack(xs), np.stack(ys) if ys else None)
 
 
 def _sample(data: Data, i: int) -> tuple[np.ndarray, np.ndarray | None]:

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
@@ -14,6 +15,7 @@ from tte.errors import TTEError
 
 if TYPE_CHECKING:
     from tte.explain import MemoryRow, MemoryTable
+    from tte.runner.profile import Cost
 
 # Everything else is imported inside the commands: `tte --help` must not wait for torch.
 
@@ -187,7 +189,9 @@ def run(
     epochs: Annotated[int | None, typer.Option(min=1, help="passes over the data (default 1)")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="training steps, instead of epochs")] = None,
     eval_: Annotated[Path | None, typer.Option("--eval", help=".npz to measure before and after on")] = None,
-    emulator: Annotated[str | None, typer.Option(help="unicorn (default) or qemu")] = None,
+    emulator: Annotated[
+        str | None, typer.Option(help="unicorn or qemu; by default the first that knows the core")
+    ] = None,
     host: Annotated[bool, typer.Option("--host", help="run the same C on this computer: fast")] = False,
     lr: Annotated[float | None, typer.Option(help="learning rate, instead of the scheme's")] = None,
     seed: Annotated[int, typer.Option(help="order of the samples")] = 0,
@@ -214,7 +218,7 @@ def run(
             epochs=epochs,
             steps=steps,
             evaluation=eval_,
-            runner="host" if host else emulator or "unicorn",
+            runner="host" if host else emulator or "auto",
             rate=lr,
             seed=seed,
             progress=show,
@@ -224,6 +228,44 @@ def run(
     if json_:
         return _print_json(result.to_dict())
     _print_run(result.to_dict())
+
+
+@app.command()
+def bench(
+    build: Annotated[Path, typer.Argument(help="folder written by `tte compile`")],
+    toolchain: Annotated[str, typer.Option(help="zig or gcc; auto: as for `tte run`")] = "auto",
+    optimize: Annotated[
+        str, typer.Option("--optimize", "-O", help="of the C compiler: -O0, -O1, -O2, -O3, -Os")
+    ] = "-O2",
+    json_: Json = False,
+) -> None:
+    """Count the instructions of an inference and of a training step on an emulated board, layer by layer."""
+    from tte.runner.profile import profile
+
+    profiled = profile(build, toolchain, optimize)
+    if json_:
+        return _print_json(profiled.to_dict())
+    how = f"{profiled.target}, {profiled.toolchain} {profiled.optimize}, flash {profiled.flash_bytes:,} bytes"
+    for name, program in profiled.programs.items():
+        _print_table(f"{profiled.model}, {name.replace('_', ' ')}: {how}", BENCH_COLUMNS, _list_costs(program))
+
+
+BENCH_COLUMNS = ("layer", "operator", "MACs", "instructions", "per MAC", "share, %")
+
+
+def _list_costs(program: "Cost") -> Iterator[tuple[Any, ...]]:
+    """The rows of a program, those of a region's members below it."""
+
+    def row(name: str, op: str, macs: int | None, instructions: int) -> tuple[Any, ...]:
+        per_mac = Decimal(f"{instructions / macs:.2f}") if macs else None
+        return name, op, macs, instructions, per_mac, Decimal(f"{100 * instructions / program.instructions:.2f}")
+
+    for call in program.parts:
+        yield row(call.layer, call.op, call.macs, call.instructions)
+        for part in call.parts:
+            yield row(f"  {part.layer}", part.op, part.macs, part.instructions)
+    yield row("", "checks, copies, harness", None, program.own)
+    yield row("all", "", program.macs, program.instructions)
 
 
 @app.command()
@@ -325,8 +367,9 @@ def targets(json_: Json = False) -> None:
         # A bare core has the memory of the emulated machine, which says nothing about any product.
         sizes = {region.name: region.size for region in target.memory if target.board}
         clock = f"{target.clock_hz // 1_000_000} MHz" if target.clock_hz else ""
-        rows.append((target.name, sizes.get("flash"), sizes.get("ram"), clock, target.description))
-    _print_table("targets", ("name", "flash", "RAM", "clock", ""), rows)
+        emulators = ", ".join(target.emulators)
+        rows.append((target.name, sizes.get("flash"), sizes.get("ram"), clock, emulators, target.description))
+    _print_table("targets", ("name", "flash", "RAM", "clock", "emulators", ""), rows)
 
 
 def _print_memory(table: "MemoryTable", as_json: bool) -> None:
@@ -427,7 +470,7 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any
     rows = list(rows)
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        numeric = any(type(row[i]) in (int, float) for row in rows)
+        numeric = any(type(row[i]) in (int, float, Decimal) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row))
@@ -442,7 +485,7 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.2e}"
-    return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int | Decimal) else "" if value is None else str(value)
 
 
 def _print_json(value: Any) -> None:

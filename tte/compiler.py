@@ -37,6 +37,7 @@ from tte.passes.select_updates import select_updates
 from tte.passes.simplify import drop_identity, eliminate_common_subexpressions, eliminate_dead_code, fold_constants
 from tte.passes.stream import stream_forward
 from tte.passes.tile import tile_backward
+from tte.report import list_soft
 from tte.scheme import Resolved, UpdateScheme, resolve
 from tte.target import KB, Target
 
@@ -273,6 +274,7 @@ def compile_graphs(
         input_place=input_place,
         notes=lowered.notes,
     )
+    notes = (*lowered.notes, *_note_floats(programs, target))
     originals = {
         c.origin.name: (c.data if c.origin.quantized is None else c.origin.quantized).reshape(c.origin.shape)
         for c in imported.consts
@@ -291,8 +293,18 @@ def compile_graphs(
         target=target,
         interface=interface,
         programs=tuple(programs),
-        notes=lowered.notes,
+        notes=notes,
     )
+
+
+def _note_floats(programs: Sequence[Program], target: Target) -> list[str]:
+    """What a core without FPU computes in software."""
+    if target.fpu:
+        return []
+    soft = {p.role: list_soft(p.graph) for p in programs}
+    infer = ", ".join(soft["infer"]) or "none"
+    what = f"of inference these layers: {infer}; of a training step {len(soft['train'])} (soft_float in report.json)"
+    return [f"{target.name} has no FPU and computes floats in software, slowly: {what}"]
 
 
 UNLIMITED = 1 << 62

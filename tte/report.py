@@ -12,7 +12,9 @@ from tte.codegen.emit import Program
 from tte.codegen.plan import Plan
 from tte.ir import OPS, Graph, Node, Param, Value
 from tte.ir.rows import STRATEGIES, expand, in_pieces
+from tte.ops.rules import computes_floats
 from tte.runner.toolchain import Firmware
+from tte.target import Target
 
 SCHEMA_VERSION = 1
 
@@ -21,6 +23,7 @@ SCHEMA_VERSION = 1
 class Measured:
     """What an emulated board counted in one call of each: bytes of stack, executed instructions."""
 
+    emulator: str | None = None
     stack_infer: int | None = None
     stack_train_step: int | None = None
     instructions_infer: int | None = None
@@ -38,7 +41,7 @@ def make_report(
     programs: Sequence[Program],
     *,
     model: str,
-    target: str,
+    target: Target,
     scheme: Mapping[str, Any],
     firmware: Firmware | None = None,
     measured: Measured = UNMEASURED,
@@ -75,9 +78,10 @@ def make_report(
         "schema_version": SCHEMA_VERSION,
         "tte_version": __version__,
         "model": model,
-        "target": target,
+        "target": target.name,
         "scheme": dict(scheme),
         "toolchain": firmware.toolchain if firmware else None,
+        "emulator": measured.emulator,
         "source": "linked" if firmware else "planned",
         "memory": {
             "arena_bytes": largest.arena_bytes,
@@ -106,6 +110,12 @@ def make_report(
             find_program(programs, "infer").plan, measured.stack_infer, measured.instructions_infer, clock_hz
         ),
         "train_step": _cost(train.plan, measured.stack_train_step, measured.instructions_train_step, clock_hz),
+        "soft_float": None
+        if target.fpu
+        else {
+            "infer": list_soft(find_program(programs, "infer").graph),
+            "train_step": list_soft(graph),
+        },
         "steps": list_steps(train),
         "layers": list_layers(graph),
         "gradients": list(dict.fromkeys(_user_name(p) for p in trained)),
@@ -139,6 +149,12 @@ def list_steps(program: Program) -> list[dict[str, Any]]:
         {"step": i, "layer": name_layer(node), "op": name_op(node), "phase": phase, "live_bytes": live}
         for i, (node, phase, live) in enumerate(rows)
     ]
+
+
+def list_soft(graph: Graph) -> list[str]:
+    """The layers of the nodes that compute floats: on a core without FPU the compiler's library does that."""
+    floats = (node for node in graph.nodes if any(map(computes_floats, expand(node))))
+    return list(dict.fromkeys(map(name_layer, floats)))
 
 
 def list_peak(program: Program) -> list[dict[str, Any]]:

@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--emulator", choices=("unicorn", "qemu", "host"), default="unicorn")
+    parser.add_argument("--emulator", choices=("auto", "unicorn", "qemu", "host"), default="auto")
     arguments = parser.parse_args()
     network = pretrain()
     train, held_back = load(5)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tte.ir import InvalidType, TensorType
+from tte.ir import InvalidType, Node, TensorType
 
 
 def require(condition: bool, what: str) -> None:
@@ -47,3 +47,13 @@ def require_padding(value: Sequence[int]) -> None:
 
 def require_axis(axis: int, rank: int) -> None:
     require(0 <= axis < rank, f"axis {axis} is not an axis of a tensor of rank {rank}")
+
+
+MOVES = frozenset("source reshape transpose concatenate slice pad broadcast_to take permute".split())
+
+
+def computes_floats(node: Node) -> bool:
+    """Whether a node adds, multiplies, compares or converts floats, rather than move them or compute integers."""
+    if node.op == "qnn.add":  # of int8, but without bits of fraction in float32
+        return not node.attrs.get("bits") and not node.attrs.get("tflite")
+    return node.op not in MOVES and any(v.type.dtype == "float32" for v in (*node.inputs, *node.outputs))

@@ -40,10 +40,22 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Call:
+    """A call of a kernel, and what it computes; parts: the calls of a kernel that makes several layers in pieces."""
+
+    layer: str
+    op: str
+    macs: int
+    kernel: str
+    parts: tuple["Call", ...] = ()
+
+
+@dataclass(frozen=True)
 class Build:
     """What build.json says of the project in ``folder``.
 
     target: None when the input is its own target; classes: None when there are no labels
+    calls: of each program ("infer", "evaluate", "train"), in the order of execution
     """
 
     folder: Path
@@ -61,6 +73,7 @@ class Build:
     arena_bytes: int
     state_bytes: int
     state: tuple[Slot, ...]
+    calls: dict[str, tuple[Call, ...]]
 
     @staticmethod
     def open(folder: Path | str) -> "Build":
@@ -86,8 +99,9 @@ class Build:
                 tuple(
                     Slot(s["name"], s["offset"], tuple(s["shape"]), np.dtype(DTYPES[s["dtype"]])) for s in data["state"]
                 ),
+                {role: tuple(map(_call, calls)) for role, calls in data["calls"].items()},
             )
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
             raise TTEError(
                 "TTE-E050",
                 f"no project of tte: {type(problem).__name__}: {problem}",
@@ -103,6 +117,11 @@ class Build:
     @property
     def include(self) -> Path:
         return self.folder / "Core" / "Inc"
+
+
+def _call(data: dict[str, Any]) -> Call:
+    parts = tuple(map(_call, data.get("parts", ())))
+    return Call(data["layer"], data["op"], data["macs"], data["kernel"], parts)
 
 
 def _tensor(data: dict[str, Any]) -> Tensor:

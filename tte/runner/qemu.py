@@ -12,9 +12,6 @@ from tte.runner.build import Build
 from tte.runner.stream import StreamBoard
 from tte.runner.toolchain import Firmware
 
-# -icount shift=6: an instruction takes 64 ns. The CMSDK timer ticks at 25 MHz, on the AN505 at 20 MHz.
-TICK_HZ = {"mps2-an505": 20_000_000}
-
 
 def find_qemu() -> str | None:
     return shutil.which("qemu-system-arm")
@@ -32,14 +29,17 @@ class QemuBoard(StreamBoard):
 
     def __init__(self, build: Build, firmware: Firmware) -> None:
         self.build, self.firmware = build, firmware
-        machine = firmware.board.qemu_machine
-        self.instructions_per_tick = Fraction(1_000_000_000, 64 * TICK_HZ.get(machine, 25_000_000))
+        machine = firmware.board.machine
+        assert machine is not None, firmware.board
+        # -icount shift=6: an instruction takes 64 ns.
+        self.instructions_per_tick = Fraction(1_000_000_000, 64 * machine.counter_hz)
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         self.state_file = folder / "state"
         for name in ("commands", "results"):
             os.mkfifo(folder / name)
-        command = f"{find_qemu()} -M {machine} -display none -monitor none -serial none -icount shift=6".split()
+        command = f"{find_qemu()} -M {machine.name} -display none -monitor none -serial none -icount shift=6".split()
+        command += [word for option in machine.options for word in option.split()]
         command += ["-semihosting-config", "enable=on,target=native", "-kernel", str(firmware.elf.resolve())]
         self._log = (folder / "log").open("w+b")
         self._process = subprocess.Popen(

@@ -15,22 +15,20 @@ import jinja2
 
 from tte.errors import TTEError
 from tte.runner.build import Build
-from tte.target import STM32F746, Region, Target
+from tte.target import STM32F746, Target
 
 FLAGS = (
     "-std=c99 -O2 -ffp-contract=off -fno-math-errno -ffunction-sections -fdata-sections"
     " -Wall -Wextra -Werror -Wconversion"
 ).split()
 STACK_BYTES = 4096
-TIMERS = {"mps2-an505": 0x50000000}
-TIMER = 0x40000000
 
 
 @dataclass(frozen=True)
 class Firmware:
     """A linked program for a board; sizes in bytes of .text, .rodata, .data and what starts at zero or undefined.
 
-    board: whose memory map it is linked for; timer: address of the instruction timer
+    board: whose memory map it is linked for
     """
 
     elf: Path
@@ -41,7 +39,6 @@ class Firmware:
     data: int
     bss: int
     stack_reserved: int
-    timer: int
 
     @property
     def flash_bytes(self) -> int:
@@ -98,11 +95,10 @@ def _maps(target: Target) -> list[Target]:
 
 def _in_qemu(target: Target) -> Target:
     """The target on QEMU's board: other addresses, and as much memory as the target has."""
-    memory = (
-        Region("flash", target.qemu_flash, target.flash.size, "rx"),
-        Region("ram", target.qemu_ram, target.ram.size, "rwx"),
-    )
-    return replace(target, memory=memory)
+    assert target.machine is not None, target
+    places = {target.vectors: target.region(target.vectors).origin}
+    places |= {"flash": target.machine.flash, "ram": target.machine.ram}
+    return replace(target, memory=tuple(replace(target.region(name), origin=at) for name, at in places.items()))
 
 
 class _DoesNotFit(Exception):
@@ -119,14 +115,16 @@ class _DoesNotFit(Exception):
 
 def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: bool) -> Firmware:
     emulator = build.folder / "emulator"
-    timer = TIMERS.get(board.qemu_machine, TIMER)
     flags = [*FLAGS, "-fno-unwind-tables", optimize]  # nothing unwinds on a board
     flags += ["-DEMU_SELFTEST"] if selftest else []
     prefix = f"{build.name}_"  # with "_": -DMODEL=model would go around in circles
     flags += [f"-I{build.include}", f"-I{emulator}", f"-DMODEL_PREFIX={prefix}"]
-    flags += [f"-DMODEL_PREFIX_UPPER={prefix.upper()}", f'-DMODEL_HEADER="{build.name}.h"', f"-DEMU_TIMER={timer:#x}u"]
+    flags += [f"-DMODEL_PREFIX_UPPER={prefix.upper()}", f'-DMODEL_HEADER="{build.name}.h"']
+    if board.machine:
+        flags += [f"-DEMU_COUNTER={board.machine.counter:#x}u"]
     if toolchain == "zig":
         command = _zig() + ["-target", board.zig_target, f"-mcpu={board.zig_cpu}", "-ffreestanding"]
+        command += ["-g", "-fno-sanitize=undefined"]  # zig drops the symbols at -Os, and adds checks at -O0
     else:
         command = ["arm-none-eabi-gcc", *board.gcc_flags, "-ffreestanding"]
     script = _linker_script(emulator, board)
@@ -140,15 +138,18 @@ def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: 
             ld = Path(scratch) / "link.ld"
             ld.write_text(script)
             made = Path(scratch) / "firmware.elf"
-            line = [*command, *flags, "-Wl,--gc-sections", f"-Wl,-T,{ld}", "-o", str(made)]
-            line += [*map(str, sources), "-nostdlib", *([] if toolchain == "zig" else ["-lc", "-lgcc"])]
+            line = [*command, *flags, "-Wl,--gc-sections", f"-Wl,-T,{ld}", "-o", str(made), *map(str, sources)]
+            if toolchain == "gcc":
+                line += ["-nostdlib", "-lc", "-lgcc"]
+            elif board.fpu:  # else with zig's library for floats, which it makes when it is first asked for
+                line += ["-nostdlib"]
             result = _run(line)
             if result.returncode:
-                if "overflow" in result.stderr or "will not fit" in result.stderr or "overlap" in result.stderr:
+                if "overflowed" in result.stderr or "will not fit" in result.stderr or "overlap" in result.stderr:
                     raise _DoesNotFit(result.stderr, board)
                 raise _refused(line, result.stderr)
             made.replace(elf)
-    return Firmware(elf, version, board, *_sizes(elf), timer=timer)
+    return Firmware(elf, version, board, *_sizes(elf))
 
 
 def host_compiler(sanitize: bool = False) -> list[str] | None:
@@ -269,7 +270,8 @@ def _this_cpu() -> str:
 
 def _linker_script(emulator: Path, board: Target) -> str:
     template = jinja2.Template((emulator / "emu_link.ld.j2").read_text(), undefined=jinja2.StrictUndefined)
-    return str(template.render(target=board, flash=board.flash, ram=board.ram, stack_bytes=STACK_BYTES))
+    regions = {"flash": board.flash, "ram": board.ram, "boot": board.region(board.vectors)}
+    return str(template.render(target=board, **regions, stack_bytes=STACK_BYTES))
 
 
 def _sizes(elf: Path) -> tuple[int, int, int, int, int]:
@@ -280,7 +282,7 @@ def _sizes(elf: Path) -> tuple[int, int, int, int, int]:
         sizes = {s.name: int(s["sh_size"]) for s in ELFFile(file).iter_sections()}
     get = sizes.get
     return (
-        get(".vectors", 0) + get(".text", 0) + get(".ARM.exidx", 0),
+        sum(get(name, 0) for name in (".vectors", ".text", ".ARM.extab", ".ARM.exidx")),
         get(".rodata", 0),
         get(".data", 0),
         get(".bss", 0) + get(".arena", 0),

@@ -1,6 +1,7 @@
 """The training loop: shows the samples of a file to a board, one by one, and keeps the books."""
 
 import hashlib
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from tte.arrays import read_npz
 from tte.errors import TTEError
 from tte.runner.board import STATE_HEADER, Board, require_ok
 from tte.runner.build import Build
+from tte.target import Target, find_target
 
 Progress = Callable[[int, int, float], None]
 
@@ -142,6 +144,28 @@ def _list(shape: Sequence[object]) -> str:
     return ", ".join(map(str, shape))
 
 
+def draw_samples(build: Build, count: int) -> Data:
+    """The samples of the generated self-test: a linear congruential generator, element by element."""
+    seed = 1
+
+    def draw() -> int:
+        nonlocal seed
+        seed = (seed * 1664525 + 1013904223) & 0xFFFFFFFF
+        return seed >> 24
+
+    xs, ys = [], []
+    for _ in range(count):
+        x = [draw() for _ in range(build.input.size)]
+        real = build.input.dtype == np.float32
+        wrapped = np.asarray(x, np.int64).astype(build.input.dtype) if not real else (np.asarray(x) - 128) / 64
+        xs.append(np.asarray(wrapped, build.input.dtype).reshape(build.input.shape[1:]))
+        if build.target is not None:
+            y = [draw() for _ in range(build.target.size)]
+            targets = np.asarray(y) % build.classes if build.classes else (np.asarray(y) - 128) / 64
+            ys.append(np.asarray(targets, build.target.dtype).reshape(build.target.sample))
+    return Data(np.stack(xs), np.stack(ys) if ys else None)
+
+
 def measure(board: Board, data: Data) -> float:
     """Accuracy where the model has classes, else the mean loss."""
     total = 0.0
@@ -209,16 +233,16 @@ def run_training(
     )
 
 
-def open_board(build: Build, runner: str, toolchain: str = "auto", sanitize: bool = False) -> Board:
-    """Start a project on "unicorn", "qemu" or "host"."""
-    from tte.runner.host import open_host
-    from tte.runner.qemu import open_qemu
-    from tte.runner.toolchain import build_firmware
-    from tte.runner.unicorn_board import open_unicorn
-    from tte.target import find_target
+def find_emulator(target: Target) -> str | None:
+    """The first emulator that knows the target's core and is installed."""
+    from tte.runner.qemu import find_qemu
 
-    if runner == "host":
-        return open_host(build, sanitize)
+    installed = {"unicorn": importlib.util.find_spec("unicorn") is not None, "qemu": find_qemu() is not None}
+    return next((name for name in target.emulators if installed[name]), None)
+
+
+def find_emulated(build: Build) -> Target:
+    """What the project was compiled for. Raises TTEError (E058) where that is this computer."""
     target = find_target(build.target_name)
     if target.name == "host":
         raise TTEError(
@@ -227,11 +251,36 @@ def open_board(build: Build, runner: str, toolchain: str = "auto", sanitize: boo
             where=str(build.folder),
             fix="run it with --host, or compile it for a board",
         )
+    return target
+
+
+def find_runner(build: Build, runner: str) -> str:
+    """ "host", or the emulator of that name; "auto": the one for the project's target. Raises TTEError (E058)."""
+    if runner == "host":
+        return runner
+    target = find_emulated(build)
+    if runner == "auto":
+        return find_emulator(target) or target.emulators[0]
+    if runner not in target.emulators:
+        what, fix = f"no emulator {runner!r} for {target.name}", " or ".join(target.emulators)
+        raise TTEError("TTE-E058", what, where="--emulator", fix=fix)
+    return runner
+
+
+def open_board(build: Build, runner: str, toolchain: str = "auto", sanitize: bool = False) -> Board:
+    """Start a project on a runner, see ``find_runner``."""
+    from tte.runner.host import open_host
+    from tte.runner.qemu import open_qemu
+    from tte.runner.toolchain import build_firmware
+    from tte.runner.unicorn_board import open_unicorn
+
+    runner = find_runner(build, runner)
+    if runner == "host":
+        return open_host(build, sanitize)
+    target = find_target(build.target_name)
     if runner == "unicorn":
         return open_unicorn(build, build_firmware(build, target, toolchain))
-    if runner == "qemu":
-        return open_qemu(build, build_firmware(build, target, toolchain, machine="qemu"))
-    raise TTEError("TTE-E058", f"no emulator {runner!r}", where="--emulator", fix="unicorn or qemu")
+    return open_qemu(build, build_firmware(build, target, toolchain, machine="qemu"))
 
 
 def train(
@@ -241,7 +290,7 @@ def train(
     epochs: int | None = None,
     steps: int | None = None,
     evaluation: Path | str | dict[str, np.ndarray] | None = None,
-    runner: str = "unicorn",
+    runner: str = "auto",
     toolchain: str = "auto",
     rate: float | None = None,
     seed: int = 0,
@@ -262,6 +311,7 @@ def train(
         return check_data(source, build, "data") if isinstance(source, dict) else load_data(source, build)
 
     samples, held_back = read(data), None if evaluation is None else read(evaluation)
+    runner = find_runner(build, runner)
     board = open_board(build, runner, toolchain)
     try:
         return run_training(

@@ -8,10 +8,12 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tte.errors import TTEError
+from tte.runner.board import require_open
 from tte.runner.build import Build
 from tte.runner.stream import StreamBoard
 from tte.runner.toolchain import Firmware, build_counter
@@ -26,6 +28,34 @@ def open_unicorn(build: Build, firmware: Firmware) -> "UnicornBoard":
     if importlib.util.find_spec("unicorn") is None:
         raise TTEError("TTE-E051", "unicorn is not installed", fix="pip install 'tte[emulate]', or use --emulator qemu")
     return UnicornBoard(build, firmware)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A function, called from one place: executed instructions of its own, and its calls in the order of the first.
+
+    names: of the function; compilers fold those that are equal
+    """
+
+    names: tuple[str, ...]
+    own: int
+    calls: "tuple[Frame, ...]"
+
+    @property
+    def instructions(self) -> int:
+        """With all calls."""
+        return self.own + sum(call.instructions for call in self.calls)
+
+
+class _Node(ctypes.Structure):
+    """node_t of count.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("parent", "child", "sibling", "function")),
+        ("origin", ctypes.c_uint32),
+        ("counted", ctypes.c_uint64),
+        ("read", ctypes.c_uint64),
+    ]
 
 
 class UnicornBoard(StreamBoard):
@@ -57,19 +87,20 @@ class UnicornBoard(StreamBoard):
         engine.mem_map(board.ram.origin, board.ram.size, unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE)
         engine.mem_map(0xE0000000, 0x100000, unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE)  # system control
         self._symbols = self._load(board)
-        engine.mmio_map(firmware.timer & ~0xFFF, 0x1000, self._read_timer, None, lambda *_: None, None)
+        assert board.machine is not None, board
+        engine.mmio_map(board.machine.counter & ~0xFFF, 0x1000, self._read_counter, None, lambda *_: None, None)
         engine.hook_add(unicorn.UC_HOOK_INTR, self._on_interrupt)
         invalid = unicorn.UC_HOOK_MEM_INVALID
         engine.hook_add(invalid, self._on_invalid)
-        self._counter = self._install_counter(board)
+        self._library = self._install_hooks(board)
         stack, reset = struct.unpack("<II", bytes(self._flash[:8]))
         engine.reg_write(arm_const.UC_ARM_REG_SP, stack)
         engine.reg_write(arm_const.UC_ARM_REG_FPEXC, 1 << 30)
         self._pc = reset
         self._run()
 
-    def _load(self, board: Target) -> list[tuple[int, int, str]]:
-        """Copy the program into the flash; returns its functions: (address, end, name)."""
+    def _load(self, board: Target) -> list[tuple[int, int, tuple[str, ...]]]:
+        """Copy the program into the flash; returns its functions in order: (address, end, names)."""
         from elftools.elf.elffile import ELFFile
 
         with self.firmware.elf.open("rb") as file:
@@ -81,29 +112,59 @@ class UnicornBoard(StreamBoard):
                     self._flash[at : at + len(data)] = data
             table = elf.get_section_by_name(".symtab")
             functions = [s for s in table.iter_symbols() if s["st_info"]["type"] == "STT_FUNC"]
-            return sorted((s["st_value"] & ~1, (s["st_value"] & ~1) + s["st_size"], s.name) for s in functions)
+            names: dict[tuple[int, int], list[str]] = {}
+            for s in functions:
+                if s["st_size"]:
+                    start = s["st_value"] & ~1
+                    names.setdefault((start, start + s["st_size"]), []).append(s.name)
+            return sorted((*bounds, tuple(sorted(found))) for bounds, found in names.items())
 
-    def _install_counter(self, board: Target) -> Any:
-        """Count blocks in C: a Python hook would take most of the time."""
+    def _install_hooks(self, board: Target) -> Any:
+        """Count blocks, and stop at what is not aligned where that faults: in C, because Python would be slow.
+
+        Returns count.c, and sets what it works on.
+        """
         import unicorn
         from unicorn.unicorn_py3.unicorn import uclib
 
-        counter = ctypes.CDLL(str(build_counter(self.build)))
-        counter.count_total.restype = ctypes.c_uint64
-        counter.count_reset(self._flash, ctypes.c_uint32(board.flash.origin), ctypes.c_uint32(board.flash.size))
-        handle = ctypes.c_size_t()
+        library = ctypes.CDLL(str(build_counter(self.build)))
+        library.count_open.restype = ctypes.c_void_p
+        library.count_read.restype, library.count_unaligned.restype = ctypes.c_uint64, ctypes.c_uint32
+        library.count_nodes.restype = ctypes.POINTER(_Node)
+        bounds = [address for start, end, _ in self._symbols for address in (start, end)]
+        self._functions = (ctypes.c_uint32 * len(bounds))(*bounds)
+        flash = (ctypes.c_uint32(board.flash.origin), ctypes.c_uint32(board.flash.size))
+        stop = ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p)
+        counter = library.count_open(self._flash, *flash, self._functions, len(self._symbols), stop)
+        self._counter = ctypes.c_void_p(counter)
         uclib.uc_hook_add.restype = ctypes.c_int
-        status = uclib.uc_hook_add(
-            self._engine._uch,
-            ctypes.byref(handle),
-            ctypes.c_int(unicorn.UC_HOOK_BLOCK),
-            ctypes.cast(counter.count_block, ctypes.c_void_p),
-            None,
-            ctypes.c_uint64(1),
-            ctypes.c_uint64(0),
-        )
-        assert status == 0, status
-        return counter
+        accesses = unicorn.UC_HOOK_MEM_READ | unicorn.UC_HOOK_MEM_WRITE
+        hooks = [(unicorn.UC_HOOK_BLOCK, library.count_block)]
+        for kind, hook in hooks if board.unaligned else [*hooks, (accesses, library.check_access)]:
+            status = uclib.uc_hook_add(
+                self._engine._uch,
+                ctypes.byref(ctypes.c_size_t()),
+                ctypes.c_int(kind),
+                ctypes.cast(hook, ctypes.c_void_p),
+                self._counter,
+                ctypes.c_uint64(1),
+                ctypes.c_uint64(0),
+            )
+            assert status == 0, status
+        return library
+
+    def profile(self) -> Frame:
+        """What was executed between the last two readings of the timer: in the last call whose result has a count."""
+        require_open(self.is_open)
+        used = ctypes.c_int32()
+        nodes = self._library.count_nodes(self._counter, ctypes.byref(used))
+        calls: dict[int, list[Frame]] = {i: [] for i in range(-1, used.value)}
+        for i in reversed(range(used.value)):  # callers are numbered before what they call
+            names = self._symbols[nodes[i].function][2] if nodes[i].function >= 0 else ()
+            frame = Frame(names, nodes[i].read, tuple(reversed(calls[i])))
+            if frame.instructions:
+                calls[nodes[i].parent].append(frame)
+        return calls[-1][0]
 
     def _exchange(self, command: bytes, size: int) -> bytes:
         self._input += command
@@ -116,6 +177,7 @@ class UnicornBoard(StreamBoard):
     def _close(self) -> None:
         for file in self._files.values():
             file.close()
+        self._library.count_close(self._counter)
         self._folder.cleanup()
 
     def _run(self) -> None:
@@ -129,6 +191,8 @@ class UnicornBoard(StreamBoard):
         except unicorn.UcError as problem:
             self._fault = self._fault or f"{problem} at {self._where()}"
         self._pc = self._engine.reg_read(self._registers.UC_ARM_REG_PC)
+        if address := self._library.count_unaligned(self._counter):
+            self._fault = f"access to {address:#010x}, which is not aligned, at {self._where()}"
         if self._fault:
             raise TTEError(
                 "TTE-E056",
@@ -145,14 +209,14 @@ class UnicornBoard(StreamBoard):
         pc = self._engine.reg_read(self._registers.UC_ARM_REG_PC)
         i = bisect_right([s for s, _, _ in self._symbols], pc) - 1
         inside = i >= 0 and pc < self._symbols[i][1]
-        return f"{pc:#010x}" + (f" in {self._symbols[i][2]}" if inside else "")
+        return f"{pc:#010x}" + (f" in {self._symbols[i][2][0]}" if inside else "")
 
     def _on_invalid(self, engine: Any, access: int, address: int, size: int, value: int, user: Any) -> bool:
         self._fault = f"access to {address:#010x}, outside of {self.firmware.board.name}'s memory, at {self._where()}"
         return False
 
-    def _read_timer(self, engine: Any, offset: int, size: int, user: Any) -> int:
-        return (0xFFFFFFFF - self._counter.count_total()) & 0xFFFFFFFF if offset == 4 else 0
+    def _read_counter(self, engine: Any, offset: int, size: int, user: Any) -> int:
+        return int(self._library.count_read(self._counter)) & 0xFFFFFFFF
 
     def _on_interrupt(self, engine: Any, number: int, user: Any) -> None:
         registers = self._registers
