@@ -1,5 +1,5 @@
-/* Two operations of 16 bits at a time, and products of floats, on cores with the DSP extension (Cortex-M4, M7, M33, M55): build.h
- * sees to it that they have an FPU. */
+/* Two operations of 16 bits at a time, and products of floats, on cores with the DSP extension (Cortex-M4, M7, M33, M55):
+ * build.h sees to it that they have an FPU. */
 #ifndef TTE_DSP_H
 #define TTE_DSP_H
 
