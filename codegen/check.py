@@ -7,7 +7,7 @@ import numpy as np
 
 from tte.codegen.plan import Plan
 from tte.ir import OPS, Graph, Node, Value, inplace_inputs
-from tte.ir.rows import Stream, find_stream, find_windows, row_bytes
+from tte.ir.rows import Stream, adds_rows, count_rows, find_stream, find_windows, row_bytes, shares_bytes
 from tte.ir.tiles import Tiles, find_scratch, find_start, find_tiles
 
 
@@ -89,61 +89,88 @@ def _replay_stream(node: Node, stream: Stream, memory: "_Memory", scratch: str, 
     Raises PlanError where a row is read that is not there (any more), or a result is not complete.
     """
     assert node.body
-    nodes = node.body.nodes
+    nodes, columns = node.body.nodes, node.attrs.get("columns")
     outer = {inner: v.name for inner, v in (node.arguments | node.results).items()}
-    makers = {v.name: k for k, member in enumerate(nodes) for v in member.outputs}
-    made = [0] * len(nodes)
+    makers = {v.name: k for k, numbers in enumerate(stream.steps) for j in numbers for v in nodes[j].outputs}
+    sums = {member.output.name for member in nodes if adds_rows(member)}
+    heights = [count_rows(nodes[numbers[0]]) for numbers in stream.steps]
+    made = [0] * len(stream.steps)
+    so_far: dict[str, int] = {}  # of a sum that is not complete, what its bytes hold
     for member in nodes:
         for value in member.outputs:
             memory.expect(outer.get(value.name, f"{scratch}.{value.name}"), value.type.nbytes)
 
-    def find_row(value: Value, row: int) -> tuple[str, np.ndarray, np.ndarray]:
-        """Name, bytes, and what they must be."""
+    def find_row(value: Value, row: int, col: int) -> tuple[str, np.ndarray, np.ndarray]:
+        """Name, bytes, and what they must be; of what is inside of a step, some columns."""
         name, size = outer.get(value.name, f"{scratch}.{value.name}"), row_bytes(value)
-        wanted = memory.tags[name][row * size : (row + 1) * size]
-        if value.name in stream.rings:
+        start, wanted = row * size, memory.tags[name][row * size : (row + 1) * size]
+        if value.name in stream.parts:
+            size, pixel = stream.parts[value.name], size // value.type.shape[2]
+            start, wanted = stream.offsets[value.name], wanted[col * pixel : col * pixel + size]
+        elif value.name in stream.rings:
             start = stream.offsets[value.name] + row % stream.rings[value.name] * size
-            return value.name, memory.find(scratch, stream.nbytes, at)[start : start + size], wanted
-        return name, memory.find(name, value.type.nbytes, at)[row * size : (row + 1) * size], wanted
+        inside = value.name in stream.offsets
+        found = memory.find(scratch, stream.nbytes, at) if inside else memory.find(name, value.type.nbytes, at)
+        return value.name if inside else name, found[start : start + size], wanted
 
-    def make(k: int) -> None:
-        row, windows = made[k], find_windows(nodes[k])
-        for demand in stream.demands[k]:
-            while made[demand.maker] < demand.end(row):
-                make(demand.maker)
+    def run(j: int, row: int, col: int, last: bool) -> None:
+        """Member ``j`` makes its row, or the columns of it from ``col`` on, ``last`` if they end it."""
         reads: list[tuple[str, int, np.ndarray, np.ndarray]] = []
-        for value, own in zip(nodes[k].inputs, windows or (), strict=True):
-            if not own:
+        for value, own in zip(nodes[j].inputs, find_windows(nodes[j]) or (), strict=True):
+            if not own or (value.name in outer and shares_bytes(value)):
                 name = outer[value.name]
                 reads.append((name, 0, memory.find(name, value.type.nbytes, at), memory.tags[name]))
+                continue
             for window in own:
-                first = row * window.stride - window.padding
-                for r in range(max(0, first), min(value.type.shape[1], first + window.size)):
-                    name, found, wanted = find_row(value, r)
+                for r in range(max(0, window.start(row)), min(value.type.shape[1], window.stop(row))):
+                    name, found, wanted = find_row(value, r, col)
                     reads.append((name, r, found, wanted))
 
         def read() -> None:
             for name, r, found, wanted in reads:
                 if not np.array_equal(found, wanted):
-                    raise PlanError(f"{at}: row {row} of member {k} reads row {r} of %{name}, which is not there")
+                    raise PlanError(f"{at}: row {row} of member {j} reads row {r} of %{name}, which is not there")
 
         read()
-        for value in nodes[k].outputs:
-            if value.type.dtype == "bit":  # rows share bytes
+        for value in nodes[j].outputs:
+            if value.name in sums:
+                found = memory.find(outer[value.name], value.type.nbytes, at)
+                if row + col and (found != so_far[value.name]).any():
+                    raise PlanError(f"{at}: the sum %{value.name} is written over before row {row}")
+                so_far[value.name] = min(so_far.values(), default=-1) - 1  # a tag of its own
+                ends = last and row == count_rows(nodes[j]) - 1
+                found[:] = memory.tags[outer[value.name]] if ends else so_far[value.name]
+                continue
+            if shares_bytes(value):
                 if row == 0:
                     memory.find(outer[value.name], value.type.nbytes, at)[:] = memory.tags[outer[value.name]]
                 continue
-            _, found, wanted = find_row(value, row)
+            _, found, wanted = find_row(value, row, col)
             found[:] = wanted
         read()  # a kernel writes while it reads
-        made[k] += 1
 
-    for k in (len(nodes) - 1, *stream.rest):
-        while made[k] < nodes[k].output.type.shape[1]:
+    def make(k: int) -> None:
+        row, numbers = made[k], stream.steps[k]
+        for demand in stream.demands[k]:
+            while made[demand.maker] < demand.end(row):
+                make(demand.maker)
+        width = nodes[numbers[0]].output.type.shape[2] if len(numbers) > 1 else 1
+        step = columns if len(numbers) > 1 and isinstance(columns, int) else 1
+        for col in range(0, width, step):
+            for j in numbers:
+                run(j, row, col, col + step >= width)
+        made[k] += 1
+        for s in stream.follow(k):
+            while made[s] < heights[s] and all(made[d.maker] >= d.end(made[s]) for d in stream.awaits[s]):
+                make(s)
+
+    for k in (stream.last, *stream.rest):
+        while made[k] < heights[k]:
             make(k)
     for value in (*node.body.outputs, *(m.output for m in nodes if m.op == "source")):
-        if made[makers[value.name]] < value.type.shape[1]:
-            raise PlanError(f"{at}: only {made[makers[value.name]]} rows of %{value.name} are made")
+        k = makers[value.name]
+        if made[k] < heights[k]:
+            raise PlanError(f"{at}: only {made[k]} rows of %{value.name} are made")
 
 
 def check_tiles(node: Node, tiles: Tiles, at: str) -> None:

@@ -28,6 +28,7 @@ class Kernel:
       tail    elementwise steps behind the anchor: {op, attrs, operands}; see ``_operand``
       args    pointers in the order of the call: {c, ctype, const}
       rows    of a kernel that makes one row: pointer -> how many rows there are, where it is a ring
+      columns of one that makes some columns of it, from "col" on: {count, inside: pointers to no more than these}
       tile    of a kernel that makes one tile, from "from" on: {sum, first, last}; see ``_Tile``
     parts: kernels that it calls
     scratch: bytes of memory, aligned to 4, that it works in, by a last pointer

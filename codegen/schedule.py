@@ -3,14 +3,14 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from tte.codegen.fast import quicken
 from tte.codegen.kernel import CTYPES, SCRATCH, Kernel
 from tte.ir import OPS, Const, Graph, Node, TensorType, Value, find_anchor
-from tte.ir.rows import Pieces, Stream, find_stream
+from tte.ir.rows import Demand, Pieces, Stream, count_rows, find_stream
 from tte.ir.tiles import Cut, Tiles, find_tiles, spread_cuts
 from tte.ops.resize import resize_taps
 
@@ -62,12 +62,34 @@ def _stream(index: int, node: Node, stream: Stream, room: int | None) -> Call:
     """A kernel that calls others, row by row."""
     driver = _Driver(node, stream)
     steps = []
-    for member, demands in zip(driver.body.nodes, stream.demands, strict=True):
-        call = _quicken(_call(index, member, {}, driver.outer, stream.rings), room)
-        height = member.output.type.shape[1]
-        needs = [{"maker": d.maker, "height": d.height} | asdict(d.window) for d in demands]
-        steps.append({"arguments": driver.add(member, call), "height": height, "needs": needs})
-    return driver.call(index, "stream", {"steps": steps, "rest": stream.rest})
+    for k, numbers in enumerate(stream.steps):
+        members = [driver.body.nodes[j] for j in numbers]
+        width = members[0].output.type.shape[2] if len(members) > 1 else 0
+        columns = node.attrs["columns"] if len(members) > 1 else 0
+        assert isinstance(columns, int)
+        calls = []
+        for member in members:
+            part = _Columns(columns, frozenset(stream.parts))
+            call = _quicken(_call(index, member, {}, driver.outer, stream.rings, columns=part), room)
+            calls.append({"part": len(driver.parts), "arguments": driver.add(member, call)})
+        step = {"calls": calls, "columns": columns, "width": width, "height": count_rows(members[0])}
+        step |= {"needs": _needs(stream.demands[k]), "awaits": _needs(stream.awaits.get(k, ()))}
+        steps.append(step | {"follow": stream.follow(k)})
+    return driver.call(index, "stream", {"steps": steps, "order": [stream.last, *stream.rest]})
+
+
+def _needs(demands: Sequence[Demand]) -> list[dict[str, Any]]:
+    """As the template prints them: of a maker's rows, those below (row * stride + ahead) / spread."""
+    return [
+        {
+            "maker": d.maker,
+            "height": d.height,
+            "stride": d.window.stride,
+            "spread": d.window.spread,
+            "ahead": d.window.size - d.window.padding + d.window.spread - 1,
+        }
+        for d in demands
+    ]
 
 
 def _tiles(index: int, node: Node, tiles: Tiles, room: int | None) -> Call:
@@ -130,7 +152,8 @@ class _Driver:
         scratch = self.pieces.nbytes + max(part.scratch for part in self.parts)
         if scratch:
             pointers.append(SCRATCH)
-        text = json.dumps({"args": pointers, "rows": None, "tile": None, "tail": []} | dict(context), sort_keys=True)
+        own = {"args": pointers, "rows": None, "columns": None, "tile": None, "tail": []}
+        text = json.dumps(own | dict(context), sort_keys=True)
         kernel = Kernel(template, text, tuple(self.parts), scratch)
         return Call(index, kernel, tuple(self.args.values()), made, tuple(self.members))
 
@@ -154,6 +177,14 @@ def _take_apart(node: Node) -> _Parts:
     if at is None:
         return _Parts(weights, (), None, tuple(rest))
     return _Parts(weights, tuple(rest[:at]), rest[at], tuple(rest[at + 1 :]))
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """How many columns of a row a kernel makes; inside: of these values there are no more."""
+
+    count: int
+    inside: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -191,6 +222,7 @@ def _call(
     around: Mapping[str, Value] | None = None,
     rings: Mapping[str, int] | None = None,
     tile: _Tile | None = None,
+    columns: _Columns | None = None,
 ) -> Call:
     """``rings``: the kernel makes one row, and of these values there are so many rows; ``tile``: it makes one tile;
     ``around``: what the operands of a node inside of a region stand for."""
@@ -276,9 +308,13 @@ def _call(
     args += [{"c": f"y{i}", "ctype": CTYPES[v.type.dtype], "const": False} for i, v in enumerate(node.outputs)]
     context["args"] = args
     context["rows"] = None
+    outputs = {f"y{i}": v for i, v in enumerate(node.outputs)}
     if rings is not None:
-        outputs = {f"y{i}": v for i, v in enumerate(node.outputs)}
         context["rows"] = {c: rings[v.name] for c, v in (pointers | outputs).items() if v.name in rings}
+    context["columns"] = None
+    if columns and columns.count:
+        inside = [c for c, v in (pointers | outputs).items() if v.name in columns.inside]
+        context["columns"] = {"count": columns.count, "inside": inside}
     template = "elementwise_loop" if parts.anchor is None else _variant(parts.anchor)
     kernel = Kernel(template, json.dumps(context, sort_keys=True))
     return Call(index, kernel, tuple(pointers.values()), node.outputs)

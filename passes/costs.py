@@ -1,11 +1,11 @@
 """What passes that save memory have to know: how many bytes are alive at a node, and how many may be."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tte.ir import Graph, Value
-from tte.ir.rows import Stream, align, saved_bytes, stream_rows
+from tte.ir.rows import align, find_stream, saved_bytes, stream_rows
 from tte.ir.tiles import scratch_bytes
-from tte.passes.inplace import find_owners, is_view, work_in_place
+from tte.passes.inplace import find_owners, is_view, place_results
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,7 @@ class Costs:
 
     def __init__(self, graph: Graph, arena: Arena) -> None:
         self.graph = graph
-        placed = work_in_place(graph)
-        owners = placed.owners()
+        owners = replace(graph, nodes=tuple(place_results(graph))).owners()
         held = graph.inputs[:1] if arena.holds_input else ()
         stored = {v.name for v in (*graph.inputs[len(held) :], *graph.params, *graph.consts)}
         self.last = graph.last_use()
@@ -58,7 +57,12 @@ class Costs:
 
     def node(self, i: int) -> int:
         alive = sum(size for birth, death, size in self.buffers if birth <= i <= death)
-        return alive + align(scratch_bytes(self.graph.nodes[i]))
+        node = self.graph.nodes[i]
+        stream = find_stream(node)
+        outer = node.arguments
+        shifts = stream.shifts if stream else {}
+        saved = max((self.saved(outer[name], node.output, i, shift) for name, shift in shifts.items()), default=0)
+        return alive + align(scratch_bytes(node)) - saved
 
     def kept(self, a: int, b: int) -> list[Value]:
         """What nodes a to b make that is read behind them."""
@@ -74,12 +78,13 @@ class Costs:
         around = sum(size for birth, death, size in self.buffers if birth < a <= death)
         stream = stream_rows(nodes, names)
         whole = around + sum(align(v.type.nbytes) for v in kept) + stream.nbytes
-        return whole - max(
-            (self.saved(v, nodes[-1].output, b, stream) for node in nodes for v in node.inputs), default=0
-        )
+        operands = {v.name: v for node in nodes for v in node.inputs}
+        shifts = stream.shifts.items()
+        saved = (self.saved(operands[name], nodes[-1].output, b, shift) for name, shift in shifts)
+        return whole - max(saved, default=0)
 
-    def saved(self, operand: Value, result: Value, b: int, stream: Stream) -> int:
+    def saved(self, operand: Value, result: Value, b: int, shift: int) -> int:
         """Bytes by which it helps to write the result of a chain, which ends at node b, over an operand."""
-        if operand.name not in stream.shifts or self.ends.get(self.roots[operand.name], b + 1) > b:
+        if self.ends.get(self.roots[operand.name], b + 1) > b:
             return 0
-        return saved_bytes(align(operand.type.nbytes), align(result.type.nbytes), stream.shifts[operand.name])
+        return saved_bytes(align(operand.type.nbytes), align(result.type.nbytes), shift)

@@ -89,10 +89,10 @@ def _makes_as_it_reads(node: Node, value: Value) -> bool:
 
 def _merge(maker: Node, reader: Node) -> Node:
     """One region around both, with what ``maker`` makes inside."""
-    return wrap((*_inline(maker, "m"), *_inline(reader, "r")), reader.outputs, {"strategy": "fused"}, reader.layer)
+    return wrap((*inline(maker, "m"), *inline(reader, "r")), reader.outputs, {"strategy": "fused"}, reader.layer)
 
 
-def _inline(node: Node, prefix: str) -> list[Node]:
+def inline(node: Node, prefix: str) -> list[Node]:
     """The members of a region, reading what the region reads; the results of the last are those of the region."""
     if node.body is None:
         return [node]

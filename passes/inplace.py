@@ -10,6 +10,11 @@ def work_in_place(graph: Graph) -> Graph:
 
     Graph inputs and constants are not ours to write; a param is overwritten only by the value that updates it.
     """
+    return rewrite(graph, place_results(graph))
+
+
+def place_results(graph: Graph) -> list[Node]:
+    """The nodes, with what they overwrite."""
     owners = find_owners(graph)
     last: dict[str, int] = {}
     for name, i in graph.last_use().items():
@@ -25,7 +30,7 @@ def work_in_place(graph: Graph) -> Graph:
         while taken and taken[-1] is None:
             taken.pop()
         nodes.append(node if node.inplace else replace(node, inplace=tuple(taken)))
-    return rewrite(graph, nodes)
+    return nodes
 
 
 def find_owners(graph: Graph) -> dict[str, str]:

@@ -111,6 +111,26 @@ def keep_saturation_masks(graph: Graph) -> Graph:
     return rewrite(graph, nodes)
 
 
+def drop_saturation_masks(graph: Graph) -> Graph:
+    """Nobody notes what a clamp let through where nobody reads it."""
+    read = graph.uses().keys() | {v.name for v in graph.lasting}
+    nodes = []
+    for node in graph.nodes:
+        if len(node.outputs) == 2 and node.outputs[1].type.dtype == "bit" and node.outputs[1].name not in read:
+            node = _drop_mask(node)
+        nodes.append(node)
+    return rewrite(graph, nodes)
+
+
+def _drop_mask(node: Node) -> Node:
+    """``node``, or the last member of a region, without its second result."""
+    if node.body is None:
+        return replace(node, attrs=node.attrs | {"mask": False}, outputs=node.outputs[:1])
+    *members, last = node.body.nodes
+    body = replace(node.body, nodes=(*members, _drop_mask(last)), outputs=node.body.outputs[:1])
+    return replace(node, body=body, outputs=node.outputs[:1])
+
+
 @dataclass
 class _State:
     """The graph that is being written; ``env`` maps old values to new ones."""

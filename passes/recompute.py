@@ -12,6 +12,7 @@ from tte.ir import Graph, Node, Value, rewrite
 from tte.passes.costs import ANY, Arena
 from tte.passes.inplace import find_owners, is_view
 from tte.passes.reorder import find_problem
+from tte.passes.stream import find_least
 
 EFFORT = 10.0  # of one question to CP-SAT, in its own deterministic time
 LARGEST = 40_000  # variables of such a question; beyond, the heuristic answers alone
@@ -48,10 +49,18 @@ def recompute(graph: Graph, limit: int) -> Graph:
 
 
 def recompute_forward(graph: Graph, arena: Arena = ANY) -> Graph:
-    """``recompute`` a training step, if that may be done and has to be."""
-    if not (arena.may_recompute and graph.updates):
+    """``recompute`` a training step, if that may be done and has to be.
+
+    Where that is not enough, with as few bytes as were found.
+    """
+    done = any("again" in node.attrs for node in graph.nodes)  # by regions of the backward
+    if not (arena.may_recompute and graph.updates) or done or find_least(graph, arena) <= arena.limit:
         return graph
-    return recompute(graph, arena.limit)
+    try:
+        return recompute(graph, arena.limit)
+    except TTEError:
+        line = _Line(graph)
+        return execute(graph, [line.work[t] for t in _find_lowest(line)])
 
 
 def pareto(graph: Graph, points: int = 10) -> tuple[tuple[int, int], ...]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tte.ir import Graph, Node, rewrite
-from tte.ir.rows import find_windows
+from tte.ir.rows import adds_rows, find_windows
 from tte.passes.costs import ANY, Arena, Costs
 from tte.passes.regions import enclose
 
@@ -28,6 +28,13 @@ def stream_forward(graph: Graph, arena: Arena = ANY) -> Graph:
         nodes += [*graph.nodes[at:a], enclose(graph, range(a, b + 1), {"strategy": "rows"})]
         at = b + 1
     return rewrite(graph, [*nodes, *graph.nodes[at:]])
+
+
+def find_least(graph: Graph, arena: Arena) -> int:
+    """The most bytes alive at a node once ``stream_forward`` has done what it can."""
+    costs = Costs(graph, arena)
+    behind = (costs.node(i) for i in range(costs.forward, len(graph.nodes)))
+    return max(*behind, find_least_forward(graph, arena))
 
 
 def find_least_forward(graph: Graph, arena: Arena) -> int:
@@ -68,7 +75,8 @@ def _follows(node: Node, made: set[str]) -> bool:
 
 
 def _can_stream(node: Node) -> bool:
-    return find_windows(node) is not None and node.output.type.shape[1] > 1 and node.output.type.dtype != "bit"
+    by_rows = find_windows(node) is not None and not adds_rows(node)
+    return by_rows and node.output.type.shape[1] > 1 and node.output.type.dtype != "bit"
 
 
 def _least_peak(single: Sequence[int], chains: dict[tuple[int, int], int]) -> int:

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tte.ir import Graph, Node, Value, rewrite
+from tte.ir.rows import in_pieces
 from tte.ir.tiles import Cut, find_cuts, find_line, scratch_bytes
 from tte.passes.costs import ANY, Arena, Costs
 from tte.passes.fuse import fuse_producers
-from tte.passes.regions import enclose
+from tte.passes.regions import attrs_of, enclose
 from tte.passes.reorder import reorder
 from tte.passes.stream import find_least_forward
 
@@ -20,7 +21,7 @@ def tile_backward(graph: Graph, arena: Arena = ANY) -> Graph:
     Every number is summed in the same order as before, so it keeps its bits, as long as kernels of convolutions that
     are summed over are 1 x 1.
     """
-    if not graph.updates:
+    if not graph.updates or any(map(in_pieces, graph.nodes)):
         return graph
     plain = _Choice(graph, arena)
     if plain.least > arena.limit and (fused := fuse_producers(graph)) != graph:
@@ -57,10 +58,10 @@ class _Choice:
                 groups = without
         ordered = self.order(groups)
         costs = Costs(ordered, self.arena)
-        return rewrite(ordered, [_widen(node, limit - costs.node(i)) for i, node in enumerate(ordered.nodes)])
+        return rewrite(ordered, [widen(node, limit - costs.node(i)) for i, node in enumerate(ordered.nodes)])
 
 
-def _widen(node: Node, room: int) -> Node:
+def widen(node: Node, room: int) -> Node:
     """The node with the tiles that kernels like best, among those that need no more than ``room`` additional bytes.
 
     Kernels work on 8, or 4, or 2 channels at a time; beyond 16 wider tiles gain nothing.
@@ -77,11 +78,15 @@ class Group:
     """Nodes (by number) that can run by tiles together, as one region in the narrowest tiles.
 
     inside: values that then need no buffer of their own
+    again: nodes of the forward that the region computes a second time
+    rest: what is left of the nodes, behind the region
     """
 
     nodes: tuple[int, ...]
     region: Node
     inside: tuple[Value, ...]
+    again: tuple[int, ...] = ()
+    rest: tuple[Node, ...] = ()
 
     @property
     def saved(self) -> int:
@@ -131,12 +136,7 @@ class _Search:
                 queue += [v for v in own if v != value and cuts.get(v.name) == _last(v)]
         if not nodes:
             return None
-        members = tuple(sorted(nodes))
-        region = enclose(self.graph, members, {"strategy": "tiles"})
-        assert region.body
-        widths = find_line(region.body).widths
-        region = replace(region, attrs=region.attrs | {"width": widths[0]}) if widths else region
-        return Group(members, region, tuple(inside.values())) if widths else None
+        return _form_group(self.graph, sorted(nodes), tuple(inside.values()))
 
     def waits(self, nodes: Mapping[int, Mapping[str, Cut]]) -> bool:
         """Whether one of the nodes, with their cuts, needs what is there only when others have made all their tiles."""
@@ -167,15 +167,40 @@ class _Search:
         return users
 
 
+def _form_group(
+    graph: Graph, members: Sequence[int], inside: tuple[Value, ...], again: tuple[int, ...] = ()
+) -> Group | None:
+    """The group of these nodes, in the narrowest tiles; None if they cannot run by tiles."""
+    region = enclose(graph, members, attrs_of("tiles", again), again)
+    assert region.body
+    widths = find_line(region.body).widths
+    region = replace(region, attrs=region.attrs | {"width": widths[0]}) if widths else region
+    return Group(tuple(members), region, inside, again) if widths else None
+
+
+def repeat_in_tiles(graph: Graph, first: int, group: Group, again: tuple[int, ...]) -> Group | None:
+    """The group as one that computes nodes of the forward again, with all that reads their results behind the loss."""
+    readers = graph.uses()
+    made = [v for m in again for v in graph.nodes[m].outputs]
+    members = {*group.nodes, *(j for v in made for j in readers.get(v.name, ()) if j >= first)}
+    return _form_group(graph, sorted(members), (*group.inside, *made), again)
+
+
 def _last(value: Value) -> Cut:
     return Cut(value.type.rank - 1)
 
 
 def contract(graph: Graph, groups: Sequence[Group]) -> Graph | None:
-    """The graph with each group as a region in the narrowest tiles; None if one would wait for itself."""
-    region_of = {group.nodes[0]: group.region for group in groups}
+    """The graph with each group as a region; None if one would wait for itself."""
+    nodes = arrange(graph, groups)
+    return None if nodes is None else rewrite(graph, nodes)
+
+
+def arrange(graph: Graph, groups: Sequence[Group]) -> list[Node] | None:
+    """The nodes of the graph in an order in which each group can run as a region; None if there is none."""
+    parts = {group.nodes[0]: (group.region, *group.rest) for group in groups}
     inside = {i for group in groups for i in group.nodes[1:]}
-    waiting = [region_of.get(i, node) for i, node in enumerate(graph.nodes) if i not in inside]
+    waiting = [n for i, node in enumerate(graph.nodes) if i not in inside for n in parts.get(i, (node,))]
     made = {v.name for v in (*graph.inputs, *graph.params, *graph.consts)}
     targets = {v.name: p.name for p, v in graph.updates}
     unread = Counter(name for node in waiting for name in {v.name for v in node.inputs})
@@ -196,4 +221,4 @@ def contract(graph: Graph, groups: Sequence[Group]) -> Graph | None:
         if stuck and not patient:
             return None
         patient, waiting = not stuck, held
-    return rewrite(graph, nodes)
+    return nodes

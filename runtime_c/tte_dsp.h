@@ -41,29 +41,10 @@ TTE_INLINE void tte_fill(int8_t *to, int value, int n) {
         *to++ = (int8_t)value;
 }
 
-/* n elements of 16 bits as int8, and a bit for each: whether that changed nothing. n is a multiple of 8. */
-TTE_INLINE void tte_limit(const int16_t *from, int n, int8_t *to, uint8_t *same) {
-    for (; n > 0; n -= 8, from += 8, to += 8) {
-        uint32_t bits = 0, word[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            const uint32_t two = tte_load4(from + 2 * i);
-            uint32_t bit;
-            __asm__("ssat16 %0, #8, %1" : "=r"(word[i]) : "r"(two));
-            __asm__("usub16 %0, %1, %2\n\tsel %0, %3, %1"
-                    : "=&r"(bit)
-                    : "r"(0), "r"(word[i] ^ two), "r"((1u << (2 * i)) | (1u << (2 * i + 17))));
-            bits |= bit;
-        }
-#pragma GCC unroll 2
-        for (int i = 0; i < 4; i += 2) {
-            uint32_t even, odd;
-            __asm__("pkhbt %0, %1, %2, lsl #16" : "=r"(even) : "r"(word[i]), "r"(word[i + 1]));
-            __asm__("pkhtb %0, %1, %2, asr #16" : "=r"(odd) : "r"(word[i + 1]), "r"(word[i]));
-            tte_store4(to + 2 * i, (even & 0xff00ffu) | (odd & 0xff00ffu) << 8);
-        }
-        *same++ = (uint8_t)(bits | bits >> 16);
-    }
+TTE_INLINE void tte_clear(uint32_t *to, int n) {
+#pragma GCC unroll 1
+    for (; n > 0; n--)
+        *to++ = 0;
 }
 
 /* Rows of floats times a panel: see fpu/product. What ends with _next is the distance in bytes to the next row. */

@@ -1,6 +1,6 @@
 """Kernels for cores with the DSP extension, alone on an emulated core, against the interpreter: every bit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -10,7 +10,8 @@ from bare import COMPILERS, Core, compile_kernels
 
 from tte.codegen.kernel import Kernel
 from tte.codegen.schedule import Call, schedule
-from tte.ir import Builder, Graph, TensorType, Value, evaluate, verify
+from tte.ir import Builder, Graph, Node, TensorType, Value, evaluate, verify
+from tte.ir.rows import expand
 from tte.passes.regions import wrap
 
 pytest.importorskip("unicorn", reason="pip install 'tte[emulate]'")
@@ -28,13 +29,19 @@ class Case:
     fast: bool = True  # there is a faster form
 
     @property
+    def is_fast(self) -> bool:
+        """All convolutions have their faster form."""
+        kernel = self.call.kernel
+        return all(k.portable for k in (kernel.parts if kernel.template in ("stream", "tiles") else (kernel,)))
+
+    @property
     def call(self) -> Call:
         (call,) = schedule(self.graph, {0: self.room})
         return call
 
 
 def convolution(
-    x: tuple[int, int, int],
+    x: tuple[int, int, int] | TensorType,
     channels: int,
     kernel: tuple[int, int],
     scale: str = "float",
@@ -50,8 +57,8 @@ def convolution(
     """int8 (H, W, C) by ``channels`` filters, as int8 again. split: axis and place at which the weights are cut."""
     builder = Builder()
     groups = int(str(attrs.get("groups", 1)))
-    inputs = [Value("x", TensorType((1, *x), "int8"))]
-    shape = (channels, *kernel, x[2] // groups)
+    inputs = [Value("x", x if isinstance(x, TensorType) else TensorType((1, *x), "int8"))]
+    shape = (channels, *kernel, inputs[0].type.shape[3] // groups)
     if split is None:
         inputs.append(Value("w", TensorType(shape, weights)))
         w = inputs[1]
@@ -75,6 +82,22 @@ def convolution(
     return Graph("main", tuple(inputs), nodes=(whole,), outputs=made).renumbered()
 
 
+def chain(shape: tuple[int, int, int], layers: Sequence[dict[str, object]], **strategy: object) -> Graph:
+    """Convolutions one behind the other that run by pieces: what ``convolution`` makes of these arguments."""
+    nodes: list[Node] = []
+    inputs = [Value("x0", TensorType((1, *shape), "int8"))]
+    last = inputs[0]
+    for i, layer in enumerate(layers):
+        (node,) = (graph := convolution(last.type, **layer)).nodes
+        names = {v.name: replace(v, name=f"{v.name}{i}") for v in graph.inputs[1:]} | {graph.inputs[0].name: last}
+        inputs += [names[v.name] for v in graph.inputs[1:]]
+        made = tuple(replace(v, name=f"%{i}{j}") for j, v in enumerate(node.outputs))
+        nodes.append(replace(node, inputs=tuple(names[v.name] for v in node.inputs), outputs=made))
+        last = made[0]
+    whole = wrap(nodes, nodes[-1].outputs, strategy, "chain")
+    return verify(Graph("main", tuple(inputs), nodes=(whole,), outputs=nodes[-1].outputs).renumbered())
+
+
 def matrix(n: int, depth: int, channels: int) -> Graph:
     """int8 (n, depth) by (channels, depth), as int8 again."""
     builder = Builder()
@@ -86,27 +109,31 @@ def matrix(n: int, depth: int, channels: int) -> Graph:
     return verify(Graph("main", tuple(inputs), nodes=(whole,), outputs=(made,)).renumbered())
 
 
-def draw(graph: Graph, seed: int, extreme: bool) -> list[np.ndarray]:
-    """Operands of all values; extreme: of the largest and smallest alone. Scales bring most sums into int8."""
+def draw(graph: Graph, seed: int, spread: str) -> list[np.ndarray]:
+    """Operands of all values; spread: over "all" of them, the "ends" of their type, or one end for a whole picture or
+    filter ("flat"), which makes the largest sums. Scales bring most of the others into int8."""
     rng = np.random.default_rng(seed)
-    shift = next(n.attrs["shift"] for n in graph.nodes[0].body.nodes if n.op == "qnn.requantize")
+    (first, *_) = expand(graph.nodes[0])
+    shift = next(n.attrs["shift"] for n in first.body.nodes if n.op == "qnn.requantize")
+    depth = 0.0
     arrays = []
     for value in graph.inputs:
         shape, dtype = value.type.shape, value.type.dtype
-        if value.name == "m":
-            depth = np.sqrt(graph.inputs[1].type.size / shape[0])
+        if value.name[0] == "w":
+            depth = np.sqrt(value.type.size / shape[0])
+        if value.name[0] == "m":
             m = rng.uniform(0.2, 1.5, shape) / (128 * 74 * depth / 60)
             arrays.append(
                 m.astype(np.float32) if dtype == "float32" else np.rint(m * 2.0 ** (32 - shift)).astype(np.int32)
             )
         elif dtype == "int32":
             arrays.append(rng.integers(-20000, 20000, shape, np.int32))
-        elif extreme:
-            ends = np.iinfo(dtype)
-            arrays.append(rng.choice(np.asarray([ends.min, ends.max], dtype), shape))
+        elif spread == "all":
+            arrays.append(rng.integers(np.iinfo(dtype).min, np.iinfo(dtype).max + 1, shape, dtype))
         else:
-            ends = np.iinfo(dtype)
-            arrays.append(rng.integers(ends.min, ends.max + 1, shape, dtype))
+            ends = np.asarray([np.iinfo(dtype).min, np.iinfo(dtype).max], dtype)
+            drawn = shape if spread == "ends" else (shape[0], *[1] * (len(shape) - 1))
+            arrays.append(np.array(np.broadcast_to(rng.choice(ends, drawn), shape)))
     return arrays
 
 
@@ -165,7 +192,73 @@ def vector_cases() -> Iterator[Case]:
     yield Case("dense 1x8->3", matrix(1, 8, 3), fast=False)
 
 
-CASES = [*product_cases(), *window_cases(), *vector_cases()]
+def depthwise(
+    x: tuple[int, int, int], kernel: tuple[int, int], scale: str = "float", room: int = EVERYTHING, **more: object
+) -> Case:
+    told = ", ".join(f"{name} {value}" for name, value in more.items())
+    limit = f" in {room} bytes" if room < EVERYTHING else ""
+    h, w, c = x
+    graph = convolution(x, c, kernel, scale, groups=c, **more)
+    return Case(f"depthwise {kernel[0]}x{kernel[1]} {h}x{w}x{c} {scale} {told}{limit}", graph, room)
+
+
+def depthwise_cases() -> Iterator[Case]:
+    """One filter per channel: windows, strides, paddings of each side, numbers of channels."""
+    sizes = [(1, 1), (1, 4), (4, 1), (2, 3), (5, 5), (6, 7), (9, 12)]
+    paddings = [(0, 0, 0, 0), (1, 1, 1, 1), (2, 0, 1, 2), (0, 3, 3, 0)]
+    strides = [(1, 1), (2, 2), (1, 2), (2, 1), (3, 3)]
+    kernels = [(3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (2, 2), (1, 1), (4, 4), (1, 8), (9, 2), (8, 8), (2, 11)]
+    turn = 0
+    for (h, w), kernel in product(sizes, kernels):
+        for padding, stride in product(paddings, strides):
+            if kernel[0] <= h + padding[0] + padding[2] and kernel[1] <= w + padding[1] + padding[3]:
+                turn += 1
+                if turn % 5 == 0:
+                    scale, zero, c = (
+                        ("float", "fixed")[turn % 2],
+                        (3, -128, 127)[turn % 3],
+                        (2, 3, 4, 5, 8)[turn // 5 % 5],
+                    )
+                    yield depthwise((h, w, c), kernel, scale, strides=stride, padding=padding, zero=zero)
+    same = {(3, 3): (1, 1, 1, 1), (5, 5): (2, 2, 2, 2), (7, 7): (3, 3, 3, 3)}
+    for kernel, padding in same.items():
+        for x, stride in product([(4, 4, 8), (8, 8, 16), (25, 5, 12), (33, 31, 6)], [(1, 1), (2, 2)]):
+            yield depthwise(x, kernel, "fixed", padding=padding, strides=stride, zero=-128, shift=-(x[0] % 5))
+        for c, limits, weights, scale in product(
+            (8, 12), ((-128, 127), (-7, 60)), ("int8", "int16"), ("float", "fixed")
+        ):
+            more = {"mask": True, "limits": limits, "weights": weights, "split": (0, 3)}
+            yield depthwise((7, 6, c), kernel, scale, padding=padding, **more)
+        for room in (560, 800, 1000, 3000):
+            for c, mask in ((6, False), (8, True)):
+                yield depthwise((14, 13, c), kernel, "fixed", room, padding=padding, mask=mask)
+        yield depthwise((6, 6, 5), kernel, padding=padding, add=True)
+        yield depthwise((15, 13, 6), kernel, "fixed", 1000, padding=padding, add=True)
+        yield depthwise((6, 6, 5), kernel, "fixed", padding=padding, shift=2)
+        yield depthwise((5, 6, 1100), kernel, padding=padding)
+        yield replace(depthwise((4, 300, 4), kernel, padding=padding), fast=kernel == (3, 3))
+        yield depthwise((4, 128, 4), kernel, padding=padding)
+    case = depthwise((9, 9, 4), (3, 3), dilation=(2, 2))
+    yield replace(case, fast=False)
+    yield replace(depthwise((9, 9, 4), (9, 9)), fast=False)
+    yield depthwise((9, 9, 4), (1, 3), dilation=(2, 1))
+
+
+def piece_cases() -> Iterator[Case]:
+    """Layers that run row by row, from ring to ring, or by tiles of channels."""
+    for c, stride, scale in product((5, 8), ((1, 1), (2, 2)), ("fixed", "float")):
+        for size in (3, 5, 7):
+            layer = {"channels": c, "groups": c, "scale": scale, "zero": -128}
+            wide = layer | {"kernel": (size, size), "padding": (size // 2,) * 4}
+            more = [wide, wide | {"strides": stride}, wide | {"mask": True}]
+            yield Case(f"rows {c} channels {stride} {scale} {size}", chain((13, 9, c), more, strategy="rows"))
+    for width in (4, 2):
+        first = {"channels": 8, "kernel": (3, 3), "padding": (1, 1, 1, 1), "groups": 8}
+        layers = [first, first | {"kernel": (5, 5)}, first | {"kernel": (5, 3)}]
+        yield Case(f"tiles of {width}", chain((7, 6, 8), layers, strategy="tiles", width=width))
+
+
+CASES = [*depthwise_cases(), *piece_cases(), *product_cases(), *window_cases(), *vector_cases()]
 NAMES: dict[Kernel, str] = {}
 for _case in CASES:
     for _kernel in _case.call.kernel.family():
@@ -182,7 +275,7 @@ def cores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Core]:
 
 
 def test_each_case_has_its_faster_form() -> None:
-    assert {case.id for case in CASES if (case.call.kernel.portable is not None) != case.fast} == set()
+    assert {case.id for case in CASES if case.is_fast != case.fast} == set()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -191,8 +284,8 @@ def test_every_bit(case: Case, cores: dict[str, Core]) -> None:
         pytest.skip("no C compiler for Cortex-M: pip install 'tte[emulate]'")
     call = case.call
     assert call.kernel.scratch <= case.room
-    for seed, extreme in ((0, False), (1, True)):
-        arrays = draw(case.graph, seed, extreme)
+    for seed, spread in enumerate(("all", "ends", "flat", "flat")):
+        arrays = draw(case.graph, seed, spread)
         values = dict(zip([v.name for v in case.graph.inputs], arrays, strict=True))
         expected = evaluate(case.graph, arrays).outputs
         taken = [case.graph.nodes[0].overwrites.get(v.name) for v in call.outputs]

@@ -186,8 +186,11 @@ def test_the_text_of_a_region() -> None:
 @pytest.mark.parametrize("op", [op.name for op in OPS.values() if op.rows])
 def test_operators_that_go_by_rows_have_kernels_that_do(op: str) -> None:
     name = op.removeprefix("q").removeprefix("nn.")
-    for template in (name, f"depthwise_{name}") if name == "conv2d" else (name,):
-        assert "{{ each_row(OH) }}" in (HERE / "kernels" / f"{template}.c.j2").read_text()
+    templates = {"conv2d": ("", "depthwise_"), "conv2d_transpose": ("", "depthwise_")}.get(name, ("",))
+    for prefix in templates:
+        text = (HERE / "kernels" / f"{prefix}{'reduce' if name == 'sum' else name}.c.j2").read_text()
+        assert "{{ each_row(" in text
+        assert not OPS[op].columns or "{{ each_column(" in text
 
 
 def test_layers_keep_their_names_and_their_work() -> None:

@@ -23,6 +23,7 @@ from tte.passes.batch_norm import fold_batch_norm
 from tte.passes.canonicalize import canonicalize
 from tte.passes.channels import select_channels
 from tte.passes.costs import ANY, Arena
+from tte.passes.cover import cover_backward
 from tte.passes.fuse import fuse_elementwise, fuse_updates, transpose_first
 from tte.passes.head import replace_head
 from tte.passes.inplace import work_in_place
@@ -62,13 +63,14 @@ SHRINK: tuple[Pass, ...] = (
     transpose_first,
     fuse_updates,
     fuse_elementwise,
+    cover_backward,
     tile_backward,
     reorder,
     recompute_forward,
     stream_forward,
     work_in_place,
 )
-SAVING = (tile_backward, recompute_forward, stream_forward)  # these do what they have to
+SAVING = (cover_backward, tile_backward, recompute_forward, stream_forward)  # these do what they have to
 OPTIONAL = {p.__name__: p for p in (eliminate_common_subexpressions, *SHRINK[2:]) if p is not recompute_forward}
 
 
@@ -240,9 +242,7 @@ def compile_graphs(
     imported, forward, with_loss = lowered.imported, lowered.forward, lowered.with_loss
     train = lowered.roles["train"]
     limit = _find_limit(memory_plan, scheme.budget.sram, train)
-    programs = _fit_programs(
-        lowered.roles, pipeline, Arena(limit, input_place == "arena"), strict=isinstance(memory_plan, int)
-    )
+    programs = _fit_programs(lowered.roles, pipeline, Arena(limit, input_place == "arena"))
     if target.dsp:
         programs = make_room(programs, Arena(limit, input_place == "arena"))
     check_input([p.graph for p in programs], [p.plan for p in programs])
@@ -320,28 +320,22 @@ def _find_limit(memory_plan: str | int, budget: int | None, train: Graph) -> int
     return UNLIMITED if memory_plan == "fastest" else 0
 
 
-def _fit_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena, strict: bool) -> list[Program]:
+def _fit_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) -> list[Program]:
     """The programs, each as cheap as the arena allows; where that is too small, as small as possible.
 
-    Nothing is computed twice unless nothing else helps. strict: raise TTEError (E049) where not even that does.
+    Nothing is computed twice unless nothing else helps.
     """
     smallest: list[Program] = []
     for again in (False, True):
         room = arena.limit
         for left in reversed(range(TRIES)):
-            try:
-                programs = plan_programs(roles, pipeline, replace(arena, limit=room, may_recompute=again))
-            except TTEError as problem:
-                if not again:
-                    raise
-                if strict:  # the pass knows no options
-                    raise TTEError(problem.code, problem.what, where="--memory-plan", fix=problem.fix) from problem
-                return smallest
+            programs = plan_programs(roles, pipeline, replace(arena, limit=room, may_recompute=again))
             excess = _arena_bytes(programs) - arena.limit
             if excess <= 0 or arena.limit == 0:
                 return programs
-            smallest = smallest if again else programs
-            if room == 0:
+            no_less = bool(smallest) and _arena_bytes(smallest) <= _arena_bytes(programs)
+            smallest = smallest if no_less else programs
+            if room == 0 or (again and no_less):
                 break
             room = max(0, room - excess) if left > 1 else 0  # gaps between the buffers take what is too much
     return smallest

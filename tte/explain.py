@@ -19,7 +19,8 @@ TECHNIQUES = {
     "fuse_updates": "updates without gradient buffers",
     "reorder": "the order of execution",
 }
-STEPS = 4  # plans between the smallest and the fastest
+STEPS = 4  # plans between the smallest in which nothing is computed twice and the fastest
+TWICE = 1  # plans below that
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ def explain_memory(
     low, high = smallest.arena_bytes, fastest.arena_bytes
     limits = [low + (high - low) * k // (STEPS + 1) for k in range(1, STEPS + 1)]
     between = [_plan(train, replace(arena, limit=limit)) for limit in limits if low < high]
+    below = [replace(arena, limit=low * k // (TWICE + 1), may_recompute=True) for k in range(1, TWICE + 1)]
     return MemoryTable(
         trained_bytes=sum(param.type.nbytes for param, _ in train.updates),
-        plans=_pareto([smallest, *between, fastest]),
+        plans=_pareto([*(_plan(train, room) for room in below), smallest, *between, fastest]),
         left_out={name: _plan(train, arena, name) for name in TECHNIQUES},
     )
 

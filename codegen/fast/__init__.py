@@ -8,6 +8,7 @@ from typing import Any
 
 from tte.codegen.fast.conv2d import convolve
 from tte.codegen.fast.dense import dense
+from tte.codegen.fast.depthwise import convolve_channels
 from tte.codegen.fast.float32 import (
     convolve_back,
     convolve_depthwise_back,
@@ -23,7 +24,7 @@ Form = Callable[[Kernel, dict[str, Any], int], Kernel | None]
 FORMS: dict[str, tuple[Form, ...]] = {
     "conv2d": (convolve, convolve_floats),
     "dense": (dense,),
-    "depthwise_conv2d": (convolve_depthwise_floats,),
+    "depthwise_conv2d": (convolve_channels, convolve_depthwise_floats),
     "conv2d_transpose": (convolve_back,),
     "depthwise_conv2d_transpose": (convolve_depthwise_back,),
     "conv2d_weight_grad": (differentiate_weights,),

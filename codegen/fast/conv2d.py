@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tte.codegen.fast.form import WIDEN, assembly, lay_out, make_form
+from tte.codegen.fast.form import WIDEN, assembly, lay_out, limit, make_form
 from tte.codegen.kernel import Kernel
 
 BLOCK = 128  # pixels of a block at the most: each block widens all weights
@@ -46,7 +46,8 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | Non
     pairs = 2 if blocks[0] % 4 == 0 and groups <= 8 and 4 * channels * SIZES[end.result] <= 4095 else 1
     dot = asdict(end) | {"groups": groups, "unroll": unroll, "stride": channels, "pairs": pairs}
     more = asdict(end) | {"block": blocks[0], "at": at, "quads": quads}
-    return make_form(kernel, context | more, "dsp/conv2d", at["end"], assembly("dsp/dot2x2", dot, DOT), WIDEN)
+    parts = assembly("dsp/dot2x2", dot, DOT), WIDEN, *([limit(8)] if end.bits else [])
+    return make_form(kernel, context | more, "dsp/conv2d", at["end"], *parts)
 
 
 @dataclass(frozen=True)

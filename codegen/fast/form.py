@@ -31,8 +31,13 @@ def use_stack(kernel: Kernel) -> Kernel:
 
 def assembly(template: str, context: Mapping[str, Any], parameters: Sequence[str]) -> Kernel:
     """A function in assembly, that C calls with these parameters."""
-    own = {"args": [], "rows": None, "tile": None, "tail": [], "assembly": [*parameters]}
+    own = {"args": [], "rows": None, "columns": None, "tile": None, "tail": [], "assembly": [*parameters]}
     return Kernel(template, json.dumps(own | dict(context), sort_keys=True))
 
 
 WIDEN = assembly("dsp/widen", {}, ("uint32_t *y", "const int8_t *a", "const int8_t *b", "int n", "uint32_t add"))
+
+
+def limit(step: int) -> Kernel:
+    """What makes int8 and bits of eight elements of 16 bits, then of the next, whose results lie ``step`` further."""
+    return assembly("dsp/limit", {"step": step}, ("const int16_t *x", "int8_t *y", "uint8_t *bits", "int times"))

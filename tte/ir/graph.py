@@ -1,6 +1,6 @@
 """The program: a straight line of typed calls. Node order is execution order."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -105,6 +105,15 @@ class Node:
             return sum(node.macs for node in self.body.nodes)
         rule = self.definition.macs
         return rule(*(v.type for v in self.inputs), **self.attrs) if rule else 0
+
+
+def find_anchor(nodes: Sequence[Node]) -> int | None:
+    """Of fused operators the one with loops of its own, if there is one: it is not elementwise, or writes bits."""
+    for i, node in enumerate(nodes):
+        joins = node.op == "concatenate" and i < len(nodes) - 1  # weights, which are read where they lie
+        if not joins and (OPS[node.op].kind != "elementwise" or node.output.type.dtype == "bit"):
+            return i
+    return None
 
 
 T = TypeVar("T")

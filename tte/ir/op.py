@@ -17,11 +17,21 @@ class InvalidType(ValueError):
 
 @dataclass(frozen=True)
 class Window:
-    """Output row r reads the input rows from r * stride - padding, ``size`` of them (less those outside)."""
+    """Output row r reads the input rows from r * stride - padding, ``size`` of them (less those outside).
+
+    spread: these are rows of the input with spread - 1 empty ones behind each, as transposed convolutions see it
+    """
 
     size: int
     stride: int
     padding: int
+    spread: int = 1
+
+    def start(self, row: int) -> int:
+        return -((self.padding - row * self.stride) // self.spread)
+
+    def stop(self, row: int) -> int:
+        return (row * self.stride - self.padding + self.size - 1) // self.spread + 1
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,9 @@ class Op:
     inplace the inputs whose buffer output 0 may take over when they die here
     macs    multiply-accumulates: (input types..., *, attributes) -> int
     rows    (input types..., *, attributes) -> of each input the Window that an output row reads, None: all of it.
-            No rule: the operator does not go row by row, unless it is elementwise.
+            No rule, or None: the operator does not go row by row, unless it is elementwise.
+    columns its kernel can make some columns of a row at a time
+    along   the operand, if there is one, over whose rows the result is a sum; a row of it is what is added at a time
     axes    (input types..., *, attributes) -> of each input, then of the result, a letter for each axis. What is at i
             along a letter of the result depends on what is at i along it in operands; over a letter that the result
             lacks it is a sum. "." may not be cut. No rule: nothing may be cut, unless the operator is elementwise.
@@ -56,6 +68,8 @@ class Op:
     macs: Callable[..., int] | None = None
     rows: Callable[..., tuple[Window | None, ...]] | None = None
     axes: Callable[..., tuple[str, ...]] | None = None
+    columns: bool = False
+    along: int | None = None
     start: int | None = None
 
     @property

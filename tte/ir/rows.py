@@ -4,25 +4,25 @@ A row is an index of axis 1 of a (1, H, W, C) tensor. A chain of such operators 
 as soon as it is asked for; of a tensor inside the chain only a ring of rows exists at any time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 
-from tte.ir.graph import Node, Value, remembered
+from tte.ir.graph import Node, Value, find_anchor, remembered
 from tte.ir.op import OPS, Window
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Row r of a node asks for the rows below ``min(height, r * stride - padding + size)`` of what ``maker`` makes."""
+    """Row r of a step asks for the rows below ``min(height, window.stop(r))`` of what the step ``maker`` makes."""
 
     maker: int
     window: Window
     height: int
 
     def end(self, row: int) -> int:
-        return min(self.height, row * self.window.stride - self.window.padding + self.window.size)
+        return min(self.height, self.window.stop(row))
 
 
 class Pieces:
@@ -45,36 +45,65 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Stream(Pieces):
-    """How a chain runs row by row.
+    """How a chain runs row by row, in steps; most are one node.
 
-    demands  of each node, those that are ever unmet when they are made, in order
-    rest     nodes of which rows are left when the last node is done, in the order in which they are finished
+    steps    nodes by number; those of one step make the same row together, some columns at a time
+    demands  of each step, those that are ever unmet when a row is made, in order
+    awaits   sum over rows -> its demands; it takes its next row as soon as they are met
+    last     the step that is made first of all, on demand of its rows
+    rest     steps of which rows are left when the last step is done, in the order in which they are finished
     rings    value name -> how many of its rows have to be kept
     sizes    value name -> bytes of a row
-    shifts   operand -> by how many bytes the last node's result must lie below it, at least, to be written over it
+    parts    value inside of a step -> bytes of the columns that exist at a time
+    shifts   operand -> by how many bytes the last step's result must lie below it, at least, to be written over it
     """
 
+    steps: tuple[tuple[int, ...], ...]
+
     demands: tuple[tuple[Demand, ...], ...]
+    awaits: dict[int, tuple[Demand, ...]] = field(hash=False)
+    last: int
     rest: tuple[int, ...]
     rings: dict[str, int] = field(hash=False)
     sizes: dict[str, int] = field(hash=False)
+    parts: dict[str, int] = field(hash=False)
     shifts: dict[str, int] = field(hash=False)
 
     @property
     def pieces(self) -> dict[str, int]:
-        return {name: rows * self.sizes[name] for name, rows in self.rings.items()}
+        return {name: rows * self.sizes[name] for name, rows in self.rings.items()} | self.parts
+
+    def follow(self, k: int) -> list[int]:
+        """The sums that may take a row when step ``k`` has made one."""
+        return [s for s, demands in self.awaits.items() if any(d.maker == k for d in demands)]
+
+
+def adds_rows(node: Node) -> bool:
+    """Its result is a sum over the rows of an operand."""
+    return node.body is None and OPS[node.op].along is not None
+
+
+def count_rows(node: Node) -> int:
+    """How many rows it makes, or takes."""
+    along = None if node.body else OPS[node.op].along
+    return (node.output if along is None else node.inputs[along]).type.shape[1]
 
 
 @remembered
 def find_windows(node: Node) -> tuple[tuple[Window, ...], ...] | None:
     """Of each input the windows that a row reads, () for an input that is read whole; None: it does not go by rows."""
     shapes = [v.type.shape for v in node.outputs]
+    if adds_rows(node):
+        windows = _windows(node)
+        return windows if windows and all(v.type.shape[0] == 1 for v in node.inputs) else None
     if any(len(s) != 4 or s[0] != 1 or s[:2] != shapes[0][:2] for s in shapes):
         return None
     if node.body is None:
         return _windows(node)
     weights = [m for m in node.body.nodes if m.op == "concatenate" and m is not node.body.nodes[-1]]
     members = [m for m in node.body.nodes if m not in weights]
+    if find_anchor(members) not in (None, 0):
+        return None  # what is made as it is read is not made by rows
     found: dict[str, list[Window]] = {v.name: [] for v in node.body.inputs}
     for member in members:
         windows = _windows(member)
@@ -97,7 +126,7 @@ def _windows(node: Node) -> tuple[tuple[Window, ...], ...] | None:
         return None
     if definition.rows:
         windows = definition.rows(*(v.type for v in node.inputs), **node.attrs)
-        return tuple(() if w is None else (w,) for w in windows)
+        return None if windows is None else tuple(() if w is None else (w,) for w in windows)
     if definition.kind != "elementwise":
         return None
     shape = node.output.type.shape
@@ -111,16 +140,54 @@ def _windows(node: Node) -> tuple[tuple[Window, ...], ...] | None:
     return tuple(result)
 
 
-def stream_rows(nodes: Sequence[Node], kept: frozenset[str]) -> Stream:
-    """Run the chain once in the mind. ``kept``: values that are needed whole, outside."""
-    return _stream(tuple(_Step.of(node, nodes) for node in nodes), kept)
+def stream_rows(nodes: Sequence[Node], kept: frozenset[str], columns: int = 0) -> Stream:
+    """Run the chain once in the mind. ``kept``: values that are needed whole, outside.
+
+    columns: where of a value just one row exists, and its readers read it pixel by pixel, so many columns of it do
+    """
+    alone = tuple((k,) for k in range(len(nodes)))
+    stream = _stream(_form_steps(nodes, alone), alone, (), kept)
+    if not columns:
+        return stream
+    steps: list[tuple[int, ...]] = []
+    parts: list[tuple[str, int]] = []
+    for k, node in sorted(enumerate(nodes), key=lambda item: -stream.sizes.get(item[1].output.name, 0)):
+        value = node.output
+        readers = [j for j, other in enumerate(nodes) if value in other.inputs]
+        step = (k, *readers)
+        if stream.rings.get(value.name) != 1 or any({*step} & {*other} for other in steps):
+            continue
+        if all(_makes_columns(nodes[j]) for j in step) and all(_reads_pixels(nodes[j], value) for j in readers):
+            steps.append(step)
+            parts.append((value.name, row_bytes(value) // value.type.shape[2] * columns))
+    taken = {j for step in steps for j in step}
+    together = tuple(sorted([*steps, *((k,) for k in range(len(nodes)) if k not in taken)]))
+    return _stream(_form_steps(nodes, together), together, tuple(parts), kept)
 
 
+def _makes_columns(node: Node) -> bool:
+    anchor = node.body.nodes[0] if node.body else node
+    return len(node.outputs) == 1 and anchor.definition.columns
+
+
+def _reads_pixels(node: Node, value: Value) -> bool:
+    windows = find_windows(node) or ()
+    return all(own == (SAME,) for v, own in zip(node.inputs, windows, strict=True) if v == value)
+
+
+def _form_steps(nodes: Sequence[Node], steps: Sequence[Sequence[int]]) -> tuple["_Step", ...]:
+    makers = {v.name: k for k, step in enumerate(steps) for j in step for v in nodes[j].outputs}
+    return tuple(_Step.of([nodes[j] for j in step], k, makers) for k, step in enumerate(steps))
+
+
+@remembered
 def find_stream(node: Node) -> Stream | None:
     """How a node runs by rows; None if it does not."""
     if node.body is None or node.attrs["strategy"] != "rows":
         return None
-    return stream_rows(node.body.nodes, frozenset(v.name for v in node.body.outputs))
+    columns = node.attrs.get("columns", 0)
+    assert isinstance(columns, int)
+    return stream_rows(node.body.nodes, frozenset(v.name for v in node.body.outputs), columns)
 
 
 # Regions of which the members run in turns, each a piece at a time, and how a reader is told.
@@ -147,27 +214,27 @@ class _Step:
     height: int
     reads: tuple[tuple[int, Window, str], ...]  # node, window, name of the value
     operands: tuple[tuple[str, int, int, tuple[Window, ...]], ...]  # name, rows, bytes of a row, windows (none: whole)
+    adds: bool  # a sum over rows
     drains: bool  # all rows are made, even those that nobody reads
 
     @staticmethod
-    def of(node: Node, nodes: Sequence[Node]) -> "_Step":
-        makers = {v.name: i for i, other in enumerate(nodes) for v in other.outputs}
-        windows = find_windows(node)
-        assert windows is not None, f"{node.op} does not go by rows"
-        height = node.output.type.shape[1]
-        reads = [
-            (makers[value.name], window, value.name)
-            for value, own in zip(node.inputs, windows, strict=True)
-            if value.name in makers
-            for window in own
-        ]
-        operands = [
-            (value.name, *_rows(value), own)
-            for value, own in zip(node.inputs, windows, strict=True)
-            if value.name not in makers
-        ]
-        outputs = tuple((v.name, row_bytes(v)) for v in node.outputs)
-        return _Step(outputs, height, tuple(reads), tuple(operands), node.op == "source")
+    def of(nodes: Sequence[Node], number: int, makers: Mapping[str, int]) -> "_Step":
+        reads, operands = [], []
+        for node in nodes:
+            windows = find_windows(node)
+            assert windows is not None, f"{node.op} does not go by rows"
+            for value, own in zip(node.inputs, windows, strict=True):
+                maker = makers.get(value.name)
+                if maker is None:
+                    operands.append((value.name, *_rows(value), own if _rows(value)[0] > 1 else ()))
+                elif maker != number:
+                    reads += [(maker, window, value.name) for window in own]
+        adds = [adds_rows(node) for node in nodes]
+        inside = {v.name for node in nodes for v in node.inputs if makers.get(v.name) == number}
+        made = [v for node, sums in zip(nodes, adds, strict=True) if not sums for v in node.outputs]
+        outputs = tuple((v.name, row_bytes(v)) for v in made if v.name not in inside)
+        drains = any(adds) or any(node.op == "source" for node in nodes)
+        return _Step(outputs, count_rows(nodes[0]), tuple(reads), tuple(operands), all(adds), drains)
 
 
 def _rows(value: Value) -> tuple[int, int]:
@@ -177,12 +244,22 @@ def _rows(value: Value) -> tuple[int, int]:
 
 
 def row_bytes(value: Value) -> int:
-    """Bytes of a row. (Rows of bits share bytes: they are kept whole.)"""
+    """Bytes of a row. (Where rows of bits share bytes, they are kept whole: see ``shares_bytes``.)"""
     return value.type.nbytes // value.type.shape[1]
 
 
+def shares_bytes(value: Value) -> bool:
+    """A byte of it holds bits of two rows."""
+    return value.type.dtype == "bit" and value.type.size // value.type.shape[1] % 8 != 0
+
+
 @lru_cache(maxsize=4096)
-def _stream(steps: tuple[_Step, ...], kept: frozenset[str]) -> Stream:
+def _stream(
+    steps: tuple[_Step, ...],
+    numbers: tuple[tuple[int, ...], ...],
+    parts: tuple[tuple[str, int], ...],
+    kept: frozenset[str],
+) -> Stream:
     made = [0] * len(steps)
     written: list[list[int]] = [[] for _ in steps]  # event that makes row j
     last: dict[str, list[int]] = {
@@ -202,23 +279,30 @@ def _stream(steps: tuple[_Step, ...], kept: frozenset[str]) -> Stream:
                 demands[k].setdefault(demand)
                 make(maker)
         for maker, window, name in steps[k].reads:
-            start = max(0, row * window.stride - window.padding)
-            for i in range(start, Demand(maker, window, steps[maker].height).end(row)):
+            for i in range(max(0, window.start(row)), Demand(maker, window, steps[maker].height).end(row)):
                 last[name][i] = clock
         for name, rows, _, windows in steps[k].operands:
             for window in windows or (Window(rows, 0, 0),):
-                start = row * window.stride - window.padding
-                for i in range(max(0, start), min(rows, start + window.size)):
+                for i in range(max(0, window.start(row)), min(rows, window.stop(row))):
                     last[name][i] = clock
         written[k].append(clock)
         made[k] += 1
         clock += 1
+        for s, waiting in awaits.items():
+            if any(d.maker == k for d in waiting):
+                while made[s] < steps[s].height and all(made[d.maker] >= d.end(made[s]) for d in waiting):
+                    make(s)
 
-    final = len(steps) - 1
+    awaits = {
+        k: tuple(dict.fromkeys(Demand(maker, window, steps[maker].height) for maker, window, _ in step.reads))
+        for k, step in enumerate(steps)
+        if step.adds
+    }
+    final = max(k for k, step in enumerate(steps) if not step.adds)
     for _ in range(steps[final].height):
         make(final)
     rest = []
-    for k in reversed(range(final)):
+    for k in reversed(range(len(steps))):
         needed = steps[k].drains or any(name in kept for name, _ in steps[k].outputs)
         if needed and made[k] < steps[k].height:
             rest.append(k)
@@ -229,11 +313,13 @@ def _stream(steps: tuple[_Step, ...], kept: frozenset[str]) -> Stream:
         for name, size in step.outputs:
             if name not in kept:
                 rings[name], sizes[name] = _ring(written[k], last[name]), size
-    result, size = steps[final].outputs[0]
     shifts = {}
-    if result in kept:
+    for result, size in steps[final].outputs[:1]:
+        if result not in kept:
+            continue
         shifts = {name: _shift(written[final], size, last[name], own) for name, (_, own) in operands.items()}
-    return Stream(tuple(tuple(d) for d in demands), tuple(rest), rings, sizes, shifts)
+    unmet = tuple(tuple(d) for d in demands)
+    return Stream(numbers, unmet, awaits, final, tuple(rest), rings, sizes, dict(parts), shifts)
 
 
 def _ring(written: Sequence[int], last: Sequence[int]) -> int:

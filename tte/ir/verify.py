@@ -1,8 +1,6 @@
 """Re-reads a graph with suspicion; runs after every pass."""
 
-from collections.abc import Sequence
-
-from tte.ir.graph import Const, Graph, Node, Param, Value
+from tte.ir.graph import Const, Graph, Node, Param, Value, find_anchor
 from tte.ir.op import OPS, InvalidType
 from tte.ir.tiles import find_start, find_tiles
 
@@ -72,15 +70,6 @@ def _verify_updates(graph, defined, require) -> None:  # type: ignore[no-untyped
         require(params.get(param.name) == param, f"@{param.name} is updated but is not a param")
         require(defined.get(value.name) == value, f"@{param.name} := %{value.name}, which is not defined")
         require(param.type == value.type, f"@{param.name}: {param.type} := {value.type}")
-
-
-def find_anchor(nodes: Sequence[Node]) -> int | None:
-    """Of fused operators the one with loops of its own, if there is one: it is not elementwise, or writes bits."""
-    for i, node in enumerate(nodes):
-        joins = node.op == "concatenate" and i < len(nodes) - 1  # weights, which are read where they lie
-        if not joins and (OPS[node.op].kind != "elementwise" or node.output.type.dtype == "bit"):
-            return i
-    return None
 
 
 def inplace_inputs(node: Node, output: int = 0) -> tuple[int, ...]:

@@ -268,6 +268,12 @@ def _conv2d_transpose_macs(x, w, b=None, **attrs):  # type: ignore[no-untyped-de
     return x.size * w.size // w.shape[0]
 
 
+def _conv2d_transpose_rows(x, w, *b, strides, padding, dilation, **_):  # type: ignore[no-untyped-def]
+    size = (w.shape[1] - 1) * dilation[0] + 1
+    starts = (Window(1, 1, 0) if v.rank == 4 else None for v in b)
+    return Window(size, 1, size - 1 - padding[0], strides[0]), None, *starts
+
+
 def _conv2d_transpose_axes(x, w, *b, groups, **_):  # type: ignore[no-untyped-def]
     if groups == 1:
         letters = ["...i", "i..o", "...o"]
@@ -287,6 +293,8 @@ register(
         _conv2d_transpose_grad,
         kind="anchor",
         inplace=(2,),
+        rows=_conv2d_transpose_rows,
+        columns=True,
         axes=_conv2d_transpose_axes,
         start=2,
         macs=_conv2d_transpose_macs,
@@ -348,6 +356,10 @@ def _conv2d_weight_grad_macs(x, g, *, kernel_size, groups, out_channels, **attrs
     return h * w * (out_channels or o) * kernel_size[0] * kernel_size[1] * x.shape[3] // groups
 
 
+def _conv2d_weight_grad_rows(x, g, *, kernel_size, strides, padding, dilation, **_):  # type: ignore[no-untyped-def]
+    return Window((kernel_size[0] - 1) * dilation[0] + 1, strides[0], padding[0]), Window(1, 1, 0)
+
+
 def _conv2d_weight_grad_axes(x, g, *, groups, out_channels, **_):  # type: ignore[no-untyped-def]
     if groups == 1:
         return "...i", "...o", "o..i"
@@ -363,6 +375,9 @@ register(
         _conv2d_weight_grad_ref,
         kind="anchor",
         macs=_conv2d_weight_grad_macs,
+        rows=_conv2d_weight_grad_rows,
+        columns=True,
+        along=1,
         axes=_conv2d_weight_grad_axes,
     )
 )

@@ -2,7 +2,7 @@
 
 import math
 
-from tte.ir import Op, TensorType, register
+from tte.ir import Op, TensorType, Window, register
 from tte.ops.rules import require, require_axis, require_float
 
 
@@ -51,10 +51,14 @@ def _mean_ref(x, *, axis, keepdims):  # type: ignore[no-untyped-def]
     return x.mean(axis, keepdims=keepdims)
 
 
+def _sum_rows(x, *, axis, keepdims):  # type: ignore[no-untyped-def]
+    return (Window(1, 1, 0),) if x.rank == 4 and axis == (0, 1, 2) else None
+
+
 def _sum_axes(x, *, axis, keepdims):  # type: ignore[no-untyped-def]
     letters = "".join("." if d in axis else chr(ord("a") + d) for d in range(x.rank))
     return letters, letters if keepdims else letters.replace(".", "")
 
 
-register(Op("sum", _sum, _sum_ref, _sum_grad, kind="anchor", axes=_sum_axes))
+register(Op("sum", _sum, _sum_ref, _sum_grad, kind="anchor", rows=_sum_rows, columns=True, along=0, axes=_sum_axes))
 register(Op("mean", _mean, _mean_ref, _mean_grad, kind="anchor"))
