@@ -36,7 +36,7 @@ def convolve_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kerne
         "scale": scale,
     }
     more["merged"] = attrs["dilation"][1] == 1 and chunk[1] == depth and chunk[0] % kernel_size[1] == 0
-    more["columns"] = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
+    more["spans"] = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
     return make_form(kernel, context | more, "fpu/conv2d", more["at"]["end"], *_dots(channels))
 
 
@@ -53,15 +53,19 @@ def convolve_depthwise_floats(kernel: Kernel, context: dict[str, Any], room: int
         return None
     mask, scale = _find_finish(tail, channels)
     more: dict[str, Any] = {"at": at, "mask": mask, "scale": scale, "blocks": blocks}
-    more["columns"] = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
+    more["spans"] = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
     parts = [assembly("fpu/depthwise", {"n": n, "spread": False}, ROWS) for _, _, n in blocks]
     return make_form(kernel, context | more, "fpu/depthwise_conv2d", at["end"], *parts)
 
 
 def _is_float(context: dict[str, Any]) -> bool:
-    """Whether sums and what they begin with are floats; weights may be anything."""
+    """Whether sums and what they begin with are floats, weights may be anything; of rows, and whole ones."""
     x, _, *begin = context["ins"]
-    return context["acc"] == "float" and all(operand["dtype"] == "float32" for operand in (x, *begin))
+    return (
+        context["columns"] is None
+        and context["acc"] == "float"
+        and all(operand["dtype"] == "float32" for operand in (x, *begin))
+    )
 
 
 def _find_chunks(taps: int, depth: int) -> list[tuple[int, int]]:
@@ -96,7 +100,7 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     if attrs["groups"] > 1 or not _is_float(context) or _reads_result(tail):
         return None
     taps = w["shape"][1] * w["shape"][2]
-    if taps * depth == 1:
+    if taps * depth == 1 or context["rows"] is not None:
         return None  # a product alone is no sum
     flat = taps == 1 and not any(attrs["padding"]) and attrs["strides"] == [1, 1] and (oh, ow) == (height, width)
     place = partial(_place, min(WIDTH, channels), made=oh * ow if x["steps"] else 0)
@@ -105,7 +109,7 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     at = place(chunk)
     mask, scale = _find_finish(tail, channels)
     columns = _find_columns_back(width, ow, w["shape"][2], attrs)
-    more = {"chunk": chunk, "at": at, "flat": flat, "columns": columns, "mask": mask, "scale": scale}
+    more = {"chunk": chunk, "at": at, "flat": flat, "spans": columns, "mask": mask, "scale": scale}
     parts = [WIDEN, *_dots(channels)]
     return make_form(kernel, context | more, "fpu/conv2d_transpose", at["end"], *parts)
 
@@ -116,7 +120,15 @@ def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) 
     attrs, tail = context["attrs"], context["tail"]
     channels, *kernel_size, multiplier = w["shape"]
     sums = context["tile"] and context["tile"]["sum"]
-    if channels == 1 or multiplier > 1 or x["steps"] or sums or not _is_float(context) or _reads_result(tail):
+    if (
+        context["rows"] is not None
+        or channels == 1
+        or multiplier > 1
+        or x["steps"]
+        or sums
+        or not _is_float(context)
+        or _reads_result(tail)
+    ):
         return None
     blocks = _find_blocks(channels)
     row = kernel_size[1] * max(n for _, _, n in blocks) * 4  # of the kernel, as floats
@@ -127,7 +139,7 @@ def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) 
     mask, scale = _find_finish(tail, channels)
     spread = attrs["strides"][1] // math.gcd(attrs["strides"][1], attrs["dilation"][1])  # from tap to tap that reaches
     columns = _find_columns_back(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
-    more = {"at": at, "columns": columns, "mask": mask, "scale": scale, "blocks": blocks, "spread": spread}
+    more = {"at": at, "spans": columns, "mask": mask, "scale": scale, "blocks": blocks, "spread": spread}
     more["height"] = height
     parts = [assembly("fpu/depthwise", {"n": n, "spread": spread > 1}, ROWS) for _, _, n in blocks]
     return make_form(kernel, context | more, "fpu/depthwise_conv2d_transpose", at["end"], *parts)
@@ -139,7 +151,7 @@ def differentiate_weights(kernel: Kernel, context: dict[str, Any], room: int) ->
     outputs, *_, inputs = context["out"]["shape"]
     if attrs["groups"] > 1 or x["steps"] or g["steps"] or context["acc"] != "float" or (tile and tile["sum"]):
         return None
-    if outputs == 1:
+    if outputs == 1 or context["rows"] is not None or context["columns"] is not None:
         return None  # no two products of an input
     _, oh, ow, _ = g["shape"]
     pair = min(inputs, 2)
@@ -159,6 +171,8 @@ def differentiate_weights(kernel: Kernel, context: dict[str, Any], room: int) ->
 def sum_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Sums over all pixels of (H, W, C) float32, some channels at a time."""
     (x,) = context["ins"]
+    if context["rows"] is not None or context["columns"] is not None:
+        return None
     if context["attrs"]["axis"] != [0, 1, 2] or len(x["shape"]) != 4 or context["attrs"]["keepdims"]:
         return None
     if x["steps"] or x["dtype"] != "float32" or context["tile"] and context["tile"]["sum"]:
