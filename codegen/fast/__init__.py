@@ -6,7 +6,7 @@ A form says by None what it does not serve, or for what there is no room.
 from collections.abc import Callable
 from typing import Any
 
-from tte.codegen.fast.conv2d import convolve
+from tte.codegen.fast.conv2d import convolve, convolve_directly
 from tte.codegen.fast.dense import dense
 from tte.codegen.fast.depthwise import convolve_channels
 from tte.codegen.fast.float32 import (
@@ -22,7 +22,7 @@ from tte.codegen.kernel import Kernel
 
 Form = Callable[[Kernel, dict[str, Any], int], Kernel | None]
 FORMS: dict[str, tuple[Form, ...]] = {
-    "conv2d": (convolve, convolve_floats),
+    "conv2d": (convolve, convolve_directly, convolve_floats),
     "dense": (dense,),
     "depthwise_conv2d": (convolve_channels, convolve_depthwise_floats),
     "conv2d_transpose": (convolve_back,),
