@@ -90,7 +90,7 @@ VECTOR = {"train": "full", "loss": "mse", "io": {"target": "input"}}
 CASES = {
     "mcunet": Case(published("mcunet-5fps"), None, load_scheme("mcunet-5fps-49kb")),
     "mbv2": Case(published("mbv2-w0.35"), None, load_scheme("mbv2-w0.35-49kb")),
-    "resnet8": Case(seeded(qdq.ResNet8), (1, 3, 16, 16), sums=True),
+    "resnet8": Case(seeded(qdq.small_resnet8), (1, 3, 16, 16), sums=True),
     "resnet20": Case(seeded(ResNet20), (1, 3, 16, 16), sums=True),
     "ds-cnn": Case(seeded(qdq.DsCnn), (1, 1, 49, 10)),
     "autoencoder": Case(seeded(qdq.autoencoder), (1, 96), VECTOR),

@@ -242,9 +242,16 @@ def compile_graphs(
     imported, forward, with_loss = lowered.imported, lowered.forward, lowered.with_loss
     train = lowered.roles["train"]
     limit = _find_limit(memory_plan, scheme.budget.sram, train)
-    programs = _fit_programs(lowered.roles, pipeline, Arena(limit, input_place == "arena"))
+    room = Arena(limit, input_place == "arena")
+    programs = _fit_programs(lowered.roles, pipeline, room)
     if target.dsp:
-        programs = make_room(programs, Arena(limit, input_place == "arena"))
+        programs = make_room(programs, room)
+        if 0 < limit < UNLIMITED:  # what regions leave of the limit may be too little for fast kernels
+            for less in (0, limit * 3 // 4):
+                others = plan_programs(lowered.roles, replace(pipeline, dump=None), replace(room, limit=less))
+                if _arena_bytes(others) > limit:
+                    break
+                programs = min(programs, make_room(others, room), key=_estimate)
     check_input([p.graph for p in programs], [p.plan for p in programs])
     needed = _arena_bytes(programs)
     if isinstance(memory_plan, int) and needed > memory_plan:
@@ -380,6 +387,21 @@ def make_room(programs: Sequence[Program], arena: Arena) -> list[Program]:
                 break
         result.append(program)
     return result
+
+
+PORTABLE = 4  # times the instructions of a faster kernel, about
+
+
+def _estimate(programs: Sequence[Program]) -> int:
+    """What the programs cost: multiply-accumulates, those of portable kernels several times."""
+    cost = 0
+    for program in programs:
+        for call in schedule(program.graph, program.room):
+            members = call.members or (program.graph.nodes[call.node],)
+            kernels = call.kernel.parts if call.members else (call.kernel,)
+            for node, kernel in zip(members, kernels, strict=True):
+                cost += node.macs * (1 if kernel.portable else PORTABLE)
+    return cost
 
 
 def _as_user(const: Const, origin: Origin) -> np.ndarray:
