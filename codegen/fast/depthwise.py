@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tte.codegen.fast.conv2d import SIZES, End, find_end
-from tte.codegen.fast.form import assembly, lay_out, limit, make_form
+from tte.codegen.fast.form import assembly, form, lay_out, limit, make_form
 from tte.codegen.kernel import Kernel
 
 UNROLL = 4  # pairs of outputs in a loop at the most
@@ -83,6 +83,7 @@ class Band:
         return (self.lines * width * PACKING[self.lanes] + 50) / self.rows
 
 
+@form()
 def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """(H, W, C) int8 by (C, KH, KW, 1) int8 or int16; windows without holes."""
     out, (x, w, *_), attrs, tile = context["out"], context["ins"], context["attrs"], context["tile"]
