@@ -1,13 +1,15 @@
 """Calls C functions one by one on an emulated core: arguments by the procedure call standard, guards around memory."""
 
 import ctypes
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tte.runner.counter import Counter
-from tte.runner.toolchain import BARE_CODE
+from tte.runner.toolchain import BARE_CODE, build_bare
 from tte.target import Target
 
 RAM, SIZE, GUARD = 0x2000_0000, 0x80_0000, 64
@@ -83,3 +85,41 @@ class Core:
             result.append(after[start:end])
         assert after[end:] == before[end:], "bytes beside the buffers"
         return result
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A function that is to be measured, and another that has to do the same.
+
+    sources    a program that holds them, see ``build_bare``
+    names      of the two
+    places     the numbers of each call; what is counted is their sum
+    buffers    of each call; outputs: how many of them, from the last, are compared
+    scratch    bytes that the function has to itself, by a last pointer
+    counter    see ``build_counter``
+    """
+
+    sources: Mapping[str, str]
+    names: tuple[str, str]
+    places: tuple[tuple[int, ...], ...]
+    buffers: tuple[np.ndarray, ...]
+    outputs: int
+    scratch: int
+    target: Target
+    toolchain: str
+    counter: Path
+
+
+def measure(trial: Trial) -> int:
+    """Executed instructions. Fails where the two functions do not leave the same bits."""
+    tested, reference = trial.names
+    own = [np.full(trial.scratch, 0xA5, np.uint8)] if trial.scratch else []
+    count, first = 0, len(trial.buffers) - trial.outputs
+    with tempfile.TemporaryDirectory() as folder:
+        core = Core(build_bare(Path(folder), trial.sources, trial.target, trial.toolchain), trial.counter, trial.target)
+        for place in trial.places:
+            made = core.call(tested, place, [*trial.buffers, *own])
+            count += core.instructions
+            expected = core.call(reference, place, trial.buffers)
+            assert made[first : len(expected)] == expected[first:], f"{tested}{place} is not {reference}"
+    return count
