@@ -26,6 +26,8 @@ from tte.runner.bare import Trial, measure
 from tte.runner.toolchain import build_counter, find_toolchains, toolchain_version
 from tte.target import Target, find_target
 
+Places = tuple[tuple[int, ...], ...]  # of calls of a kernel, the numbers before the pointers: row, column, tile
+
 
 @dataclass(frozen=True)
 class Row:
@@ -115,7 +117,7 @@ class _Subject:
 
     shape: str
     call: Call
-    places: tuple[tuple[int, ...], ...]
+    places: Places
     forms: dict[str, tuple[Kernel, Knobs]] = field(default_factory=dict)
     uses: list[tuple[Kernel, int]] = field(default_factory=list)
 
@@ -170,20 +172,26 @@ def _find_subjects(programs: Sequence[Program]) -> list[_Subject]:
     return [subject for _, subject in sorted(found.items()) if len(subject.forms) > 1]
 
 
-def _walk(calls: Sequence[Call]) -> Iterator[tuple[Call, tuple[tuple[int, ...], ...]]]:
+def _walk(calls: Sequence[Call]) -> Iterator[tuple[Call, Places]]:
     """Calls of kernels that call no others, with the numbers that are passed."""
     for call in calls:
-        if not call.parts:
+        if call.parts:
+            yield from zip(call.parts, _list_places(call.kernel), strict=True)
+        else:
             yield call, ((),)
-            continue
-        context = call.kernel.arguments()
-        for part, step in zip(call.parts, context["steps"], strict=True):
-            if call.kernel.template == "stream":
-                numbers = range(step["height"])
-            else:
-                begin = -(-step["start"] // context["width"]) * context["width"]
-                numbers = range(begin, step["stop"], context["width"])
-            yield part, tuple((number,) for number in numbers)
+
+
+def _list_places(driver: Kernel) -> Iterator[Places]:
+    """For each part of a kernel that calls others, the numbers that it passes."""
+    context = driver.arguments()
+    for step in context["steps"]:
+        if driver.template == "tiles":
+            numbers = range(0, context["end"], context["width"])
+            yield tuple((n,) for n in numbers if step["start"] <= n < step["stop"])
+        else:
+            columns = [(c,) for c in range(0, step["width"], step["columns"])] if step["columns"] else [()]
+            places = tuple((row, *column) for row in range(step["height"]) for column in columns)
+            yield from [places] * len(step["calls"])
 
 
 class _Bench:
