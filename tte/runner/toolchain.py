@@ -122,7 +122,7 @@ def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: 
     flags += [f"-DMODEL_PREFIX_UPPER={prefix.upper()}", f'-DMODEL_HEADER="{build.name}.h"']
     if board.machine:
         flags += [f"-DEMU_COUNTER={board.machine.counter:#x}u"]
-    command = _board_command(board, toolchain)
+    command = board_command(board, toolchain)
     script = _linker_script(emulator, board)
     sources = [*build.list_sources(selftest), *sorted(emulator.glob("emu_*.c"))]
     version = toolchain_version(toolchain)
@@ -196,7 +196,7 @@ def build_bare(
     script.write_text(f"SECTIONS {{ .text {BARE_CODE:#x} : {{ *(.text* .rodata*) }} /DISCARD/ : {{ *(.ARM*) }} }}")
     elf = folder / f"{toolchain}{optimize}.elf"
     files = [*(folder / name for name in sources if name.endswith(".c")), Path(__file__).with_name("bare.c")]
-    command = _board_command(target, toolchain)
+    command = board_command(target, toolchain)
     flags = [*FLAGS, optimize, "-fno-unwind-tables"]  # not for the linker: it would drop what nothing calls
     objects = [str(folder / f"{toolchain}{optimize}-{file.name}.o") for file in files]
     lines = [[*command, *flags, "-c", "-o", made, str(file)] for made, file in zip(objects, files, strict=True)]
@@ -211,7 +211,8 @@ def build_bare(
 BARE_CODE = 0x0800_0000  # where programs without an entry lie
 
 
-def _board_command(board: Target, toolchain: str) -> list[str]:
+def board_command(board: Target, toolchain: str) -> list[str]:
+    """The compiler for a core, without a library."""
     if toolchain == "zig":
         more = ["-g", "-fno-sanitize=undefined"]  # zig drops the symbols at -Os, and adds checks at -O0
         return [*_zig(), "-target", board.zig_target, f"-mcpu={board.zig_cpu}", "-ffreestanding", *more]
