@@ -42,18 +42,24 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
         }
         return lay_out(sizes)
 
-    limits = (pixels, 512, 256, 128, 64, 32, 16, 8, 4)
-    blocks = [b for b in limits if b <= min(pixels, block) and place(b)["end"] <= room]
-    if not blocks:
+    shares = [share_out(pixels, most) for most in (512, 256, 128, 64, 32, 16, 8, 4) if most <= block]
+    block = next((share for share in shares if place(share)["end"] <= room), 0)
+    if not block:
         return None
-    at = place(blocks[0])
+    at = place(block)
     quads = all(part["start"] % 4 == 0 == part["stop"] % 4 for part in w["segments"])
     unroll = -(-groups // -(-groups // unroll))
-    pairs = 2 if blocks[0] % 4 == 0 and groups <= thin and 4 * channels * SIZES[end.result] <= 4095 else 1
+    pairs = 2 if block % 4 == 0 and groups <= thin and 4 * channels * SIZES[end.result] <= 4095 else 1
     dot = asdict(end) | {"groups": groups, "unroll": unroll, "stride": channels, "pairs": pairs}
-    more = asdict(end) | {"block": blocks[0], "at": at, "quads": quads}
+    more = asdict(end) | {"block": block, "at": at, "quads": quads}
     parts = assembly("dsp/dot2x2", dot, DOT), WIDEN, *([limit(8)] if end.bits else [])
     return make_form(kernel, context | more, "dsp/conv2d", at["end"], *parts)
+
+
+def share_out(pixels: int, most: int) -> int:
+    """Pixels of a block, where blocks have about as many each: the last begins earlier, and makes some again."""
+    even = -(-pixels // -(-pixels // most))
+    return min(pixels, -(-even // 4) * 4)
 
 
 @form()
