@@ -375,7 +375,7 @@ def make_room(programs: Sequence[Program], arena: Arena, measured: Measured) -> 
     result = []
     for program in programs:
         graph = program.graph
-        for share, known in product(SHARES, (measured, {})):
+        for share, known in product(SHARES, (measured, {}) if measured else ({},)):
             room = {i: int((height - live) * share) for i, live in enumerate(program.plan.live)}
             tried = replace(program, room=room, measured=known)
             scratch = {c.node: c.kernel.scratch for c in tried.calls if c.kernel.scratch}
