@@ -6,16 +6,14 @@ from itertools import product
 
 import numpy as np
 import pytest
+from bare import open_cores
 
-from tte.codegen.emit import emit_kernels
 from tte.codegen.kernel import Kernel
 from tte.codegen.schedule import Call, schedule
 from tte.ir import Builder, Graph, Node, TensorType, Value, evaluate, verify
 from tte.ir.rows import expand
 from tte.passes.regions import wrap
 from tte.runner.bare import Core
-from tte.runner.toolchain import build_bare, build_counter, find_toolchains
-from tte.target import CORTEX_M7
 
 pytest.importorskip("unicorn", reason="pip install 'tte[emulate]'")
 
@@ -276,11 +274,7 @@ BUILDS = [("zig", "-O2"), ("gcc", "-O2"), ("gcc", "-O0")]
 @pytest.fixture(scope="module")
 def cores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Core]:
     """The same kernels by each compiler that is installed."""
-    folder = tmp_path_factory.mktemp("fast")
-    sources, counter = emit_kernels(NAMES, "t"), build_counter(folder)
-    builds = [(compiler, optimize) for compiler, optimize in BUILDS if compiler in find_toolchains()]
-    elves = {f"{c} {o}": build_bare(folder, sources, CORTEX_M7, c, o) for c, o in builds}
-    return {name: Core(elf, counter, CORTEX_M7) for name, elf in elves.items()}
+    return open_cores(tmp_path_factory.mktemp("fast"), NAMES, BUILDS)
 
 
 def test_each_case_has_its_faster_form() -> None:

@@ -57,7 +57,7 @@ def search(model: Path, tmp_path: Path) -> Callable[..., tuning.Tuned]:
 def test_what_was_measured_alone_is_gained_in_the_whole(
     plan: str | int, model: Path, search: Any, tmp_path: Path
 ) -> None:
-    found = search(memory_plan=plan, trials=8)
+    found = search(memory_plan=plan, trials=20)
     assert any("a row" in row.kernel for row in found.rows) == (plan == 4000)
     assert all(row.tuned <= row.default for row in found.rows)
     options = {"update_scheme": "last-layer", "memory_plan": plan}

@@ -39,10 +39,10 @@ def quicken(kernel: Kernel, room: int, measured: Measured = NOTHING) -> Kernel:
     measured: which knobs are better than the default ones; what the default gives has to be among it, so that nothing
               slower is chosen
     """
-    form = _find_form(kernel, room)
-    default = _make(form, kernel, room) if form else None
-    if form is None or default is None:
+    found = _find_form(kernel, room)
+    if found is None:
         return kernel
+    form, default = found
     known = measured.get(name_shape(kernel), {}) if measured else {}
     base = known.get(identify(default))
     better = [(name, m) for name, m in known.items() if base and m.improves(base) and m.scratch <= room]
@@ -55,21 +55,24 @@ def quicken(kernel: Kernel, room: int, measured: Measured = NOTHING) -> Kernel:
 
 def list_forms(kernel: Kernel, room: int) -> dict[Kernel, Knobs]:
     """All that a kernel may become by the knobs of its form, each once; the default first."""
-    form = _find_form(kernel, room)
+    found = _find_form(kernel, room)
+    if found is None:
+        return {}
+    form, _ = found
     result: dict[Kernel, Knobs] = {}
-    for values in product(*form.knobs.values()) if form else ():
-        assert form
+    for values in product(*form.knobs.values()):
         knobs: Knobs = dict(zip(form.knobs, values, strict=True))
         if made := _make(form, kernel, room, knobs):
             result.setdefault(made, knobs)
     return result
 
 
-def _find_form(kernel: Kernel, room: int) -> Form | None:
-    """The first that serves a kernel by its default knobs."""
+def _find_form(kernel: Kernel, room: int) -> tuple[Form, Kernel] | None:
+    """The first that serves a kernel by its default knobs, and what it makes."""
     if kernel.arguments()["columns"]:  # a few pixels are not worth the call
         return None
-    return next((form for form in FORMS.get(kernel.template, ()) if _make(form, kernel, room)), None)
+    tried = ((form, _make(form, kernel, room)) for form in FORMS.get(kernel.template, ()))
+    return next(((form, made) for form, made in tried if made), None)
 
 
 def _make(form: Form, kernel: Kernel, room: int, chosen: Knobs | None = None) -> Kernel | None:
