@@ -103,12 +103,17 @@ def compile_float(name: str, scheme: str = "full", target: str = "cortex-m7") ->
     return tte.compile(make(name), (torch.zeros(shape.input),), {"loss": shape.loss, "train": scheme}, target, name)
 
 
+def quantize(network: nn.Module, shape: tuple[int, ...], model: Path) -> None:
+    """All layers int8, for an input whose scale is 1 / 128."""
+    x = np.random.default_rng(0).integers(-128, 128, (8, *shape[1:])).astype(np.float32) / 128
+    x.flat[:2] = -1, 127 / 128
+    tte.quantize(network, {"x": x}, model, int8_head=True)
+
+
 def compile_int8(name: str, folder: Path, target: str = "cortex-m7") -> tte.Artifact:
     """All layers int8, and int8 in; the biases learn, so that all weights stay in the flash."""
     shape, model = SHAPES[name], folder / f"{name}.onnx"
-    x = np.random.default_rng(0).integers(-128, 128, (8, *shape.input[1:])).astype(np.float32) / 128
-    x.flat[:2] = -1, 127 / 128  # the input's scale is 1 / 128
-    tte.quantize(make(name), {"x": x}, model, int8_head=True)
+    quantize(make(name), shape.input, model)
     rules = {"loss": shape.loss, "train": "bias-only", "io": {"input": {"dtype": "int8", "std": [128]}}}
     if shape.loss == "mse":
         rules["io"]["target"] = "input"

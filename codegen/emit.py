@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 
 from tte.codegen.kernel import CTYPES, Kernel
+from tte.codegen.measured import Measured
 from tte.codegen.plan import Plan
 from tte.codegen.schedule import Call, Room, schedule
 from tte.ir import Const, Graph, Node, Param, TensorType, Value
@@ -28,12 +29,17 @@ RUNTIME = HERE.parent / "runtime_c"
 
 @dataclass(frozen=True)
 class Program:
-    """One entry point: ``role`` is "infer", "evaluate" or "train"; ``room``: see ``schedule``."""
+    """One entry point: ``role`` is "infer", "evaluate" or "train"; ``room`` and ``measured``: see ``schedule``."""
 
     role: str
     graph: Graph
     plan: Plan
     room: Room | None = None
+    measured: Measured = field(default_factory=dict)
+
+    @property
+    def calls(self) -> list[Call]:
+        return schedule(self.graph, self.room, self.measured)
 
     @property
     def input_offset(self) -> int | None:
@@ -76,7 +82,7 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     kernels: dict[Kernel, str] = {}
     bodies, listed = [], {}
     for program in programs:
-        calls = schedule(program.graph, program.room)
+        calls = program.calls
         for kernel in (k for call in calls for k in call.kernel.family()):
             if kernel not in kernels:
                 kernels[kernel] = f"{interface.name}_k{len(kernels):02d}_{kernel.template.rpartition('/')[2]}"

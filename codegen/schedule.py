@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from tte.codegen.fast import quicken
+from tte.codegen.fast import NOTHING, quicken
 from tte.codegen.kernel import CTYPES, SCRATCH, Kernel
+from tte.codegen.measured import Measured
 from tte.ir import OPS, Const, Graph, Node, TensorType, Value, find_anchor
 from tte.ir.rows import Demand, Pieces, Stream, count_rows, find_stream
 from tte.ir.tiles import Cut, Tiles, find_tiles, spread_cuts
@@ -21,6 +22,7 @@ class Call:
 
     An operand whose buffer an output takes over is reached through that output's pointer.
     members: of a region in pieces, for each part of the kernel the node that it makes pieces of
+    parts: of such a kernel, its calls
     """
 
     node: int
@@ -28,37 +30,46 @@ class Call:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     members: tuple[Node, ...] = ()
+    parts: tuple["Call", ...] = ()
 
 
 Room = Mapping[int, int]  # node -> bytes of scratch that faster kernels may use there
 
 
-def schedule(graph: Graph, room: Room | None = None) -> list[Call]:
+@dataclass(frozen=True)
+class _Choice:
+    """How a call is made faster: bytes of scratch that there is room for, or None; what was measured."""
+
+    room: int | None
+    measured: Measured
+
+    def quicken(self, call: Call) -> Call:
+        """The same by the fastest kernel whose scratch there is room for."""
+        return call if self.room is None else replace(call, kernel=quicken(call.kernel, self.room, self.measured))
+
+
+def schedule(graph: Graph, room: Room | None = None, measured: Measured = NOTHING) -> list[Call]:
     """One call per node that does work; views (another shape for the same bytes) do none.
 
     room: where kernels for cores with the DSP extension may be chosen; None for portable ones
+    measured: by what they are chosen
     """
     views: dict[str, str] = {}  # name of a view -> name of the value whose bytes it shows
     calls = []
     for i, node in enumerate(graph.nodes):
-        free = room.get(i, 0) if room is not None else None
+        choice = _Choice(room.get(i, 0) if room is not None else None, measured)
         if node.body is None and OPS[node.op].kind == "view":
             views[node.output.name] = views.get(node.inputs[0].name, node.inputs[0].name)
         elif stream := find_stream(node):
-            calls.append(_stream(i, node, stream, free))
+            calls.append(_stream(i, node, stream, choice))
         elif tiles := find_tiles(node):
-            calls.append(_tiles(i, node, tiles, free))
+            calls.append(_tiles(i, node, tiles, choice))
         else:
-            calls.append(_quicken(_call(i, node, views), free))
+            calls.append(choice.quicken(_call(i, node, views)))
     return calls
 
 
-def _quicken(call: Call, room: int | None) -> Call:
-    """The same by the fastest kernel whose scratch there is room for."""
-    return call if room is None else replace(call, kernel=quicken(call.kernel, room))
-
-
-def _stream(index: int, node: Node, stream: Stream, room: int | None) -> Call:
+def _stream(index: int, node: Node, stream: Stream, choice: _Choice) -> Call:
     """A kernel that calls others, row by row."""
     driver = _Driver(node, stream)
     steps = []
@@ -70,7 +81,7 @@ def _stream(index: int, node: Node, stream: Stream, room: int | None) -> Call:
         calls = []
         for member in members:
             part = _Columns(columns, frozenset(stream.parts))
-            call = _quicken(_call(index, member, {}, driver.outer, stream.rings, columns=part), room)
+            call = choice.quicken(_call(index, member, {}, driver.outer, stream.rings, columns=part))
             calls.append({"part": len(driver.parts), "arguments": driver.add(member, call)})
         step = {"calls": calls, "columns": columns, "width": width, "height": count_rows(members[0])}
         step |= {"needs": _needs(stream.demands[k]), "awaits": _needs(stream.awaits.get(k, ()))}
@@ -92,7 +103,7 @@ def _needs(demands: Sequence[Demand]) -> list[dict[str, Any]]:
     ]
 
 
-def _tiles(index: int, node: Node, tiles: Tiles, room: int | None) -> Call:
+def _tiles(index: int, node: Node, tiles: Tiles, choice: _Choice) -> Call:
     """A kernel that calls others, tile by tile."""
     driver = _Driver(node, tiles)
     steps = []
@@ -104,7 +115,7 @@ def _tiles(index: int, node: Node, tiles: Tiles, room: int | None) -> Call:
         ends = {end for v in member.inputs if v.name in tiles.cuts for end in tiles.cuts[v.name].span(v)}
         for start, stop in pairwise([span[0], *sorted(e for e in ends if span[0] < e < span[1]), span[1]]):
             tile = _Tile(tiles.width, tiles.cuts, frozenset(tiles.sizes), span, start)
-            call = _quicken(_call(index, member, {}, driver.outer, tile=tile), room)
+            call = choice.quicken(_call(index, member, {}, driver.outer, tile=tile))
             steps.append({"arguments": driver.add(member, call), "start": start, "stop": stop})
     end = max(stop for _, stop in tiles.spans)
     return driver.call(index, "tiles", {"steps": steps, "width": tiles.width, "end": end})
@@ -125,12 +136,12 @@ class _Driver:
                 self.taken[result] = inner[overwritten.name]
                 self.expressions[inner[overwritten.name].name] = self.expressions[result]
         self.args: dict[str, Value] = {}
-        self.parts: list[Kernel] = []
+        self.parts: list[Call] = []
         self.members: list[Node] = []
 
     def add(self, member: Node, call: Call) -> list[str]:
         """The arguments of a call that is to be made."""
-        self.parts.append(call.kernel)
+        self.parts.append(replace(call, inputs=tuple(self.outer.get(v.name, v) for v in call.inputs)))
         self.members.append(member)
         arguments = []
         for value in (*call.inputs, *call.outputs):
@@ -149,13 +160,13 @@ class _Driver:
         made = self.node.outputs
         pointers = [{"c": c, "ctype": CTYPES[v.type.dtype], "const": True} for c, v in self.args.items()]
         pointers += [{"c": f"y{i}", "ctype": CTYPES[v.type.dtype], "const": False} for i, v in enumerate(made)]
-        scratch = self.pieces.nbytes + max(part.scratch for part in self.parts)
+        scratch = self.pieces.nbytes + max(part.kernel.scratch for part in self.parts)
         if scratch:
             pointers.append(SCRATCH)
         own = {"args": pointers, "rows": None, "columns": None, "tile": None, "tail": []}
         text = json.dumps(own | dict(context), sort_keys=True)
-        kernel = Kernel(template, text, tuple(self.parts), scratch)
-        return Call(index, kernel, tuple(self.args.values()), made, tuple(self.members))
+        kernel = Kernel(template, text, tuple(part.kernel for part in self.parts), scratch)
+        return Call(index, kernel, tuple(self.args.values()), made, tuple(self.members), tuple(self.parts))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import networks
 import numpy as np
 import pytest
 import torch
-from bare import COMPILERS
 from data import load_module
 from test_runner import break_step, start, train, write_model
 
@@ -29,7 +28,7 @@ from tte.ir import TensorType, Value
 from tte.ir.rows import expand
 from tte.ops.rules import computes_floats
 from tte.runner import Build, open_host
-from tte.runner.toolchain import FLAGS, find_toolchains, host_compiler
+from tte.runner.toolchain import FLAGS, board_command, find_toolchains, host_compiler
 from tte.runner.train import open_board
 from tte.target import CORTEX_M0PLUS, TARGETS, find_target
 
@@ -229,7 +228,7 @@ def compile_objects(build: Build, toolchain: str) -> list[Path]:
     objects = []
     for source in build.list_sources(selftest=False):
         objects.append(source.with_suffix(".o"))
-        command = [*(COMPILERS[toolchain](CORTEX_M0PLUS) or []), *FLAGS, "-ffreestanding", "-fno-unwind-tables"]
+        command = [*board_command(CORTEX_M0PLUS, toolchain), *FLAGS, "-fno-unwind-tables"]
         subprocess.run([*command, f"-I{build.include}", "-c", str(source), "-o", str(objects[-1])], check=True)
     return objects
 

@@ -18,7 +18,7 @@ from tte.artifact import Artifact
 from tte.cli import app, main
 from tte.weights import require_writable
 
-COMMANDS = ("analyze", "compile", "run", "bench", "verify", "state", "ops", "targets")
+COMMANDS = ("analyze", "compile", "run", "bench", "verify", "state", "ops", "targets", "tune", "merge-schedules")
 
 
 def spawn(*arguments: object) -> subprocess.CompletedProcess[str]:

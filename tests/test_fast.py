@@ -6,13 +6,14 @@ from itertools import product
 
 import numpy as np
 import pytest
-from bare import COMPILERS, Core, compile_kernels
+from bare import open_cores
 
 from tte.codegen.kernel import Kernel
 from tte.codegen.schedule import Call, schedule
 from tte.ir import Builder, Graph, Node, TensorType, Value, evaluate, verify
 from tte.ir.rows import expand
 from tte.passes.regions import wrap
+from tte.runner.bare import Core
 
 pytest.importorskip("unicorn", reason="pip install 'tte[emulate]'")
 
@@ -273,9 +274,7 @@ BUILDS = [("zig", "-O2"), ("gcc", "-O2"), ("gcc", "-O0")]
 @pytest.fixture(scope="module")
 def cores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Core]:
     """The same kernels by each compiler that is installed."""
-    folder = tmp_path_factory.mktemp("fast")
-    elves = {f"{c} {o}": compile_kernels(folder, NAMES, c, o) for c, o in BUILDS if c in COMPILERS}
-    return {name: Core(elf) for name, elf in elves.items() if elf}
+    return open_cores(tmp_path_factory.mktemp("fast"), NAMES, BUILDS)
 
 
 def test_each_case_has_its_faster_form() -> None:

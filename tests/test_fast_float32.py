@@ -6,12 +6,13 @@ from itertools import product
 
 import numpy as np
 import pytest
-from bare import COMPILERS, Core, compile_kernels
+from bare import open_cores
 
 from tte.codegen.kernel import Kernel
 from tte.codegen.schedule import Call, schedule
 from tte.ir import Builder, Graph, TensorType, Value, verify
 from tte.passes.regions import wrap
+from tte.runner.bare import Core
 
 pytestmark = pytest.mark.xdist_group("fast_float32")  # the programs are built by one process
 pytest.importorskip("unicorn", reason="pip install 'tte[emulate]'")
@@ -284,9 +285,7 @@ BUILDS = [("zig", "-O2"), ("gcc", "-O0")]
 @pytest.fixture(scope="module")
 def cores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Core]:
     """The same kernels by each compiler that is installed."""
-    folder = tmp_path_factory.mktemp("fast")
-    elves = {f"{c} {o}": compile_kernels(folder, NAMES, c, o) for c, o in BUILDS if c in COMPILERS}
-    return {name: Core(elf) for name, elf in elves.items() if elf}
+    return open_cores(tmp_path_factory.mktemp("fast"), NAMES, BUILDS)
 
 
 def draw(value: Value, rng: np.random.Generator, extreme: bool) -> np.ndarray:

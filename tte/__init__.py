@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tte.ptq import quantize
     from tte.scheme import UpdateScheme
     from tte.target import targets
+    from tte.tuning import tune
     from tte.weights import load_weights
 
 # Where each public name lives. It is imported when it is first asked for: ``import tte`` waits for nothing.
@@ -25,11 +26,12 @@ _HOMES = {
     "load_weights": "tte.weights",
     "quantize": "tte.ptq",
     "targets": "tte.target",
+    "tune": "tte.tuning",
 }
 
 __all__ = [
     "Artifact", "TTEError", "UpdateScheme", "analyze", "compile", "explain_memory", "load_weights", "ops", "quantize",
-    "targets",
+    "targets", "tune",
 ]  # fmt: skip
 
 

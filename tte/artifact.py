@@ -16,6 +16,7 @@ from tte import __version__
 from tte.analysis import extra_memory
 from tte.codegen.emit import emit, emit_selftest
 from tte.codegen.export import write_tree
+from tte.codegen.measured import Database, merge, read_shipped
 from tte.codegen.plan import Plan
 from tte.compiler import Compiled, Pipeline, c_name, compile_graphs, find_passes
 from tte.errors import TTEError
@@ -43,6 +44,7 @@ def compile(
     arena: str = "static",
     input: str = "caller",
     memory_plan: str | int = "auto",
+    schedules: Path | str | None = None,
     clock: str | float | None = None,
     disable_passes: Sequence[str] = (),
     dump_ir: Path | str | None = None,
@@ -62,6 +64,7 @@ def compile(
     memory_plan:    how many bytes the arena may have: "fastest" for any number, "smallest" for as few as possible, or a
                     number, whose cheapest plan is taken; "auto": so that the scheme's budget of SRAM is met, smallest
                     without one
+    schedules:      file that ``tte.tune`` wrote: which kernels are fastest, beside what comes with tte
     clock:          core clock for time estimates, "216MHz" or a number in Hz; by default the board's
     disable_passes: passes to leave out, see ``tte.compiler.OPTIONAL``
     dump_ir:        folder for the program after every pass
@@ -94,10 +97,15 @@ def compile(
         arena,
         input,
         memory_plan,
+        _known(schedules).of(board.cpu),
     )
     artifact = Artifact(compiled, scheme, board, clock_hz, _find_module(model))
     artifact.require_budget()
     return artifact
+
+
+def _known(schedules: Path | str | None) -> Database:
+    return merge([read_shipped(), *([Database.read(Path(schedules))] if schedules else [])])
 
 
 def _find_module(model: Any) -> Any:

@@ -122,6 +122,7 @@ def compile_model(
     memory_plan: Annotated[
         str, typer.Option(help="fastest, smallest, or how large the arena may be: 96KB; auto: by the scheme's budget")
     ] = "auto",
+    schedules: Annotated[Path | None, typer.Option(help="what `tte tune` found: kernels are chosen by it")] = None,
     clock: Annotated[str | None, typer.Option(help="core clock for time estimates, e.g. 216MHz")] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(help="leave out a pass (again for more)")] = None,
     dump_ir: Annotated[Path | None, typer.Option(help="write the program after every pass into this folder")] = None,
@@ -138,6 +139,7 @@ def compile_model(
         arena=arena,
         input=input_,
         memory_plan=_memory_plan(memory_plan),
+        schedules=schedules,
         clock=clock,
         disable_passes=disable_pass or (),
         dump_ir=dump_ir,
@@ -153,6 +155,71 @@ def compile_model(
     ]
     _print_table("what learns", ("layer", "weight", "bias"), learned)
     _print_report(artifact.report, output)
+
+
+@app.command()
+def tune(
+    model: Model,
+    update_scheme: Scheme = "full",
+    target: Annotated[str, typer.Option("-t", "--target", help="see `tte targets`")] = "cortex-m7",
+    schedules: Annotated[
+        Path, typer.Option(help="file of measurements, for `tte compile`: what it holds is not measured again")
+    ] = Path("schedules.json"),
+    trials: Annotated[int, typer.Option(min=0, help="how many kernels to measure beside the default ones")] = 200,
+    seed: Annotated[int, typer.Option(help="of the order in which they are tried")] = 0,
+    metric: Annotated[str, typer.Option(help="what is to be small: instructions")] = "instructions",
+    jobs: Annotated[int | None, typer.Option(min=1, help="processes (default: one per processor)")] = None,
+    memory_plan: Annotated[str, typer.Option(help="as for `tte compile`: what room it leaves for kernels")] = "auto",
+    json_: Json = False,
+) -> None:
+    """Measure what the kernels of a model may become, each alone on an emulated core, and keep the fastest.
+
+    May be interrupted at any time: called again, it goes on. Files are merged by `tte merge-schedules`.
+    """
+    import os
+
+    import tte
+
+    with _bar("measuring") as show:
+        found = tte.tune(
+            model,
+            update_scheme=update_scheme,
+            target=target,
+            schedules=schedules,
+            trials=trials,
+            seed=seed,
+            metric=metric,
+            jobs=jobs or os.cpu_count() or 1,
+            progress=lambda done, count: show(done, count, ""),
+            memory_plan=_memory_plan(memory_plan),
+        )
+    if json_:
+        return _print_json(found.to_dict())
+    columns = ("kernel", "calls", "instructions, default", "tuned", "knobs")
+    rows = [
+        (r.kernel, r.calls, r.default, r.tuned, " ".join(f"{k}={v}" for k, v in r.knobs.items())) for r in found.rows
+    ]
+    total = ("all", None, sum(r.default for r in found.rows), sum(r.tuned for r in found.rows), "")
+    title = f"{schedules}: {found.measured} measured, {found.known} known, {found.compiler}"
+    _print_table(title, columns, [*rows, total])
+
+
+@app.command("merge-schedules")
+def merge_schedules(
+    files: Annotated[list[Path], typer.Argument(help="that `tte tune` wrote; where two disagree, the later is right")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="file that holds what all of them hold")],
+    json_: Json = False,
+) -> None:
+    """Put what `tte tune` found for several models, targets or compilers into one file."""
+    from tte.codegen.measured import Database, merge
+
+    merged = merge(map(Database.read, files))
+    merged.write(output)
+    columns = ("core", "kernels", "measured")
+    rows = [(core, len(shapes), sum(map(len, shapes.values()))) for core, shapes in merged.cores.items()]
+    if json_:
+        return _print_json({"cores": [dict(zip(columns, row, strict=True)) for row in rows]})
+    _print_table(str(output), columns, rows)
 
 
 @app.command()
@@ -443,7 +510,21 @@ def _print_run(result: dict[str, Any]) -> None:
 
 @contextmanager
 def _progress_bar(title: str) -> Iterator[Callable[[int, int, float], None]]:
-    """A function (step, all steps, loss) that moves a bar on stderr; on a terminal only."""
+    """A function (step, all steps, loss) that moves a bar on stderr."""
+    mean = 0.0
+    with _bar(title) as move:
+
+        def show(step: int, steps: int, loss: float) -> None:
+            nonlocal mean
+            mean = loss if step == 1 else 0.95 * mean + 0.05 * loss
+            move(step, steps, f", loss {mean:.4f}")
+
+        yield show
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A function (step, all steps, what to add to the title) that moves a bar on stderr; on a terminal only."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -451,14 +532,7 @@ def _progress_bar(title: str) -> Iterator[Callable[[int, int, float], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
-        mean = 0.0
-
-        def show(step: int, steps: int, loss: float) -> None:
-            nonlocal mean
-            mean = loss if step == 1 else 0.95 * mean + 0.05 * loss
-            bar.update(task, completed=step, total=steps, description=f"{title}, loss {mean:.4f}")
-
-        yield show
+        yield lambda step, steps, more: bar.update(task, completed=step, total=steps, description=f"{title}{more}")
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 
 from tte.codegen.check import check_input, check_plan
 from tte.codegen.emit import Interface, Program, StateLayout
+from tte.codegen.measured import Measured
 from tte.codegen.plan import find_lower_bound, plan_memory, plan_together
-from tte.codegen.schedule import schedule
 from tte.errors import TTEError
 from tte.frontends import import_model
 from tte.ir import Const, Graph, Origin, Param, verify
@@ -236,6 +237,7 @@ def compile_graphs(
     arena: str = "static",
     input_place: str = "caller",
     memory_plan: str | int = "auto",
+    measured: Measured | None = None,
 ) -> Compiled:
     """Everything up to the C: the three programs, planned and checked."""
     lowered = lower_programs(model, example_inputs, scheme, pipeline, input_place)
@@ -245,13 +247,14 @@ def compile_graphs(
     room = Arena(limit, input_place == "arena")
     programs = _fit_programs(lowered.roles, pipeline, room)
     if target.dsp:
-        programs = make_room(programs, room)
+        known = measured or {}
+        programs = make_room(programs, room, known)
         if 0 < limit < UNLIMITED:  # what regions leave of the limit may be too little for fast kernels
             for less in (0, limit * 3 // 4):
                 others = plan_programs(lowered.roles, replace(pipeline, dump=None), replace(room, limit=less))
                 if _arena_bytes(others) > limit:
                     break
-                programs = min(programs, make_room(others, room), key=_estimate)
+                programs = min(programs, make_room(others, room, known), key=_estimate)
     check_input([p.graph for p in programs], [p.plan for p in programs])
     needed = _arena_bytes(programs)
     if isinstance(memory_plan, int) and needed > memory_plan:
@@ -371,19 +374,23 @@ def plan_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of what is free: the buffers round about may leave gaps
 
 
-def make_room(programs: Sequence[Program], arena: Arena) -> list[Program]:
-    """The programs with scratch for faster kernels, where it makes the arena no larger than it is or may be."""
+def make_room(programs: Sequence[Program], arena: Arena, measured: Measured) -> list[Program]:
+    """The programs with scratch for faster kernels, where it makes the arena no larger than it is or may be.
+
+    What was measured decides only where its kernels find as much room as the default ones.
+    """
     height = max(arena.limit, _arena_bytes(programs))
     result = []
     for program in programs:
         graph = program.graph
-        for share in SHARES:
+        for share, known in product(SHARES, (measured, {}) if measured else ({},)):
             room = {i: int((height - live) * share) for i, live in enumerate(program.plan.live)}
-            scratch = {c.node: c.kernel.scratch for c in schedule(graph, room) if c.kernel.scratch}
+            tried = replace(program, room=room, measured=known)
+            scratch = {c.node: c.kernel.scratch for c in tried.calls if c.kernel.scratch}
             plan = plan_memory(graph, scratch, hold_input=arena.holds_input, input_offset=program.input_offset)
             if plan.arena_bytes <= height:
                 check_plan(graph, plan, scratch)
-                program = replace(program, plan=plan, room=room)
+                program = replace(tried, plan=plan)
                 break
         result.append(program)
     return result
@@ -396,7 +403,7 @@ def _estimate(programs: Sequence[Program]) -> int:
     """What the programs cost: multiply-accumulates, those of portable kernels several times."""
     cost = 0
     for program in programs:
-        for call in schedule(program.graph, program.room):
+        for call in program.calls:
             members = call.members or (program.graph.nodes[call.node],)
             kernels = call.kernel.parts if call.members else (call.kernel,)
             for node, kernel in zip(members, kernels, strict=True):

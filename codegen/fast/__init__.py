@@ -3,8 +3,7 @@
 A form says by None what it does not serve, or for what there is no room.
 """
 
-from collections.abc import Callable
-from typing import Any
+from itertools import product
 
 from tte.codegen.fast.conv2d import convolve, convolve_directly
 from tte.codegen.fast.dense import dense
@@ -17,10 +16,10 @@ from tte.codegen.fast.float32 import (
     differentiate_weights,
     sum_channels,
 )
-from tte.codegen.fast.form import use_stack
+from tte.codegen.fast.form import Form, Knobs, use_stack
 from tte.codegen.kernel import Kernel
+from tte.codegen.measured import Measured, identify, name_shape
 
-Form = Callable[[Kernel, dict[str, Any], int], Kernel | None]
 FORMS: dict[str, tuple[Form, ...]] = {
     "conv2d": (convolve, convolve_directly, convolve_floats),
     "dense": (dense,),
@@ -30,18 +29,52 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "conv2d_weight_grad": (differentiate_weights,),
     "sum": (sum_channels,),
 }
-
-
+NOTHING: Measured = {}
 STACK = 256  # bytes of scratch that lie on the stack where there is no other room
 
 
-def quicken(kernel: Kernel, room: int) -> Kernel:
-    """What computes the same faster with at most ``room`` bytes of scratch; ``kernel`` itself where nothing does."""
-    context = kernel.arguments()
-    if context["columns"]:  # a few pixels are not worth the call
+def quicken(kernel: Kernel, room: int, measured: Measured = NOTHING) -> Kernel:
+    """What computes the same faster with at most ``room`` bytes of scratch; ``kernel`` itself where nothing does.
+
+    measured: which knobs are better than the default ones; what the default gives has to be among it, so that nothing
+              slower is chosen
+    """
+    found = _find_form(kernel, room)
+    if found is None:
         return kernel
-    forms = (form(kernel, context, max(room, STACK)) for form in FORMS.get(kernel.template, ()))
-    faster = next((made for made in forms if made), None)
-    if faster is None:
-        return kernel
-    return faster if faster.scratch <= room else use_stack(faster)
+    form, default = found
+    known = measured.get(name_shape(kernel), {}) if measured else {}
+    base = known.get(identify(default))
+    better = [(name, m) for name, m in known.items() if base and m.improves(base)]
+    for name, one in sorted(better, key=lambda item: (item[1].cost, item[1].scratch, item[0])):
+        made = _make(form, kernel, room, one.knobs) if form.takes(one.knobs) else None
+        if made and identify(made) == name:
+            return made
+    return default
+
+
+def list_forms(kernel: Kernel, room: int) -> dict[Kernel, Knobs]:
+    """All that a kernel may become by the knobs of its form, each once; the default first."""
+    found = _find_form(kernel, room)
+    if found is None:
+        return {}
+    form, _ = found
+    result: dict[Kernel, Knobs] = {}
+    for values in product(*form.knobs.values()):
+        knobs: Knobs = dict(zip(form.knobs, values, strict=True))
+        if made := _make(form, kernel, room, knobs):
+            result.setdefault(made, knobs)
+    return result
+
+
+def _find_form(kernel: Kernel, room: int) -> tuple[Form, Kernel] | None:
+    """The first that serves a kernel by its default knobs, and what it makes."""
+    if kernel.arguments()["columns"]:  # a few pixels are not worth the call
+        return None
+    tried = ((form, _make(form, kernel, room)) for form in FORMS.get(kernel.template, ()))
+    return next(((form, made) for form, made in tried if made), None)
+
+
+def _make(form: Form, kernel: Kernel, room: int, chosen: Knobs | None = None) -> Kernel | None:
+    made = form(kernel, max(room, STACK), chosen)
+    return use_stack(made) if made and made.scratch > room else made

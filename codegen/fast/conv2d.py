@@ -4,18 +4,22 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tte.codegen.fast.form import WIDEN, assembly, lay_out, limit, make_form
+from tte.codegen.fast.form import WIDEN, assembly, form, lay_out, limit, make_form
 from tte.codegen.kernel import Kernel
 
-BLOCK = 128  # pixels of a block at the most: each block widens all weights
-UNROLL = 24  # groups of four products in a loop at the most: code against four instructions per round
 DOT = ("const uint32_t *a", "const uint32_t *b", "void *y", "int pairs")
 DIRECT = ("const int8_t *a", "const int8_t *b", "int32_t *y", "int n", "uint32_t add")
 SIZES = {"int8": 1, "int16": 2, "int32": 4}
 
 
-def convolve(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
-    """Two pixels times two channels at a time: (H, W, C) int8 by (O, KH, KW, C) int8 or int16."""
+@form(block=(128, 512, 256, 64, 32, 16), unroll=(24, 48, 12), thin=(8, 24, 0))
+def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unroll: int, thin: int) -> Kernel | None:
+    """Two pixels times two channels at a time: (H, W, C) int8 by (O, KH, KW, C) int8 or int16.
+
+    block   pixels of a block at the most: each block widens all weights
+    unroll  groups of four products in a loop at the most: code against four instructions per round
+    thin    groups of an output up to which a loop makes two pairs of pixels
+    """
     out, (x, w, *_) = context["out"], context["ins"]
     if context["tile"] or x["steps"] or x["dtype"] != "int8" or context["acc"] != "int32_t":
         return None
@@ -38,19 +42,27 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | Non
         }
         return lay_out(sizes)
 
-    blocks = [b for b in (pixels, BLOCK, 64, 32, 16, 8, 4) if b <= min(pixels, BLOCK) and place(b)["end"] <= room]
-    if not blocks:
+    shares = [share_out(pixels, most) for most in (512, 256, 128, 64, 32, 16, 8, 4) if most <= block]
+    block = next((share for share in shares if place(share)["end"] <= room), 0)
+    if not block:
         return None
-    at = place(blocks[0])
+    at = place(block)
     quads = all(part["start"] % 4 == 0 == part["stop"] % 4 for part in w["segments"])
-    unroll = -(-groups // -(-groups // UNROLL))
-    pairs = 2 if blocks[0] % 4 == 0 and groups <= 8 and 4 * channels * SIZES[end.result] <= 4095 else 1
+    unroll = -(-groups // -(-groups // unroll))
+    pairs = 2 if block % 4 == 0 and groups <= thin and 4 * channels * SIZES[end.result] <= 4095 else 1
     dot = asdict(end) | {"groups": groups, "unroll": unroll, "stride": channels, "pairs": pairs}
-    more = asdict(end) | {"block": blocks[0], "at": at, "quads": quads}
+    more = asdict(end) | {"block": block, "at": at, "quads": quads}
     parts = assembly("dsp/dot2x2", dot, DOT), WIDEN, *([limit(8)] if end.bits else [])
     return make_form(kernel, context | more, "dsp/conv2d", at["end"], *parts)
 
 
+def share_out(pixels: int, most: int) -> int:
+    """Pixels of a block, where blocks have about as many each: the last begins earlier, and makes some again."""
+    even = -(-pixels // -(-pixels // most))
+    return min(pixels, -(-even // 4) * 4)
+
+
+@form()
 def convolve_directly(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """The same without scratch: filters of 1 x 1 and stride 1, int8, whole or split by the channels that they read."""
     out, (x, w, *_) = context["out"], context["ins"]

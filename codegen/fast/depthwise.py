@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tte.codegen.fast.conv2d import SIZES, End, find_end
-from tte.codegen.fast.form import assembly, lay_out, limit, make_form
+from tte.codegen.fast.form import assembly, form, lay_out, limit, make_form
 from tte.codegen.kernel import Kernel
 
 UNROLL = 4  # pairs of outputs in a loop at the most
 BLOCKS = 8  # words of a row that are packed in a loop at the most
-MOST = 8192  # bytes of scratch, where more than one row is made at once
 WIDEST = 128  # outputs of a row each of which has code of its own, at the most
 SHORT = 4  # rows of a result each of which has code of its own, at the most
 BANDS = (64, 32, 16, 8, 4, 2, 1)
@@ -83,8 +82,12 @@ class Band:
         return (self.lines * width * PACKING[self.lanes] + 50) / self.rows
 
 
-def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
-    """(H, W, C) int8 by (C, KH, KW, 1) int8 or int16; windows without holes."""
+@form(most=(8192, 16384, 32768, 4096))
+def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int, most: int) -> Kernel | None:
+    """(H, W, C) int8 by (C, KH, KW, 1) int8 or int16; windows without holes.
+
+    most  bytes of scratch, where more than one row is made at once
+    """
     out, (x, w, *_), attrs, tile = context["out"], context["ins"], context["attrs"], context["tile"]
     channels, window = x["shape"][3], w["shape"][1:3]
     if x["steps"] or x["dtype"] != "int8" or context["acc"] != "int32_t" or w["shape"][0] != channels:
@@ -100,7 +103,7 @@ def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Ker
     height = 1 if context["rows"] is not None else out["shape"][1]
     heights = {min(rows, height) for rows in (height, *BANDS)}
     bands = [Band(context, planes, end, lanes, rows) for lanes in PACKING if lanes <= channels for rows in heights]
-    fitting = [b for b in bands if b.at["end"] <= (room if b.rows == 1 else min(room, MOST))]
+    fitting = [b for b in bands if b.at["end"] <= (room if b.rows == 1 else min(room, most))]
     if not fitting:
         return None
     band = min(fitting, key=lambda b: (b.cost, b.lanes, b.rows))

@@ -7,12 +7,13 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from tte.codegen.fast.form import assembly, lay_out, make_form
+from tte.codegen.fast.form import assembly, form, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
 WIDTH = 8  # channels at a time
 
 
+@form()
 def convolve_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Two pixels times eight channels at a time: (H, W, I) float32 by (O, KH, KW, I) of any type."""
     out, (x, w, *_) = context["out"], context["ins"]
@@ -40,6 +41,7 @@ def convolve_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kerne
     return make_form(kernel, context | more, "fpu/conv2d", more["at"]["end"], *_dots(channels))
 
 
+@form()
 def convolve_depthwise_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Some channels of a pixel at a time: (H, W, C) float32 by (C, KH, KW) of any type."""
     out, (x, w, *_) = context["out"], context["ins"]
@@ -91,6 +93,7 @@ def _find_widths(channels: int) -> list[int]:
     return [n for n in (WIDTH if channels >= WIDTH else 0, channels % WIDTH) if n]
 
 
+@form()
 def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Two pixels times eight channels at a time: (OH, OW, O) float32 by (O, KH, KW, C) of any type."""
     out, (x, w, *_) = context["out"], context["ins"]
@@ -114,6 +117,7 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     return make_form(kernel, context | more, "fpu/conv2d_transpose", at["end"], *parts)
 
 
+@form()
 def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Some channels of a pixel at a time: (OH, OW, C) float32 by (C, KH, KW) of any type."""
     out, (x, w, *_) = context["out"], context["ins"]
@@ -145,6 +149,7 @@ def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) 
     return make_form(kernel, context | more, "fpu/depthwise_conv2d_transpose", at["end"], *parts)
 
 
+@form()
 def differentiate_weights(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Two input channels times eight output channels at a time: (H, W, C) of any type by (OH, OW, O) float32."""
     attrs, tile, (x, g) = context["attrs"], context["tile"], context["ins"]
@@ -168,6 +173,7 @@ def differentiate_weights(kernel: Kernel, context: dict[str, Any], room: int) ->
     return make_form(kernel, context | {"height": height, "at": at}, "fpu/conv2d_weight_grad", at["end"], *parts)
 
 
+@form()
 def sum_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Sums over all pixels of (H, W, C) float32, some channels at a time."""
     (x,) = context["ins"]

@@ -1,12 +1,40 @@
 """What all faster forms of kernels are made with."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 from tte.codegen.kernel import SCRATCH, Kernel
+
+Knobs = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A faster way to compute what a kernel computes.
+
+    make   (kernel, context, room, one argument per knob) -> a kernel, or None for what it does not serve or has no room
+           for
+    knobs  the values that may be chosen of each, the default first. They are limits: any serves any shape.
+    """
+
+    make: Callable[..., Kernel | None]
+    knobs: Mapping[str, tuple[int, ...]]
+
+    def __call__(self, kernel: Kernel, room: int, chosen: Knobs | None = None) -> Kernel | None:
+        """Defaults for what is not chosen."""
+        values = {name: values[0] for name, values in self.knobs.items()} | dict(chosen or {})
+        return self.make(kernel, kernel.arguments(), room, **values)
+
+    def takes(self, chosen: Knobs) -> bool:
+        return all(value in self.knobs.get(name, ()) for name, value in chosen.items())
+
+
+def form(**knobs: tuple[int, ...]) -> Callable[[Callable[..., Kernel | None]], Form]:
+    """Declares a form by what makes it."""
+    return lambda make: Form(make, knobs)
 
 
 def lay_out(sizes: Mapping[str, int]) -> dict[str, int]:

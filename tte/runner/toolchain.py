@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,17 +122,13 @@ def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: 
     flags += [f"-DMODEL_PREFIX_UPPER={prefix.upper()}", f'-DMODEL_HEADER="{build.name}.h"']
     if board.machine:
         flags += [f"-DEMU_COUNTER={board.machine.counter:#x}u"]
-    if toolchain == "zig":
-        command = _zig() + ["-target", board.zig_target, f"-mcpu={board.zig_cpu}", "-ffreestanding"]
-        command += ["-g", "-fno-sanitize=undefined"]  # zig drops the symbols at -Os, and adds checks at -O0
-    else:
-        command = ["arm-none-eabi-gcc", *board.gcc_flags, "-ffreestanding"]
+    command = board_command(board, toolchain)
     script = _linker_script(emulator, board)
     sources = [*build.list_sources(selftest), *sorted(emulator.glob("emu_*.c"))]
     version = toolchain_version(toolchain)
     words = [version, *(f for f in flags if not f.startswith("-I")), *board.gcc_flags]
     files = [*sources, *_headers(build), *emulator.glob("*.h")]
-    elf = _cache(build) / f"{board.name}-{toolchain}-{_digest(files, [script, *words])}.elf"
+    elf = _cache(build.folder) / f"{board.name}-{toolchain}-{_digest(files, [script, *words])}.elf"
     if not elf.exists():
         with tempfile.TemporaryDirectory(dir=elf.parent) as scratch:
             ld = Path(scratch) / "link.ld"
@@ -175,7 +171,7 @@ def build_host(build: Build, sanitize: bool = False, selftest: bool = False) -> 
         flags += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     sources = build.list_sources(selftest)
     words = [*command, *(f for f in flags if not f.startswith("-I")), _this_cpu()]
-    library = _cache(build) / f"host-{_digest([*sources, *_headers(build)], words)}.so"
+    library = _cache(build.folder) / f"host-{_digest([*sources, *_headers(build)], words)}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             made = Path(scratch) / "host.so"
@@ -187,10 +183,46 @@ def build_host(build: Build, sanitize: bool = False, selftest: bool = False) -> 
     return library
 
 
-def build_counter(build: Build) -> Path:
-    """The instruction counter of the Unicorn board, as a shared library for this computer."""
+def build_bare(
+    folder: Path, sources: Mapping[str, str], target: Target, toolchain: str = "zig", optimize: str = "-O2"
+) -> Path:
+    """A program without an entry, for the core of ``target``: file name -> text; what is compiled ends with .c.
+
+    Raises TTEError (E052) where the compiler refuses the code.
+    """
+    for name, text in sources.items():
+        (folder / name).write_text(text)
+    script = folder / "link.ld"
+    script.write_text(f"SECTIONS {{ .text {BARE_CODE:#x} : {{ *(.text* .rodata*) }} /DISCARD/ : {{ *(.ARM*) }} }}")
+    elf = folder / f"{toolchain}{optimize}.elf"
+    files = [*(folder / name for name in sources if name.endswith(".c")), Path(__file__).with_name("bare.c")]
+    command = board_command(target, toolchain)
+    flags = [*FLAGS, optimize, "-fno-unwind-tables"]  # not for the linker: it would drop what nothing calls
+    objects = [str(folder / f"{toolchain}{optimize}-{file.name}.o") for file in files]
+    lines = [[*command, *flags, "-c", "-o", made, str(file)] for made, file in zip(objects, files, strict=True)]
+    lines.append([*command, "-nostdlib", f"-Wl,-T,{script}", "-o", str(elf), *objects])
+    for line in lines:
+        result = _run(line if toolchain == "zig" or "-c" in line else [*line, "-lgcc"])
+        if result.returncode:
+            raise _refused(line, result.stderr)
+    return elf
+
+
+BARE_CODE = 0x0800_0000  # where programs without an entry lie
+
+
+def board_command(board: Target, toolchain: str) -> list[str]:
+    """The compiler for a core, without a library."""
+    if toolchain == "zig":
+        more = ["-g", "-fno-sanitize=undefined"]  # zig drops the symbols at -Os, and adds checks at -O0
+        return [*_zig(), "-target", board.zig_target, f"-mcpu={board.zig_cpu}", "-ffreestanding", *more]
+    return ["arm-none-eabi-gcc", *board.gcc_flags, "-ffreestanding"]
+
+
+def build_counter(folder: Path) -> Path:
+    """The instruction counter of the Unicorn board, as a shared library for this computer, in the cache of a folder."""
     source = Path(__file__).with_name("count.c")
-    library = _cache(build) / f"count-{_digest([source], [_this_cpu()])}.so"
+    library = _cache(folder) / f"count-{_digest([source], [_this_cpu()])}.so"
     if not library.exists():
         system = shutil.which("gcc") or shutil.which("cc")
         command = [system] if system else _zig()
@@ -241,8 +273,8 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-def _cache(build: Build) -> Path:
-    folder = build.folder / ".cache"
+def _cache(project: Path) -> Path:
+    folder = project / ".cache"
     try:
         folder.mkdir(exist_ok=True)
     except OSError as problem:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from tte.errors import TTEError
 from tte.runner.board import require_open
 from tte.runner.build import Build
+from tte.runner.counter import Counter
 from tte.runner.stream import StreamBoard
 from tte.runner.toolchain import Firmware, build_counter
 from tte.target import Target
@@ -45,17 +46,6 @@ class Frame:
     def instructions(self) -> int:
         """With all calls."""
         return self.own + sum(call.instructions for call in self.calls)
-
-
-class _Node(ctypes.Structure):
-    """node_t of count.c."""
-
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in ("parent", "child", "sibling", "function")),
-        ("origin", ctypes.c_uint32),
-        ("counted", ctypes.c_uint64),
-        ("read", ctypes.c_uint64),
-    ]
 
 
 class UnicornBoard(StreamBoard):
@@ -92,7 +82,9 @@ class UnicornBoard(StreamBoard):
         engine.hook_add(unicorn.UC_HOOK_INTR, self._on_interrupt)
         invalid = unicorn.UC_HOOK_MEM_INVALID
         engine.hook_add(invalid, self._on_invalid)
-        self._library = self._install_hooks(board)
+        functions = [(start, end) for start, end, _ in self._symbols]
+        library = build_counter(self.build.folder)
+        self._counter = Counter(engine, library, self._flash, board.flash.origin, functions, board.unaligned)
         stack, reset = struct.unpack("<II", bytes(self._flash[:8]))
         engine.reg_write(arm_const.UC_ARM_REG_SP, stack)
         engine.reg_write(arm_const.UC_ARM_REG_FPEXC, 1 << 30)
@@ -119,51 +111,16 @@ class UnicornBoard(StreamBoard):
                     names.setdefault((start, start + s["st_size"]), []).append(s.name)
             return sorted((*bounds, tuple(sorted(found))) for bounds, found in names.items())
 
-    def _install_hooks(self, board: Target) -> Any:
-        """Count blocks, and stop at what is not aligned where that faults: in C, because Python would be slow.
-
-        Returns count.c, and sets what it works on.
-        """
-        import unicorn
-        from unicorn.unicorn_py3.unicorn import uclib
-
-        library = ctypes.CDLL(str(build_counter(self.build)))
-        library.count_open.restype = ctypes.c_void_p
-        library.count_read.restype, library.count_unaligned.restype = ctypes.c_uint64, ctypes.c_uint32
-        library.count_nodes.restype = ctypes.POINTER(_Node)
-        bounds = [address for start, end, _ in self._symbols for address in (start, end)]
-        self._functions = (ctypes.c_uint32 * len(bounds))(*bounds)
-        flash = (ctypes.c_uint32(board.flash.origin), ctypes.c_uint32(board.flash.size))
-        stop = ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p)
-        counter = library.count_open(self._flash, *flash, self._functions, len(self._symbols), stop)
-        self._counter = ctypes.c_void_p(counter)
-        uclib.uc_hook_add.restype = ctypes.c_int
-        accesses = unicorn.UC_HOOK_MEM_READ | unicorn.UC_HOOK_MEM_WRITE
-        hooks = [(unicorn.UC_HOOK_BLOCK, library.count_block)]
-        for kind, hook in hooks if board.unaligned else [*hooks, (accesses, library.check_access)]:
-            status = uclib.uc_hook_add(
-                self._engine._uch,
-                ctypes.byref(ctypes.c_size_t()),
-                ctypes.c_int(kind),
-                ctypes.cast(hook, ctypes.c_void_p),
-                self._counter,
-                ctypes.c_uint64(1),
-                ctypes.c_uint64(0),
-            )
-            assert status == 0, status
-        return library
-
     def profile(self) -> Frame:
         """What was executed between the last two readings of the timer: in the last call whose result has a count."""
         require_open(self.is_open)
-        used = ctypes.c_int32()
-        nodes = self._library.count_nodes(self._counter, ctypes.byref(used))
-        calls: dict[int, list[Frame]] = {i: [] for i in range(-1, used.value)}
-        for i in reversed(range(used.value)):  # callers are numbered before what they call
-            names = self._symbols[nodes[i].function][2] if nodes[i].function >= 0 else ()
-            frame = Frame(names, nodes[i].read, tuple(reversed(calls[i])))
+        nodes = self._counter.nodes()
+        calls: dict[int, list[Frame]] = {i: [] for i in range(-1, len(nodes))}
+        for i, node in reversed(list(enumerate(nodes))):
+            names = self._symbols[node.function][2] if node.function >= 0 else ()
+            frame = Frame(names, node.read, tuple(reversed(calls[i])))
             if frame.instructions:
-                calls[nodes[i].parent].append(frame)
+                calls[node.parent].append(frame)
         return calls[-1][0]
 
     def _exchange(self, command: bytes, size: int) -> bytes:
@@ -177,7 +134,7 @@ class UnicornBoard(StreamBoard):
     def _close(self) -> None:
         for file in self._files.values():
             file.close()
-        self._library.count_close(self._counter)
+        self._counter.close()
         self._folder.cleanup()
 
     def _run(self) -> None:
@@ -191,7 +148,7 @@ class UnicornBoard(StreamBoard):
         except unicorn.UcError as problem:
             self._fault = self._fault or f"{problem} at {self._where()}"
         self._pc = self._engine.reg_read(self._registers.UC_ARM_REG_PC)
-        if address := self._library.count_unaligned(self._counter):
+        if address := self._counter.find_unaligned():
             self._fault = f"access to {address:#010x}, which is not aligned, at {self._where()}"
         if self._fault:
             raise TTEError(
@@ -216,7 +173,7 @@ class UnicornBoard(StreamBoard):
         return False
 
     def _read_counter(self, engine: Any, offset: int, size: int, user: Any) -> int:
-        return int(self._library.count_read(self._counter)) & 0xFFFFFFFF
+        return self._counter.read() & 0xFFFFFFFF
 
     def _on_interrupt(self, engine: Any, number: int, user: Any) -> None:
         registers = self._registers

@@ -1,0 +1,153 @@
+"""What was measured of faster kernels: a file that `tte tune` fills, and that a schedule is chosen by."""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tte.codegen.kernel import Kernel
+from tte.errors import TTEError
+
+HERE = Path(__file__).parent
+SHIPPED = HERE / "measured.json"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of a kernel: how it was made, the bytes of its scratch, and by compiler the instructions that it executes."""
+
+    knobs: Mapping[str, int]
+    scratch: int
+    instructions: Mapping[str, int]
+
+    @property
+    def cost(self) -> int:
+        return sum(self.instructions.values())
+
+    def improves(self, other: "Measurement") -> bool:
+        """Fewer instructions by some compiler, and by none more."""
+        common = [(self.instructions.get(c), n) for c, n in other.instructions.items()]
+        return all(own is not None and own <= n for own, n in common) and any(own != n for own, n in common)
+
+
+Measured = Mapping[str, Mapping[str, Measurement]]  # shape, see ``name_shape`` -> kernel, see ``identify``
+
+
+@dataclass
+class Database:
+    """Measurements by core, shape and kernel."""
+
+    cores: dict[str, dict[str, dict[str, Measurement]]] = field(default_factory=dict)
+
+    @staticmethod
+    def read(path: Path) -> "Database":
+        """Raises TTEError (E090) for a file that is none, or damaged."""
+        try:
+            content = json.loads(path.read_text())
+            if content["schema_version"] != 1:
+                raise ValueError(f"schema_version {content['schema_version']}")
+            result = Database()
+            for core, shapes in content["cores"].items():
+                for shape, kernels in shapes.items():
+                    for name, record in kernels.items():
+                        result.add(core, shape, name, _read(record))
+            return result
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+            raise TTEError(
+                "TTE-E090",
+                f"no database of schedules: {type(problem).__name__}: {problem}",
+                where=str(path),
+                fix="give a file that `tte tune` wrote, or another name for a new one",
+            ) from problem
+
+    def write(self, path: Path) -> None:
+        """The same content gives the same bytes. The file is always whole. Raises TTEError (E045)."""
+        cores = {
+            core: {
+                shape: {name: vars(m) for name, m in sorted(kernels.items())}
+                for shape, kernels in sorted(shapes.items())
+            }
+            for core, shapes in sorted(self.cores.items())
+        }
+        draft = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            draft.write_text(json.dumps({"schema_version": 1, "cores": cores}, indent=1, sort_keys=True) + "\n")
+            draft.replace(path)
+        except OSError as problem:
+            draft.unlink(missing_ok=True)
+            what = f"cannot write: {problem.strerror}"
+            raise TTEError("TTE-E045", what, where=str(path), fix="choose another place") from problem
+
+    def add(self, core: str, shape: str, name: str, measurement: Measurement) -> None:
+        """To what is known; of two counts by the same compiler the later is right."""
+        known = self.cores.setdefault(core, {}).setdefault(shape, {})
+        before = known[name].instructions if name in known else {}
+        known[name] = Measurement(measurement.knobs, measurement.scratch, {**before, **measurement.instructions})
+
+    def of(self, core: str) -> dict[str, dict[str, Measurement]]:
+        return self.cores.get(core, {})
+
+
+def _read(record: Mapping[str, Any]) -> Measurement:
+    result = Measurement(dict(record["knobs"]), record["scratch"], dict(record["instructions"]))
+    numbers = [*result.knobs.values(), result.scratch, *result.instructions.values()]
+    if not result.instructions or any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"{record} is no measurement")
+    return result
+
+
+def merge(databases: Iterable[Database]) -> Database:
+    """All that any of them knows; where two disagree, the later is right."""
+    result = Database()
+    for database in databases:
+        for core, shapes in database.cores.items():
+            for shape, kernels in shapes.items():
+                for name, measurement in kernels.items():
+                    result.add(core, shape, name, measurement)
+    return result
+
+
+@functools.cache
+def read_shipped() -> Database:
+    """What comes with tte."""
+    return Database.read(SHIPPED)
+
+
+@functools.cache
+def name_shape(kernel: Kernel) -> str:
+    """The operator and its tensors, to be read; and a digest of all that its speed depends on."""
+    context = kernel.arguments()
+    tensors = [*context.get("ins", []), *([context["out"]] if "out" in context else [])]
+    sizes = ["x".join(map(str, t["shape"])) + f" {t['dtype']}" for t in tensors]
+    pieces = "a row" if context["rows"] is not None else "a tile" if context["tile"] else "all"
+    return f"{kernel.template} {', '.join(sizes)}: {pieces}, {_digest(_without_scales(context))}"
+
+
+@functools.cache
+def identify(kernel: Kernel) -> str:
+    """A digest of how a kernel is made."""
+    family = [(k.template, _source(k.template), _without_scales(k.arguments()), k.scratch) for k in kernel.family()]
+    return _digest(family)
+
+
+@functools.cache
+def _source(template: str) -> str:
+    return _digest((HERE / "kernels" / f"{template}.c.j2").read_text())
+
+
+def _without_scales(value: Any, key: str = "") -> Any:
+    """What layers of the same shape have in common: of scales and zero points only whether there are any."""
+    if isinstance(value, dict):
+        return {k: _without_scales(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_scales(v) for v in value]
+    constant = key.rpartition("_")[2] in ("scale", "zero", "point", "value") and not isinstance(value, str)
+    return bool(value) if constant else value
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

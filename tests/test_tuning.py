@@ -1,0 +1,287 @@
+"""The search for knobs: what is measured, what it is good for, and that nothing is lost or slower."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import qdq
+from torch import Tensor, nn
+
+import tte
+from tte import tuning
+from tte.codegen.fast import list_forms, quicken
+from tte.codegen.kernel import Kernel
+from tte.codegen.measured import SHIPPED, Database, Measured, Measurement, identify, merge, name_shape
+from tte.errors import TTEError
+from tte.runner.bare import Trial, measure
+from tte.runner.toolchain import build_counter, find_toolchains
+from tte.target import CORTEX_M4, CORTEX_M7
+
+pytest.importorskip("unicorn", reason="pip install 'tte[emulate]'")
+pytestmark = pytest.mark.skipif(not find_toolchains(), reason="no C compiler for Cortex-M")
+
+
+class Small(nn.Module):
+    """Shapes that nothing was made for; where memory is short, the first layers run row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide, self.narrow = qdq.conv(3, 9), qdq.conv(9, 21, 1), qdq.conv(21, 7, 3, 2)
+        self.fc = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.narrow(self.wide(self.stem(x))).mean((2, 3)))
+        return y
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return qdq.quantize(qdq.Recipe(Small, (1, 3, 13, 13)), tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def search(model: Path, tmp_path: Path) -> Callable[..., tuning.Tuned]:
+    def run(name: str = "s.json", **options: Any) -> tuning.Tuned:
+        given = {"update_scheme": "last-layer", "memory_plan": "fastest", "trials": 5} | options
+        return tte.tune(model, schedules=tmp_path / name, **given)
+
+    return run
+
+
+@pytest.mark.parametrize("plan", ["fastest", 4000])
+def test_what_was_measured_alone_is_gained_in_the_whole(
+    plan: str | int, model: Path, search: Any, tmp_path: Path
+) -> None:
+    found = search(memory_plan=plan, trials=20)
+    assert any("a row" in row.kernel for row in found.rows) == (plan == 4000)
+    assert all(row.tuned <= row.default for row in found.rows)
+    options = {"update_scheme": "last-layer", "memory_plan": plan}
+    plain, tuned = (tte.compile(model, schedules=s, **options) for s in (None, found.schedules))
+    marks = [[a.report[call]["instructions"] for call in ("infer", "train_step")] for a in (plain, tuned)]
+    gained = sum(row.default - row.tuned for row in found.rows)
+    assert gained > 0 or plan == 4000  # where the room leaves no choice
+    # evaluate runs the same kernels as a training step's forward; a few instructions lie between the calls.
+    assert sum(marks[0]) - sum(marks[1]) == pytest.approx(gained * 2 / 3, rel=0.02)
+    data = {"x": np.random.default_rng(0).standard_normal((2, 3, 13, 13)).astype(np.float32), "y": np.array([1, 4])}
+    assert plain.run(data).weights_sha256 == tuned.run(data).weights_sha256
+
+
+def test_same_seed_same_file(search: Any, tmp_path: Path) -> None:
+    files = [search(f"{i}.json", **more).schedules for i, more in enumerate([{}, {"jobs": 2}, {"seed": 1}])]
+    one, other, different = (file.read_bytes() for file in files)
+    assert one == other != different
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json", "2.json"]
+
+
+def test_an_interrupted_search_goes_on(search: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = search("whole.json")
+    count = 0
+
+    def limited(trial: Trial) -> int:
+        nonlocal count
+        count += 1
+        if count > 6:
+            raise KeyboardInterrupt
+        return measure(trial)
+
+    monkeypatch.setattr(tuning, "measure", limited)
+    with pytest.raises(KeyboardInterrupt):
+        search("s.json")
+    monkeypatch.undo()
+    rest = search("s.json")
+    assert (rest.measured, rest.known) == (whole.measured - 6, 6)
+    assert rest.schedules.read_bytes() == whole.schedules.read_bytes()
+    assert search("s.json").measured == 0
+
+
+def test_heavy_kernels_have_more_trials(search: Any) -> None:
+    found = search(trials=1)
+    heaviest = max(found.rows, key=lambda row: row.default).kernel
+    shapes = Database.read(found.schedules).of("cortex-m7")
+    assert {shape: len(known) for shape, known in shapes.items()} == {
+        row.kernel: 1 + (row.kernel == heaviest) for row in found.rows
+    }
+
+
+FUNCTIONS = {
+    "two": r"strb r0, [r0]\n bx lr",
+    "three": r"movs r1, #9\n strb r0, [r0]\n bx lr",
+    "other": r"movs r1, #77\n strb r1, [r0]\n bx lr",
+}
+
+
+def test_a_trial_counts_exactly_and_compares_bits(tmp_path: Path) -> None:
+    text = "".join(
+        f"void {name}(void *y);\n__attribute__((naked)) void {name}(__attribute__((unused)) void *y) {{\n"
+        f'    __asm__("{body}");\n}}\n'
+        for name, body in FUNCTIONS.items()
+    )
+    trial = Trial(
+        sources={"t.c": text},
+        names=("three", "two"),
+        places=((), ()),
+        buffers=(np.zeros(1, np.uint8),),
+        outputs=1,
+        scratch=0,
+        target=CORTEX_M4,
+        toolchain=find_toolchains()[0],
+        counter=build_counter(tmp_path),
+    )
+    assert measure(trial) == 6
+    assert measure(replace(trial, names=("two", "three"))) == 4
+    with pytest.raises(AssertionError, match="is not"):
+        measure(replace(trial, names=("two", "other")))
+
+
+# --- what a kernel becomes -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kernel(model: Path) -> Kernel:
+    """A portable one that may become several."""
+    programs = tte.compile(model, update_scheme="last-layer", memory_plan="fastest").compiled.programs
+    portable = (s.uses[0][0] for s in tuning._find_subjects(programs))
+    return max(portable, key=lambda k: len({form.scratch for form in list_forms(k, ROOM)}))
+
+
+ROOM = 1 << 20
+
+
+def measurements(kernel: Kernel, **counts: dict[str, int]) -> Measured:
+    """Of the default form and of those that come next, by compiler."""
+    forms = list(list_forms(kernel, ROOM).items())
+    known = {
+        identify(made): Measurement(knobs, made.scratch, count)
+        for (made, knobs), count in zip(forms, counts.values(), strict=False)
+    }
+    return {name_shape(kernel): known}
+
+
+def test_the_fastest_is_chosen_that_no_compiler_makes_slower(kernel: Kernel) -> None:
+    default, one, two = list(list_forms(kernel, ROOM))[:3]
+
+    def choose(room: int = ROOM, **counts: dict[str, int]) -> Kernel:
+        return quicken(kernel, room, measurements(kernel, **counts))
+
+    assert choose() == default == quicken(kernel, ROOM)
+    assert choose(default={"zig": 9}, one={"zig": 8}, two={"zig": 7}) == two
+    assert choose(default={"zig": 9}, one={"zig": 9}, two={"zig": 10}) == default
+    assert choose(default={"zig": 9, "gcc": 9}, one={"zig": 8, "gcc": 9}, two={"zig": 1, "gcc": 10}) == one
+    assert choose(default={"zig": 9, "gcc": 9}, one={"zig": 8}, two={"gcc": 10}) == default
+    assert choose(default={"gcc": 9}, one={"zig": 8}) == default  # nothing says that it is faster
+
+
+def test_what_does_not_fit_or_is_gone_is_not_chosen(kernel: Kernel) -> None:
+    default, *others = list_forms(kernel, ROOM)
+    wide = next(k for k in others if k.scratch > default.scratch)
+    knobs = list_forms(kernel, ROOM)[wide]
+    base = {identify(default): Measurement({}, default.scratch, {"zig": 9})}
+
+    def choose(room: int, **more: Any) -> Kernel:
+        found = Measurement(knobs, wide.scratch, {"zig": 1})
+        return quicken(kernel, room, {name_shape(kernel): base | {identify(wide): replace(found, **more)}})
+
+    assert choose(ROOM) == wide
+    assert choose(wide.scratch - 1) == default
+    assert choose(ROOM, knobs={"block": 100}) == default  # not a value of today
+    assert choose(ROOM, knobs={"nothing": 1}) == default
+    another = next(known for made, known in list_forms(kernel, ROOM).items() if made not in (default, wide))
+    assert choose(ROOM, knobs=another) == default  # that is not what was measured
+
+
+def test_layers_of_the_same_shape_share_measurements(kernel: Kernel) -> None:
+    context = re.sub(r'"zero_point": (-?[1-9]\d*)', lambda m: f'"zero_point": {int(m[1]) // 2 or 5}', kernel.context)
+    other = replace(kernel, context=context)
+    assert other != kernel
+    assert name_shape(other) == name_shape(kernel)
+    longer = replace(kernel, context=kernel.context.replace('"strides": [1, 1]', '"strides": [2, 2]', 1))
+    assert longer != kernel
+    assert name_shape(longer) != name_shape(kernel)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_merged_files_hold_everything() -> None:
+    first, second = Database(), Database()
+    first.add("cortex-m7", "a", "x", Measurement({"block": 1}, 4, {"zig": 5, "gcc": 6}))
+    first.add("cortex-m4", "a", "x", Measurement({}, 0, {"zig": 1}))
+    second.add("cortex-m7", "a", "x", Measurement({"block": 1}, 4, {"gcc": 7}))
+    second.add("cortex-m7", "b", "y", Measurement({}, 0, {"gcc": 2}))
+    merged = merge([first, second])
+    assert merged.of("cortex-m7")["a"]["x"].instructions == {"zig": 5, "gcc": 7}
+    assert {core: sorted(shapes) for core, shapes in merged.cores.items()} == {
+        "cortex-m7": ["a", "b"],
+        "cortex-m4": ["a"],
+    }
+    assert first.of("cortex-m7")["a"]["x"].instructions == {"zig": 5, "gcc": 6}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    database, path = Database(), tmp_path / "s.json"
+    for name in ("y", "x"):
+        database.add("cortex-m7", "a", name, Measurement({"unroll": 2, "block": 1}, 4, {"zig": 5}))
+    database.write(path)
+    assert Database.read(path) == database
+    before = path.read_bytes()
+    merge([Database.read(path)]).write(path)
+    assert path.read_bytes() == before
+
+
+def test_the_shipped_file_is_sorted_and_whole(tmp_path: Path) -> None:
+    Database.read(SHIPPED).write(tmp_path / "s.json")
+    assert (tmp_path / "s.json").read_bytes() == SHIPPED.read_bytes()
+
+
+RECORD = {"knobs": {}, "scratch": 0, "instructions": {"zig": 1}}
+WRONG = (("scratch", -1), ("scratch", "4"), ("instructions", {}), ("knobs", 3), ("knobs", {"b": 1.5}))
+DAMAGED = {
+    "cut short": '{"schema_version": 1',
+    "of another kind": "[]",
+    "of another version": '{"schema_version": 2, "cores": {}}',
+    "without cores": '{"schema_version": 1}',
+    **{
+        f"with {key} {value}": json.dumps({"schema_version": 1, "cores": {"m": {"a": {"x": RECORD | {key: value}}}}})
+        for key, value in WRONG
+    },
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_named_and_left_alone(text: str, tmp_path: Path, search: Any, model: Path) -> None:
+    path = tmp_path / "s.json"
+    path.write_text(text)
+    for use in (lambda: search("s.json"), lambda: tte.compile(model, schedules=path)):
+        with pytest.raises(TTEError, match="no database of schedules") as error:
+            use()
+        assert (error.value.code, error.value.where) == ("TTE-E090", str(path))
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("code", "options"),
+    [
+        ("TTE-E048", {"target": "cortex-m99"}),
+        ("TTE-E058", {"target": "host"}),
+        ("TTE-E059", {"metric": "cycles"}),
+        ("TTE-E059", {"trials": -1}),
+        ("TTE-E059", {"jobs": 0}),
+        ("TTE-E045", {"name": "no/such/folder/s.json"}),
+    ],
+)
+def test_wrong_options(code: str, options: dict[str, Any], search: Any) -> None:
+    with pytest.raises(TTEError) as error:
+        search(**options)
+    assert error.value.code == code
+
+
+def test_another_core_has_its_own_measurements(search: Any) -> None:
+    found = search(trials=0)
+    assert search(trials=0, target="stm32f746").measured == 0  # the same core
+    assert search(trials=0, target=CORTEX_M4.name).measured == found.measured
+    assert set(Database.read(found.schedules).cores) == {CORTEX_M4.cpu, CORTEX_M7.cpu}
