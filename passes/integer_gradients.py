@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value, rewrite
-from tte.ops.gradients import FARTHEST
+from tte.ops.gradients import FARTHEST, FINER, least_distance
 from tte.ops.rules import read_numbers
 
 RANGE = "gradient_range"
@@ -43,14 +43,14 @@ class _Integers:
     """A gradient: value * factor * 2^exponent * unit, where ``masks`` are set.
 
     value   int8, or int32: sums that nothing has rounded yet
-    unit    a float32 scalar; exponent: the range that decides it, None: 0
+    unit    a float32 scalar; exponent: an int32 scalar
     factor  broadcasts to the value
     size    about the logarithm to base 2 of its largest element, in units
     """
 
     value: Value
     unit: Value
-    exponent: Param | None
+    exponent: Value
     factor: np.ndarray
     size: float
     masks: tuple[Value, ...] = ()
@@ -145,7 +145,8 @@ class _State:
         real = self.real(gradient)
         unit = self.call("qnn.gradient_unit", real)
         q = self.call("qnn.quantize_gradient", real, unit)
-        self.found[gradient.name] = _Integers(q, unit, None, np.ones(1), math.log2(127))
+        zero = self.builder.const(np.asarray(0, np.int32))
+        self.found[gradient.name] = _Integers(q, unit, zero, np.ones(1), math.log2(127))
         self.floats[gradient.name] = real
         return self.found[gradient.name]
 
@@ -154,7 +155,7 @@ class _State:
         if value.name in self.floats or value.name not in self.found:
             return self.floats.get(value.name, value)
         g = self.found[value.name]
-        scale = self.call("qnn.gradient_scale", g.unit, *([g.exponent] if g.exponent else []))
+        scale = self.call("qnn.gradient_scale", g.unit, g.exponent)
         real = self.call("multiply", self.call("cast", g.value, dtype="float32"), scale)
         if g.factor.size > 1 or g.factor.item() != 1.0:
             real = self.call("multiply", real, self.builder.const(g.factor.astype(np.float32)))
@@ -180,15 +181,16 @@ class _State:
         data = np.asarray([np.clip(round(size * 256), -FARTHEST, FARTHEST), 0], np.int32)
         range = Param(f"{RANGE}.{len(self.ranges)}", TensorType((2,), "int32"), data)
         operands: list[Value] = []
-        bits = {}
+        bits, least = {}, []
         for name, g in given.items():
             multiplier, bits[name] = _integer_multiplier(g.factor)
-            shift = self.call("qnn.gradient_shift", range, *([g.exponent] if g.exponent else []))
-            operands += [g.value, self.builder.const(multiplier), shift]
+            least.append(least_distance(g.value.type.dtype, bits[name], FINER if len(given) > 1 else 0))
+            operands += [g.value, self.builder.const(multiplier), g.exponent]
             unit = g.unit
-        q = self.masked(self.call(op, *operands, **bits), masks)
-        self.ranges.append((range, self.call("qnn.observe_gradient", range, q, unit)))
-        return _Integers(q, unit, range, np.ones(1), size)
+        exponent = self.call("qnn.gradient_exponent", range, *(g.exponent for g in given.values()), least=tuple(least))
+        q = self.masked(self.call(op, *operands, exponent, **bits), masks)
+        self.ranges.append((range, self.call("qnn.observe_gradient", range, q, exponent, unit)))
+        return _Integers(q, unit, exponent, np.ones(1), size)
 
     def energy(self, value: Value) -> float:
         """About the sum of squares of a weight; of activations, of so many ones."""

@@ -250,37 +250,25 @@ static inline int32_t tte_quotient(float g, float unit) {
     return tte_round(v > -127.0f ? (v < 127.0f ? v : 127.0f) : -127.0f);
 }
 
-/* The exponent at which numbers of this logarithm (in 256ths) and a margin of 64 fit 127. */
-static inline int32_t tte_exponent(int32_t logarithm) {
-    return ((logarithm + 319) >> 8) - 7;
-}
-
-/* round(v * multiplier / 2^shift), halves up, not beyond 2^29; what is more than 32 of the shift, kept inside of 1 to 62,
- * is first taken from the multiplier. */
+/* round(v * multiplier / 2^shift), halves up, shift from 32: what is more is first taken from the multiplier. */
 static inline int32_t tte_shift_product(int32_t v, int32_t multiplier, int32_t shift) {
-    shift = shift < 1 ? 1 : shift > 62 ? 62 : shift;
-    if (shift >= 32) {
-        multiplier = (multiplier + ((1 << (shift - 32)) >> 1)) >> (shift - 32);
-        return (int32_t)(((int64_t)v * multiplier + 0x80000000) >> 32);
-    }
-    const int64_t scaled = ((int64_t)v * multiplier + ((int64_t)1 << (shift - 1))) >> shift;
-    return (int32_t)(scaled < -0x20000000 ? -0x20000000 : scaled > 0x20000000 ? 0x20000000 : scaled);
+    const int32_t more = shift < 32 ? 0 : shift > 62 ? 30 : shift - 32;
+    multiplier = (multiplier + ((1 << more) >> 1)) >> more;
+    return (int32_t)(((int64_t)v * multiplier + 0x80000000) >> 32);
 }
 
 /* A range after a step whose largest element was ``peak``, and in which so many of n elements were saturated. */
-static inline void tte_follow(int32_t *to, const int32_t *range, int32_t peak, int32_t saturated, int32_t n, int learns) {
-    const int32_t logarithm = range[0], count = range[1];
-    int32_t next = logarithm - (peak == 0 ? 256 : 7), whole = 0;
+static inline void tte_follow(int32_t *to, const int32_t *range, int32_t exponent, int32_t peak, int32_t saturated, int32_t n) {
+    int32_t next = range[0] - (peak == 0 ? 256 : 7), whole = 0;
     while (peak >> whole > 1)
         whole++;
     if (peak > 0) {
-        const int32_t octaves = tte_exponent(logarithm) + whole + (saturated > 0) + (saturated > n / 8);
+        const int32_t octaves = exponent + whole + (saturated > 0) + (saturated > n / 8);
         const int32_t seen = octaves * 256 + (peak * 256 >> whole) - 256;
         next = seen > next ? seen : next;
     }
-    next = next < -15360 ? -15360 : next > 15360 ? 15360 : next;
-    to[0] = learns ? next : logarithm;
-    to[1] = !learns ? count : count > INT32_MAX - saturated ? INT32_MAX : count + saturated;
+    to[1] = range[1] > INT32_MAX - saturated ? INT32_MAX : range[1] + saturated;
+    to[0] = next < -15360 ? -15360 : next > 15360 ? 15360 : next;
 }
 
 #endif

@@ -172,66 +172,66 @@ def _require_ranges(*ranges: TensorType) -> None:
         require(range == TensorType((2,), "int32"), f"a range is int32 (2,), not {range}")
 
 
-def find_exponent(logarithm: np.ndarray) -> np.ndarray:
-    """The exponent at which numbers of so large a logarithm, and a margin, fit 127."""
-    return ((logarithm.astype(np.int32) + (MARGIN + 255)) >> 8) - 7
+def _require_exponents(*exponents: TensorType) -> None:
+    for exponent in exponents:
+        require(exponent == TensorType((), "int32"), f"an exponent is an int32 scalar, not {exponent}")
 
 
-def _shift(to: TensorType, *given: TensorType) -> TensorType:
-    """From the exponent of ``given``, 0 where there is none, to that of ``to``: how many bits are shifted out."""
-    require(len(given) < 2, "there is one range or none to begin with")
-    _require_ranges(to, *given)
+def _exponent(range: TensorType, *given: TensorType, least: tuple[int, ...] = ()) -> TensorType:
+    """The exponent at which numbers of this range, and a margin, fit 127; but by ``least`` above each that is given."""
+    _require_ranges(range)
+    _require_exponents(*given)
+    require(len(given) == len(least), f"{len(least)} distances from {len(given)} exponents")
     return TensorType((), "int32")
 
 
-def _shift_ref(to, *given):  # type: ignore[no-untyped-def]
-    start = find_exponent(given[0][0]) if given else 0
-    return np.asarray(find_exponent(to[0]) - start, np.int32)
+def _exponent_ref(range, *given, least):  # type: ignore[no-untyped-def]
+    fitting = ((int(range[0]) + (MARGIN + 255)) >> 8) - 7
+    return np.asarray(max([fitting, *(int(e) + n for e, n in zip(given, least, strict=True))]), np.int32)
 
 
-register(Op("qnn.gradient_shift", _shift, _shift_ref))
+register(Op("qnn.gradient_exponent", _exponent, _exponent_ref))
 
 
-def _scale(unit: TensorType, *given: TensorType) -> TensorType:
-    """unit * 2^exponent: what an integer gradient of this range (none: exponent 0) counts in."""
-    require(unit == TensorType(()) and len(given) < 2, "unit must be a float32 scalar, the range one or none")
-    _require_ranges(*given)
+def _scale(unit: TensorType, exponent: TensorType) -> TensorType:
+    """unit * 2^exponent: what a gradient of this exponent counts in"""
+    require(unit == TensorType(()), "unit must be a float32 scalar")
+    _require_exponents(exponent)
     return TensorType(())
 
 
-def _scale_ref(unit, *given):  # type: ignore[no-untyped-def]
-    return np.asarray(np.ldexp(unit, find_exponent(given[0][0]) if given else 0), np.float32)
+def _scale_ref(unit, exponent):  # type: ignore[no-untyped-def]
+    return np.asarray(np.ldexp(unit, np.clip(exponent, -126, 127)), np.float32)
 
 
 register(Op("qnn.gradient_scale", _scale, _scale_ref))
 
 
-def _observe(range: TensorType, q: TensorType, unit: TensorType) -> TensorType:
-    """The range after a step in which it led to q.
+def _observe(range: TensorType, q: TensorType, exponent: TensorType, unit: TensorType) -> TensorType:
+    """The range after a step that made q of this exponent.
 
-    It becomes what was seen now, or falls by DECAY if that is more; where elements are saturated the tensor is taken
-    to be an octave larger than it can hold, two where more than an eighth of it are. A step of unit 0 changes nothing.
+    It becomes what was seen now, or falls by DECAY if that is more; by an octave where nothing but 0 and -1 is left. An
+    element at the end of int8 counts as saturated: the tensor is then taken to be an octave larger than it can hold, two
+    where more than an eighth of it are. A step of unit 0 changes nothing.
     """
     _require_ranges(range)
     _require_int8(q=q)
+    _require_exponents(exponent)
     require(unit == TensorType(()), "unit must be a float32 scalar")
     return range
 
 
-def _observe_ref(range, q, unit):  # type: ignore[no-untyped-def]
+def _observe_ref(range, q, exponent, unit):  # type: ignore[no-untyped-def]
     if not unit > 0:
         return range
-    wide = np.abs(q.astype(np.int64))
-    peak, saturated = int(wide.max(initial=0)), int((wide >= 127).sum())
-    logarithm = int(range[0])
-    if peak == 0:
-        seen = logarithm - 256
-    else:
+    wide = np.where(q < 0, ~q, q)  # -128 is as large as 127
+    peak, saturated = int(wide.max(initial=0)), int((wide == 127).sum())
+    following = int(range[0]) - (DECAY if peak else 256)
+    if peak:
         whole = peak.bit_length() - 1
-        seen = ((int(find_exponent(range[0])) + whole) << 8) + (peak << 8 >> whole) - 256
-        seen += 256 * ((saturated > 0) + (saturated > q.size // 8))
-    following = min(max(seen, logarithm - (256 if peak == 0 else DECAY), -FARTHEST), FARTHEST)
-    return np.asarray([following, min(int(range[1]) + saturated, 2**31 - 1)], np.int32)
+        octaves = int(exponent) + whole + (saturated > 0) + (saturated > q.size // 8)
+        following = max(following, octaves * 256 + (peak * 256 >> whole) - 256)
+    return np.asarray([np.clip(following, -FARTHEST, FARTHEST), min(int(range[1]) + saturated, 2**31 - 1)], np.int32)
 
 
 register(Op("qnn.observe_gradient", _observe, _observe_ref, inplace=(0,)))
@@ -239,45 +239,53 @@ register(Op("qnn.observe_gradient", _observe, _observe_ref, inplace=(0,)))
 
 # --- from sums to int8 -----------------------------------------------------------------------------------------------
 
+WIDER = {"int8": 16, "int32": 0}  # bits by which an operand is shifted to the left first
+FINER = 3  # bits of fraction that the terms of a sum have
+
 
 def shift_product(v: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """round(v * multiplier / 2^shift), halves up, not beyond 2^29; |multiplier| <= 2^30.
+    """round(v * multiplier / 2^shift), halves up, shift from 32, |multiplier| <= 2^30.
 
-    The shift is kept inside of 1 to 62. What is more than 32 of it is first taken from the multiplier, so that the
-    product's upper half is the result, as it is on a processor.
+    What is more than 32 of the shift is first taken from the multiplier, so that the result is the upper half of a
+    product, as processors give it.
     """
-    s = np.clip(shift.astype(np.int64), 1, 62)
-    more = np.maximum(s - 32, 0)
+    more = np.clip(shift.astype(np.int64) - 32, 0, 30)
     multiplier = (multiplier.astype(np.int64) + ((np.int64(1) << more) >> 1)) >> more
-    s = s - more
-    product = (v.astype(np.int64) * multiplier + (np.int64(1) << (s - 1))) >> s
-    result: np.ndarray = np.clip(product, -(2**29), 2**29)
+    result: np.ndarray = (v.astype(np.int64) * multiplier + (1 << 31)) >> 32
     return result
 
 
-WIDER = {"int8": 16, "int32": 0}  # bits by which an operand is shifted to the left first
+def least_distance(dtype: str, bits: int, finer: int = 0) -> int:
+    """How far an exponent has to be above that of an operand, so that its shift is 32 or more."""
+    return 32 + finer - bits - WIDER[dtype]
 
 
-def _require_scaled(v: TensorType, multiplier: TensorType, shift: TensorType) -> None:
+def _require_scaled(v: TensorType, multiplier: TensorType, exponent: TensorType) -> None:
     require(v.dtype in WIDER, f"a gradient is int8 or int32, not {v.dtype}")
     fits = multiplier.dtype == "int32" and multiplier.shape in ((1,), v.shape[-1:])
     require(fits, f"a multiplier is int32, one or one per channel, not {multiplier}")
-    require(shift == TensorType((), "int32"), f"a shift is an int32 scalar, not {shift}")
+    _require_exponents(exponent)
 
 
-def _scaled(v: np.ndarray, multiplier: np.ndarray, shift: np.ndarray, bits: int) -> np.ndarray:
+def _scaled(v, multiplier, exponent, to, bits):  # type: ignore[no-untyped-def]
     wider = WIDER[v.dtype.name]
-    return shift_product(v.astype(np.int64) << wider, multiplier, shift + bits + wider)
+    return shift_product(v.astype(np.int64) << wider, multiplier, to - exponent + (bits + wider))
 
 
-def _rescale(v: TensorType, multiplier: TensorType, shift: TensorType, *, bits: int) -> TensorType:
-    """q = round(v * multiplier / 2^(bits + shift)), halves up, saturated: int8 or int32 -> int8"""
-    _require_scaled(v, multiplier, shift)
+def _rescale(
+    v: TensorType, multiplier: TensorType, exponent: TensorType, to: TensorType, *, bits: int
+) -> TensorType:
+    """q = round(v * multiplier / 2^(bits + to - exponent)), halves up, saturated: int8 or int32 -> int8
+
+    v counts in 2^exponent, times a factor that is multiplier / 2^bits; q in 2^to.
+    """
+    _require_scaled(v, multiplier, exponent)
+    _require_exponents(to)
     return TensorType(v.shape, "int8")
 
 
-def _rescale_ref(v, multiplier, shift, *, bits):  # type: ignore[no-untyped-def]
-    return np.clip(_scaled(v, multiplier, shift, bits), -128, 127).astype(np.int8)
+def _rescale_ref(v, multiplier, exponent, to, *, bits):  # type: ignore[no-untyped-def]
+    return np.clip(_scaled(v, multiplier, exponent, to, bits), -128, 127).astype(np.int8)
 
 
 register(Op("qnn.rescale_gradient", _rescale, _rescale_ref, kind="elementwise"))
@@ -286,24 +294,29 @@ register(Op("qnn.rescale_gradient", _rescale, _rescale_ref, kind="elementwise"))
 def _add(
     a: TensorType,
     a_multiplier: TensorType,
-    a_shift: TensorType,
+    a_exponent: TensorType,
     b: TensorType,
     b_multiplier: TensorType,
-    b_shift: TensorType,
+    b_exponent: TensorType,
+    to: TensorType,
     *,
     a_bits: int,
     b_bits: int,
 ) -> TensorType:
-    """The sum of two gradients, each rescaled to eight bits more than are kept: int8 or int32 -> int8"""
-    _require_scaled(a, a_multiplier, a_shift)
-    _require_scaled(b, b_multiplier, b_shift)
+    """The sum of two gradients, each first rescaled to FINER bits of fraction: int8 or int32 -> int8"""
+    _require_scaled(a, a_multiplier, a_exponent)
+    _require_scaled(b, b_multiplier, b_exponent)
+    _require_exponents(to)
     require(a.shape == b.shape, f"shapes {a.shape} and {b.shape} differ")
     return TensorType(a.shape, "int8")
 
 
-def _add_ref(a, a_multiplier, a_shift, b, b_multiplier, b_shift, *, a_bits, b_bits):  # type: ignore[no-untyped-def]
-    total = _scaled(a, a_multiplier, a_shift, a_bits - 8) + _scaled(b, b_multiplier, b_shift, b_bits - 8)
-    return np.clip((total + 128) >> 8, -128, 127).astype(np.int8)
+def _add_ref(a, a_multiplier, a_exponent, b, b_multiplier, b_exponent, to, *, a_bits, b_bits):  # type: ignore[no-untyped-def]
+    terms = (
+        _scaled(a, a_multiplier, a_exponent, to, a_bits - FINER),
+        _scaled(b, b_multiplier, b_exponent, to, b_bits - FINER),
+    )
+    return np.clip((sum(terms) + (1 << FINER >> 1)) >> FINER, -128, 127).astype(np.int8)
 
 
 register(Op("qnn.add_gradients", _add, _add_ref, kind="elementwise"))
