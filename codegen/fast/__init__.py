@@ -8,15 +8,19 @@ from typing import Any
 
 from tte.codegen.fast.conv2d import convolve
 from tte.codegen.fast.conv2d_transpose import convolve_back
+from tte.codegen.fast.conv2d_weight_grad import correlate
 from tte.codegen.fast.dense import dense
 from tte.codegen.fast.depthwise import convolve_channels
+from tte.codegen.fast.observe_gradient import observe
 from tte.codegen.kernel import Kernel
 
 FORMS: dict[str, Callable[[Kernel, dict[str, Any], int], Kernel | None]] = {
     "conv2d": convolve,
     "conv2d_transpose": convolve_back,
+    "conv2d_weight_grad": correlate,
     "dense": dense,
     "depthwise_conv2d": convolve_channels,
+    "observe_gradient": observe,
 }
 
 

@@ -5,11 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from tte.codegen.fast.conv2d import BLOCK, DOT, SIZES, UNROLL, End
-from tte.codegen.fast.form import WIDEN, assembly, lay_out, make_form
+from tte.codegen.fast.form import COLUMNS, WIDEN, assembly, lay_out, make_form
 from tte.codegen.kernel import Kernel
-
-COLUMNS = assembly("dsp/columns", {}, ("uint32_t *y", "const int8_t *a", "int stride", "int n"))
-
 
 def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Two pixels times two channels at a time: (H, W, O) int8 by (O, 1, 1, C) int8, stride 1."""

@@ -16,7 +16,7 @@ def lay_out(sizes: Mapping[str, int]) -> dict[str, int]:
 
 def make_form(kernel: Kernel, context: Mapping[str, Any], template: str, scratch: int, *parts: Kernel) -> Kernel:
     """``kernel`` by another template; ``parts`` are what it calls."""
-    text = json.dumps(dict(context) | {"args": [*context["args"], SCRATCH]}, sort_keys=True)
+    text = json.dumps(dict(context) | {"args": [*context["args"], *([SCRATCH] if scratch else [])]}, sort_keys=True)
     return Kernel(template, text, parts, scratch, kernel)
 
 
@@ -26,6 +26,7 @@ def assembly(template: str, context: Mapping[str, Any], parameters: Sequence[str
     return Kernel(template, json.dumps(own | dict(context), sort_keys=True))
 
 
+COLUMNS = assembly("dsp/columns", {}, ("uint32_t *y", "const int8_t *a", "int stride", "int n", "uint32_t add"))
 WIDEN = assembly("dsp/widen", {}, ("uint32_t *y", "const int8_t *a", "const int8_t *b", "int n", "uint32_t add"))
 
 
