@@ -8,10 +8,13 @@ from tte.codegen.fast.conv2d import BLOCK, DOT, SIZES, UNROLL, End
 from tte.codegen.fast.form import COLUMNS, WIDEN, assembly, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
+
 def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Two pixels times two channels at a time: (H, W, O) int8 by (O, 1, 1, C) int8, stride 1."""
     out, attrs, (x, w, *start) = context["out"], context["attrs"], context["ins"]
-    if context["tile"] or x["steps"] or start or (x["dtype"], w["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
+    if context["tile"] or context["rows"] is not None or x["steps"] or start:
+        return None
+    if (x["dtype"], w["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
         return None
     depth, *kernel_size, _ = w["shape"]
     pixels, channels = out["shape"][1] * out["shape"][2], out["shape"][3]

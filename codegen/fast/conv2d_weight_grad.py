@@ -13,7 +13,9 @@ BLOCKS = (128, 64, 32, 16, 8, 4, 2)  # output channels of a block
 def correlate(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Two output times two input channels at a time: (H, W, C) int8 by (H, W, O) int8, a window of one, stride 1."""
     attrs, (x, g), out = context["attrs"], context["ins"], context["out"]
-    if context["tile"] or g["steps"] or (x["dtype"], g["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
+    if context["tile"] or context["rows"] is not None or g["steps"]:
+        return None
+    if (x["dtype"], g["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
         return None
     outputs, *window, channels = out["shape"]
     if window != [1, 1] or attrs["groups"] > 1 or any(attrs["padding"]) or attrs["strides"] != [1, 1]:
@@ -23,7 +25,9 @@ def correlate(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | No
     groups = -(-x["shape"][1] * x["shape"][2] // 4)
 
     def place(block: int) -> dict[str, int]:
-        return lay_out({"panel": block // 2 * groups * 16, "stream": (2 + groups * 4) * 4, "sums": block * channels * 4})
+        return lay_out(
+            {"panel": block // 2 * groups * 16, "stream": (2 + groups * 4) * 4, "sums": block * channels * 4}
+        )
 
     block = next((b for b in BLOCKS if b <= outputs and place(b)["end"] <= room), None)
     if block is None:
