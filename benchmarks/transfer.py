@@ -168,9 +168,7 @@ def read_train(scheme: str) -> Any:
     return yaml.safe_load((MCUNET / "schemes" / train).read_text())["train"] if published else train
 
 
-def compile_variant(
-    variant: Variant, classes: int, model: onnx.ModelProto | None = None
-) -> tte.artifact.Artifact:
+def compile_variant(variant: Variant, classes: int, model: onnx.ModelProto | None = None) -> tte.artifact.Artifact:
     scheme, storage, gradients, qas, wrong = variant
     settings = {
         "train": read_train(scheme),
@@ -416,7 +414,9 @@ def compare_with_references() -> tuple[float, float]:
                 wrong &= reference[step["input"]].mean((2, 3), keepdims=True) % 1 != 0.5
             seen += values.size
             different += int(wrong.sum())
-    proof = compile_variant(("99kb", "int8_sr", "float32", True, ""), 10, model).verify(1, dict(zip("xy", pictures, strict=True)))
+    proof = compile_variant(("99kb", "int8_sr", "float32", True, ""), 10, model).verify(
+        1, dict(zip("xy", pictures, strict=True))
+    )
     return 1e6 * different / seen, max(row["gradient_error"] for row in proof["tensors"])
 
 

@@ -34,6 +34,6 @@ def correlate(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | No
         return None
     unroll = -(-groups // -(-groups // UNROLL))
     dot = asdict(End()) | {"groups": groups, "unroll": unroll, "stride": channels, "pairs": 1}
-    more = {"block": block, "at": place(block)}
+    at = place(block)
     parts = (assembly("dsp/dot2x2", dot, DOT), COLUMNS)
-    return make_form(kernel, context | more, "dsp/conv2d_weight_grad", more["at"]["end"], *parts)
+    return make_form(kernel, context | {"block": block, "at": at}, "dsp/conv2d_weight_grad", at["end"], *parts)

@@ -210,9 +210,9 @@ register(Op("qnn.gradient_scale", _scale, _scale_ref))
 def _observe(range: TensorType, q: TensorType, exponent: TensorType, unit: TensorType) -> TensorType:
     """The range after a step that made q of this exponent.
 
-    It becomes what was seen now, or falls by DECAY if that is more; by an octave where nothing but 0 and -1 is left. An
-    element at the end of int8 counts as saturated: the tensor is then taken to be an octave larger than it can hold, two
-    where more than an eighth of it are. A step of unit 0 changes nothing.
+    It becomes what was seen now, or falls by DECAY if that is more; by an octave where nothing but 0 and -1 is left.
+    An element at an end of int8 counts as saturated: the tensor is then taken to be an octave larger than it can hold,
+    two where more than an eighth of it are. A step of unit 0 changes nothing.
     """
     _require_ranges(range)
     _require_int8(q=q)
@@ -272,9 +272,7 @@ def _scaled(v, multiplier, exponent, to, bits):  # type: ignore[no-untyped-def]
     return shift_product(v.astype(np.int64) << wider, multiplier, to - exponent + (bits + wider))
 
 
-def _rescale(
-    v: TensorType, multiplier: TensorType, exponent: TensorType, to: TensorType, *, bits: int
-) -> TensorType:
+def _rescale(v: TensorType, multiplier: TensorType, exponent: TensorType, to: TensorType, *, bits: int) -> TensorType:
     """q = round(v * multiplier / 2^(bits + to - exponent)), halves up, saturated: int8 or int32 -> int8
 
     v counts in 2^exponent, times a factor that is multiplier / 2^bits; q in 2^to.
