@@ -19,9 +19,9 @@ PRODUCTS = {"nn.conv2d_transpose": 0, "nn.conv2d_weight_grad": 1, "matmul": 0}  
 def quantize_gradients(graph: Graph) -> Graph:
     """The backward of layers with int8 weights in integers, from where the first of them reads a gradient.
 
-    The outputs of ``graph`` are the loss and one gradient per param, as ``differentiate`` leaves them; so are those of
-    the result, float32: sums times what a unit of them stands for. The ranges that ``tte.ops.gradients`` tells of become
-    params of their own, with their updates.
+    The outputs of ``graph`` are the loss and one gradient per param, as ``differentiate`` leaves them; so are those
+    of the result, float32: sums times what a unit of them stands for. The ranges that ``tte.ops.gradients`` tells of
+    become params of their own, with their updates.
     """
     state = _State(graph)
     for node in graph.nodes:

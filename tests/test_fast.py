@@ -274,22 +274,25 @@ def backward(
     end: str,
     single: bool = False,
     split: tuple[int, int] | None = None,
+    kernel: tuple[int, int] = (1, 1),
+    weights: str = "int8",
     **attrs: object,
 ) -> Graph:
-    """int8 (H, W, depth) by (depth, 1, 1, channels), down the columns; rescaled and masked, added in place, or sums."""
+    """int8 (H, W, depth) by (depth, *kernel, channels), down the columns; rescaled and masked, added in place, or sums.
+    channels: of a group"""
     builder = Builder()
     inputs = [Value("x", TensorType((1, *pixels, depth), "int8"))]
-    shape = (depth, 1, 1, channels)
+    shape = (depth, *kernel, channels)
     pieces = [shape]
     if split is not None:
         axis, at = split
         pieces = [(*shape[:axis], n, *shape[axis + 1 :]) for n in (at, shape[axis] - at)]
-    inputs += [Value(f"w{i}", TensorType(piece, "int8")) for i, piece in enumerate(pieces)]
+    inputs += [Value(f"w{i}", TensorType(piece, weights)) for i, piece in enumerate(pieces)]
     w = inputs[1] if split is None else builder.call("concatenate", *inputs[1:], axis=split[0])
     y = builder.call("qnn.conv2d_transpose", inputs[0], w, **attrs)
     if end != "sums":
         named = {
-            "m": TensorType((1 if single else channels,), "int32"),
+            "m": TensorType((1 if single else y.type.shape[3],), "int32"),
             "e": TensorType((), "int32"),
             "to": TensorType((), "int32"),
             "bits": TensorType(y.type.shape, "bit"),
@@ -328,6 +331,22 @@ def backward_cases() -> Iterator[Case]:
     for room in (300, 700, 2000):
         yield Case(f"back 16x17 8->6 in {room} bytes", backward((16, 17), 8, 6, "masked"), room)
     yield Case("back, stride 2", backward((3, 3), 4, 4, "masked", strides=(2, 2)), fast=False)
+    for (h, w), kernel, channels in product([(4, 4), (5, 7), (8, 8)], [(3, 3), (5, 5), (7, 7), (2, 3), (1, 1)], [3, 8]):
+        for turn, padding in enumerate([(0, 0, 0, 0), (1, 1, 1, 1), (2, 0, 1, 2)]):
+            if max(padding[:2]) < min(kernel):
+                more = {
+                    "groups": channels,
+                    "padding": padding,
+                    "kernel": kernel,
+                    "weights": ("int8", "int16")[turn % 2],
+                }
+                end = ("masked", "added", "sums")[(turn + channels) % 3]
+                graph = backward((h, w), channels, 1, end, bool(turn % 2), **more)
+                yield Case(f"back {h}x{w} depthwise {kernel} {padding} {channels} {end}", graph)
+    split = backward((6, 5), 6, 1, "masked", split=(0, 4), groups=6, kernel=(3, 3), padding=(1, 1, 1, 1))
+    yield Case("back, depthwise split", split)
+    graph = backward((4, 4), 4, 1, "masked", groups=4, kernel=(3, 3), strides=(2, 2), padding=(1, 1, 1, 1))
+    yield Case("back, depthwise, stride 2", graph, fast=False)
     for (h, w), c, o, part in product([(1, 1), (1, 3), (5, 5), (8, 8)], [2, 3, 8], [2, 5, 12], (0, 1)):
         builder = Builder()
         inputs = [Value("x", TensorType((1, h, w, c), "int8")), Value("g", TensorType((1, h, w, o), "int8"))]

@@ -10,7 +10,7 @@ from tte.codegen.fast.conv2d import convolve
 from tte.codegen.fast.conv2d_transpose import convolve_back
 from tte.codegen.fast.conv2d_weight_grad import correlate
 from tte.codegen.fast.dense import dense
-from tte.codegen.fast.depthwise import convolve_channels
+from tte.codegen.fast.depthwise import convolve_channels, convolve_channels_back
 from tte.codegen.fast.observe_gradient import observe
 from tte.codegen.kernel import Kernel
 
@@ -20,6 +20,7 @@ FORMS: dict[str, Callable[[Kernel, dict[str, Any], int], Kernel | None]] = {
     "conv2d_weight_grad": correlate,
     "dense": dense,
     "depthwise_conv2d": convolve_channels,
+    "depthwise_conv2d_transpose": convolve_channels_back,
     "observe_gradient": observe,
 }
 

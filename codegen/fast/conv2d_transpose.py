@@ -1,10 +1,9 @@
 """Input gradients of pointwise int8 convolutions as products of matrices of 16 bits."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from tte.codegen.fast.conv2d import BLOCK, DOT, SIZES, UNROLL, End
+from tte.codegen.fast.conv2d import BLOCK, DOT, SIZES, UNROLL, find_gradient_end
 from tte.codegen.fast.form import COLUMNS, WIDEN, assembly, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
@@ -27,7 +26,7 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     if min(widths) < 2 or not (by_columns or all(part["start"] % 4 == 0 for part in w["segments"])):
         return None
     groups = -(-depth // 4)
-    end = _find_end(context)
+    end = find_gradient_end(context)
     if 2 * channels * SIZES[end.result] + SIZES[end.result] > 4095:
         return None
 
@@ -49,12 +48,3 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     more = asdict(end) | {"block": blocks[0], "at": at}
     parts = (assembly("dsp/dot2x2", dot, DOT), WIDEN, COLUMNS)
     return make_form(kernel, context | more, "dsp/conv2d_transpose", at["end"], *parts)
-
-
-def _find_end(context: Mapping[str, Any]) -> End:
-    """Sums leave as int8 where they are only rescaled, and masks applied."""
-    tail = context["tail"]
-    if not tail or tail[0]["op"] != "qnn_rescale_gradient" or tail[0]["operands"][0]["kind"] != "register":
-        return End()
-    masks = all(step["op"] == "nn_apply_mask" and step["operands"][1]["kind"] == "flat" for step in tail[1:])
-    return End("fixed", 0, "int8") if masks else End()
