@@ -131,7 +131,7 @@ def test_ranges_follow_what_they_see(models: dict[str, Path]) -> None:
     arrays = draw(graph, 0)
     states = follow(graph, arrays, -6, 12)
     counts = [sum(int(v[1]) for v in state.values()) for state in states]
-    assert counts[1] > 1000 and counts[-1] == counts[-2]
+    assert counts[1] > 100 and counts[-1] == counts[-2]
     assert all(states[-1][name][0] > states[0][name][0] for name in states[0])
     before, after = follow(graph, arrays, 4, 3)[-2:]
     assert {int(before[name][0] - after[name][0]) for name in before} <= {7, 256}
