@@ -38,7 +38,7 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
         }
         return lay_out(sizes)
 
-    blocks = [b for b in (pixels, BLOCK, 64, 32, 16, 8) if b <= min(pixels, BLOCK) and place(b)["end"] <= room]
+    blocks = [b for b in (pixels, BLOCK, 64, 32, 16, 8, 4, 2) if b <= min(pixels, BLOCK) and place(b)["end"] <= room]
     if not blocks:
         return None
     at = place(blocks[0])
