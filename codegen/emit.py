@@ -395,6 +395,7 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -
             "template": kernel.template,
             "assembly": [],
             "portable": "",
+            "stack": 0,
         } | kernel.arguments()
         function["parts"] = [kernels[part] for part in kernel.parts]
         function["body"] = _kernel_body(environment, function)

@@ -144,24 +144,6 @@ class _State:
     # --- between floats and integers
 
     def begin(self, gradient: Value) -> _Integers:
-        """Integers in place of a float gradient; of what was spread from fewer elements, of those."""
-        maker, steps = self.producer.get(gradient.name), []
-        while maker and maker.op in ("nn.apply_mask", "multiply", "broadcast_to", "reshape"):
-            steps.append(maker)
-            maker = self.producer.get(maker.inputs[0].name)
-        spread = max((i for i, node in enumerate(steps) if node.op == "broadcast_to"), default=-1)
-        if spread < 0:
-            return self.round(gradient)
-        self.round(steps[spread].inputs[0])
-        for node in reversed(steps[: spread + 1]):
-            result = self.integers(node)
-            if result is None:
-                return self.round(gradient)
-            self.found[node.output.name] = result
-        self.found[gradient.name] = self.rounded(self.found[gradient.name])
-        return self.found[gradient.name]
-
-    def round(self, gradient: Value) -> _Integers:
         real = self.real(gradient)
         unit = self.call("qnn.gradient_unit", real)
         q = self.call("qnn.quantize_gradient", real, unit)

@@ -1,4 +1,5 @@
-/* Two operations of 16 bits at a time, on cores with the DSP extension (Cortex-M4, M7, M33). */
+/* Two operations of 16 bits at a time, and products of floats, on cores with the DSP extension (Cortex-M4, M7, M33, M55):
+ * build.h sees to it that they have an FPU. */
 #ifndef TTE_DSP_H
 #define TTE_DSP_H
 
@@ -56,6 +57,26 @@ TTE_INLINE void tte_keep(int8_t *y, const uint8_t *bits, int n) {
     for (int i = 0; i < n; i++)
         y[i] = (int8_t)(*bits >> i & 1 ? y[i] : 0);
 }
+
+/* Rows of floats times a panel: see fpu/product. What ends with _next is the distance in bytes to the next row. */
+typedef struct {
+    const float *a;
+    int32_t a_next;
+    const float *start; /* what the sums begin with */
+    int32_t start_next;
+    float *y;
+    int32_t y_next;
+    const uint8_t *mask; /* which results are kept, or none */
+    int32_t mask_next;
+    const float *scale; /* of the results by column, or none */
+    const float *panel;
+    const int32_t *lines; /* by line: bytes from a row's begin, bytes from the panel's begin */
+    int32_t count;        /* of lines */
+    int32_t k;            /* products of a line */
+    int32_t rows;
+    int32_t a_step; /* of fpu/depthwise, from product to product: bytes from the end of n elements to the next */
+    int32_t panel_step;
+} tte_product;
 #endif
 
 #endif

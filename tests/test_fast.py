@@ -167,6 +167,10 @@ def product_cases() -> Iterator[Case]:
         yield Case(f"1x1 4x5 6->8 {scale} mask {mask} add", graph)
         graph = convolution((9, 15, 6), 5, (1, 1), scale, mask=mask, add=True)
         yield Case(f"1x1 9x15 6->5 {scale} mask {mask} add", graph)
+    for (h, w), depth, channels, split in product([(1, 2), (3, 5)], [3, 4, 13], [2, 7], [None, (3, 1), (3, 2)]):
+        for mask, add in ((False, False), (True, True)):
+            graph = convolution((h, w, depth), channels, (1, 1), split=split, mask=mask, add=add)
+            yield Case(f"1x1 {h}x{w} {depth}->{channels} split {split} mask {mask}, no room", graph, 0)
     for room in (300, 700, 2000):
         yield Case(f"1x1 16x17 8->6 in {room} bytes", convolution((16, 17, 8), 6, (1, 1)), room)
     for weights in ("int8", "int16"):

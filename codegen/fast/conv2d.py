@@ -10,6 +10,7 @@ from tte.codegen.kernel import Kernel
 BLOCK = 128  # pixels of a block at the most: each block widens all weights
 UNROLL = 24  # groups of four products in a loop at the most: code against four instructions per round
 DOT = ("const uint32_t *a", "const uint32_t *b", "void *y", "int pairs")
+DIRECT = ("const int8_t *a", "const int8_t *b", "int32_t *y", "int n", "uint32_t add")
 SIZES = {"int8": 1, "int16": 2, "int32": 4}
 
 
@@ -37,7 +38,7 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | Non
         }
         return lay_out(sizes)
 
-    blocks = [b for b in (pixels, BLOCK, 64, 32, 16, 8) if b <= min(pixels, BLOCK) and place(b)["end"] <= room]
+    blocks = [b for b in (pixels, BLOCK, 64, 32, 16, 8, 4) if b <= min(pixels, BLOCK) and place(b)["end"] <= room]
     if not blocks:
         return None
     at = place(blocks[0])
@@ -48,6 +49,23 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | Non
     more = asdict(end) | {"block": blocks[0], "at": at, "quads": quads}
     parts = assembly("dsp/dot2x2", dot, DOT), WIDEN, *([limit(8)] if end.bits else [])
     return make_form(kernel, context | more, "dsp/conv2d", at["end"], *parts)
+
+
+def convolve_directly(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """The same without scratch: filters of 1 x 1 and stride 1, int8, whole or split by the channels that they read."""
+    out, (x, w, *_) = context["out"], context["ins"]
+    if context["tile"] or x["steps"] or (x["dtype"], w["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
+        return None
+    channels, *kernel_size, depth = w["shape"]
+    pixels = out["shape"][2] * (1 if context["rows"] is not None else out["shape"][1])
+    attrs = context["attrs"]
+    plain = kernel_size == [1, 1] and not any(attrs["padding"]) and attrs["strides"] == [1, 1] and attrs["groups"] == 1
+    whole = len(w["segments"]) == 1 or w["axis"] == 3
+    if not plain or not whole or channels < 2 or pixels < 2 or depth > 4095:
+        return None
+    ends = [depth] if len(w["segments"]) == 1 else [part["stop"] - part["start"] for part in w["segments"]]
+    parts = [assembly("dsp/direct2x2", {"pixel": depth, "filter": n}, DIRECT) for n in ends]
+    return make_form(kernel, context, "dsp/conv2d_direct", 0, *parts)
 
 
 @dataclass(frozen=True)

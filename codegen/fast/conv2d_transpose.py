@@ -8,7 +8,7 @@ from tte.codegen.fast.form import COLUMNS, WIDEN, assembly, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
 
-def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+def multiply_columns(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Two pixels times two channels at a time: (H, W, O) int8 by (O, 1, 1, C) int8, stride 1."""
     out, attrs, (x, w, *start) = context["out"], context["attrs"], context["ins"]
     if context["tile"] or context["rows"] is not None or x["steps"] or start:

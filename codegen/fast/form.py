@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -16,8 +17,16 @@ def lay_out(sizes: Mapping[str, int]) -> dict[str, int]:
 
 def make_form(kernel: Kernel, context: Mapping[str, Any], template: str, scratch: int, *parts: Kernel) -> Kernel:
     """``kernel`` by another template; ``parts`` are what it calls."""
-    text = json.dumps(dict(context) | {"args": [*context["args"], *([SCRATCH] if scratch else [])]}, sort_keys=True)
+    arguments = [*context["args"], SCRATCH] if scratch else context["args"]
+    text = json.dumps(dict(context) | {"args": arguments}, sort_keys=True)
     return Kernel(template, text, parts, scratch, kernel)
+
+
+def use_stack(kernel: Kernel) -> Kernel:
+    """The same with its scratch on the stack."""
+    context = kernel.arguments()
+    context |= {"args": [a for a in context["args"] if a != SCRATCH], "stack": kernel.scratch}
+    return replace(kernel, context=json.dumps(context, sort_keys=True), scratch=0)
 
 
 def assembly(template: str, context: Mapping[str, Any], parameters: Sequence[str]) -> Kernel:

@@ -1,0 +1,257 @@
+"""Convolutions of floats and their gradients as products of matrices."""
+
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+from tte.codegen.fast.form import assembly, lay_out, make_form
+from tte.codegen.kernel import Kernel
+
+WIDTH = 8  # channels at a time
+
+
+def convolve_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Two pixels times eight channels at a time: (H, W, I) float32 by (O, KH, KW, I) of any type."""
+    out, (x, w, *_) = context["out"], context["ins"]
+    attrs, tail = context["attrs"], context["tail"]
+    channels, *kernel_size, depth = w["shape"]
+    if attrs["groups"] > 1 or x["steps"] or not _is_float(context) or (len(w["segments"]) > 1 and w["axis"] != 3):
+        return None
+    aside = _reads_result(tail)  # then the sums cannot wait in the result
+    flat = kernel_size == [1, 1] and not any(attrs["padding"]) and attrs["strides"] == [1, 1] and not aside
+    chunks = _find_chunks(kernel_size[0] * kernel_size[1], depth)[: 1 if aside else None]
+    place = partial(_place, min(WIDTH, channels), aside=out["shape"][2] if aside else 0)
+    if not (chunk := next((c for c in chunks if place(c)["end"] <= room), None)):
+        return None
+    mask, scale = _find_finish(tail, channels)
+    more: dict[str, Any] = {
+        "chunk": chunk,
+        "at": place(chunk),
+        "flat": flat,
+        "aside": aside,
+        "mask": mask,
+        "scale": scale,
+    }
+    more["merged"] = attrs["dilation"][1] == 1 and chunk[1] == depth and chunk[0] % kernel_size[1] == 0
+    more["spans"] = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
+    return make_form(kernel, context | more, "fpu/conv2d", more["at"]["end"], *_dots(channels))
+
+
+def convolve_depthwise_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Some channels of a pixel at a time: (H, W, C) float32 by (C, KH, KW) of any type."""
+    out, (x, w, *_) = context["out"], context["ins"]
+    attrs, tail = context["attrs"], context["tail"]
+    channels, *kernel_size, _ = w["shape"]
+    if channels == 1 or channels != x["shape"][3] or x["steps"] or not _is_float(context) or _reads_result(tail):
+        return None
+    blocks = _find_blocks(channels)
+    at = lay_out({"panel": kernel_size[0] * kernel_size[1] * max(n for _, _, n in blocks) * 4})
+    if at["end"] > room:
+        return None
+    mask, scale = _find_finish(tail, channels)
+    more: dict[str, Any] = {"at": at, "mask": mask, "scale": scale, "blocks": blocks}
+    more["spans"] = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
+    parts = [assembly("fpu/depthwise", {"n": n, "spread": False}, ROWS) for _, _, n in blocks]
+    return make_form(kernel, context | more, "fpu/depthwise_conv2d", at["end"], *parts)
+
+
+def _is_float(context: dict[str, Any]) -> bool:
+    """Whether sums and what they begin with are floats, weights may be anything; of rows, and whole ones."""
+    x, _, *begin = context["ins"]
+    return (
+        context["columns"] is None
+        and context["acc"] == "float"
+        and all(operand["dtype"] == "float32" for operand in (x, *begin))
+    )
+
+
+def _find_chunks(taps: int, depth: int) -> list[tuple[int, int]]:
+    """How many taps, and products for each, may be in a panel: all, some taps, or a part of one."""
+    return [(t, depth) for t in range(taps, 0, -1)] + [
+        (1, -(-depth // (4 * n)) * 4) for n in range(2, -(-depth // 8) + 1)
+    ]
+
+
+def _place(columns: int, chunk: tuple[int, int], made: int = 0, aside: int = 0) -> dict[str, int]:
+    """made: how many rows are made to be read; aside: of how many rows the sums are kept apart."""
+    taps, depth = chunk
+    sizes = {"panel": taps * depth * columns, "lines": taps * 2, "made": made * depth, "sums": aside * columns}
+    return lay_out({name: 4 * size for name, size in sizes.items()})
+
+
+def _dots(channels: int) -> list[Kernel]:
+    return [assembly("fpu/dot", {"n": n}, ROWS) for n in _find_widths(channels)]
+
+
+def _find_widths(channels: int) -> list[int]:
+    """How many channels at a time, and how many are left."""
+    return [n for n in (WIDTH if channels >= WIDTH else 0, channels % WIDTH) if n]
+
+
+def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Two pixels times eight channels at a time: (OH, OW, O) float32 by (O, KH, KW, C) of any type."""
+    out, (x, w, *_) = context["out"], context["ins"]
+    attrs, tail = context["attrs"], context["tail"]
+    _, oh, ow, depth = x["shape"]
+    _, height, width, channels = out["shape"]
+    if attrs["groups"] > 1 or not _is_float(context) or _reads_result(tail):
+        return None
+    taps = w["shape"][1] * w["shape"][2]
+    if taps * depth == 1 or context["rows"] is not None:
+        return None  # a product alone is no sum
+    flat = taps == 1 and not any(attrs["padding"]) and attrs["strides"] == [1, 1] and (oh, ow) == (height, width)
+    place = partial(_place, min(WIDTH, channels), made=oh * ow if x["steps"] else 0)
+    if not (chunk := next((c for c in _find_chunks(taps, depth) if place(c)["end"] <= room), None)):
+        return None
+    at = place(chunk)
+    mask, scale = _find_finish(tail, channels)
+    columns = _find_columns_back(width, ow, w["shape"][2], attrs)
+    more = {"chunk": chunk, "at": at, "flat": flat, "spans": columns, "mask": mask, "scale": scale}
+    parts = [WIDEN, *_dots(channels)]
+    return make_form(kernel, context | more, "fpu/conv2d_transpose", at["end"], *parts)
+
+
+def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Some channels of a pixel at a time: (OH, OW, C) float32 by (C, KH, KW) of any type."""
+    out, (x, w, *_) = context["out"], context["ins"]
+    attrs, tail = context["attrs"], context["tail"]
+    channels, *kernel_size, multiplier = w["shape"]
+    sums = context["tile"] and context["tile"]["sum"]
+    if (
+        context["rows"] is not None
+        or channels == 1
+        or multiplier > 1
+        or x["steps"]
+        or sums
+        or not _is_float(context)
+        or _reads_result(tail)
+    ):
+        return None
+    blocks = _find_blocks(channels)
+    row = kernel_size[1] * max(n for _, _, n in blocks) * 4  # of the kernel, as floats
+    height = next((h for n in range(1, kernel_size[0] + 1) if (h := -(-kernel_size[0] // n)) * row <= room), None)
+    if height is None:
+        return None
+    at = lay_out({"panel": height * row})
+    mask, scale = _find_finish(tail, channels)
+    spread = attrs["strides"][1] // math.gcd(attrs["strides"][1], attrs["dilation"][1])  # from tap to tap that reaches
+    columns = _find_columns_back(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
+    more = {"at": at, "spans": columns, "mask": mask, "scale": scale, "blocks": blocks, "spread": spread}
+    more["height"] = height
+    parts = [assembly("fpu/depthwise", {"n": n, "spread": spread > 1}, ROWS) for _, _, n in blocks]
+    return make_form(kernel, context | more, "fpu/depthwise_conv2d_transpose", at["end"], *parts)
+
+
+def differentiate_weights(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Two input channels times eight output channels at a time: (H, W, C) of any type by (OH, OW, O) float32."""
+    attrs, tile, (x, g) = context["attrs"], context["tile"], context["ins"]
+    outputs, *_, inputs = context["out"]["shape"]
+    if attrs["groups"] > 1 or x["steps"] or g["steps"] or context["acc"] != "float" or (tile and tile["sum"]):
+        return None
+    if outputs == 1 or context["rows"] is not None or context["columns"] is not None:
+        return None  # no two products of an input
+    _, oh, ow, _ = g["shape"]
+    pair = min(inputs, 2)
+
+    def place(height: int) -> dict[str, int]:
+        panel = height * ow * pair * 4 if x["dtype"] != "float32" else 0
+        return lay_out({"sums": outputs * pair * 4, "lines": height * 8, "panel": panel})
+
+    height = next((h for h in (-(-oh // n) for n in range(1, oh + 1)) if place(h)["end"] <= room), None)
+    if height is None:
+        return None
+    parts = [assembly("fpu/outer", {"n": n, "rows": pair}, ROWS) for n in _find_widths(outputs)]
+    at = place(height)
+    return make_form(kernel, context | {"height": height, "at": at}, "fpu/conv2d_weight_grad", at["end"], *parts)
+
+
+def sum_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Sums over all pixels of (H, W, C) float32, some channels at a time."""
+    (x,) = context["ins"]
+    if context["rows"] is not None or context["columns"] is not None:
+        return None
+    if context["attrs"]["axis"] != [0, 1, 2] or len(x["shape"]) != 4 or context["attrs"]["keepdims"]:
+        return None
+    if x["steps"] or x["dtype"] != "float32" or context["tile"] and context["tile"]["sum"]:
+        return None
+    blocks = _find_blocks(x["shape"][3])
+    parts = [assembly("fpu/columns", {"n": n}, COLUMNS) for _, _, n in blocks]
+    return make_form(kernel, context | {"blocks": blocks}, "fpu/sum", 0, *parts)
+
+
+def _find_blocks(channels: int) -> list[tuple[int, int, int]]:
+    """Channels in blocks of some at a time: the first, the end, how many at a time."""
+    wide = 16 if channels % 16 == 0 else WIDTH
+    whole = channels // wide * wide
+    return [(first, end, n) for first, end, n in ((0, whole, wide), (whole, channels, channels % wide)) if first < end]
+
+
+COLUMNS = ("const float *from", "float *to", "int rows", "int distance")
+ROWS = ("void *rows",)
+WIDEN = assembly("fpu/widen", {}, ("const int8_t *from", "float *to", "int rows", "int distance"))
+
+
+def _find_finish(tail: Sequence[dict[str, Any]], channels: int) -> tuple[int | None, int | None]:
+    """Which steps of the tail are a mask, of whole bytes, and a factor for each channel, if they are all there is."""
+    ops = [step["op"] for step in tail]
+    if ops not in (["nn_apply_mask"], ["multiply"], ["nn_apply_mask", "multiply"]):
+        return None, None
+    mask, scale = None, None
+    previous = "acc"
+    for k, step in enumerate(tail):
+        first, second = step["operands"]
+        if first.get("c") != previous or first["kind"] != "register" or second["kind"] not in ("flat", "strided"):
+            return None, None
+        previous = step["name"]
+        if step["op"] == "multiply":
+            if second["dtype"] != "float32" or second.get("strides", [])[-1:] not in ([1], [0]):
+                return None, None
+            if second["kind"] == "flat" or second["strides"] != [0, 0, 0, 1]:
+                return None, None
+            scale = k
+        else:
+            numbers = [int(n) for n in re.findall(r"- (\d+)", second["from"])]
+            places = [*numbers, *second["strides"][1:3], channels]
+            if step["attrs"]["alpha"] != 0 or second["dtype"] != "bit" or any(n % 8 for n in places):
+                return None, None
+            if second["strides"][1] % second["strides"][2] or second["strides"][3] != 1:
+                return None, None
+            mask = k
+    return mask, scale
+
+
+def _reads_result(tail: Sequence[dict[str, Any]]) -> bool:
+    return any(o.get("c", "").strip("(").split(" ")[0] == "y0" for step in tail for o in step["operands"])
+
+
+Columns = list[tuple[int, int, int]]  # of the result, that the same taps reach: the first, distance, how many
+
+
+def _find_columns(width: int, reach: int, size: int, attrs: dict[str, Any]) -> Columns:
+    """Of a convolution to ``width`` columns, from ``reach``."""
+    stride, dilation, left = attrs["strides"][1], attrs["dilation"][1], attrs["padding"][1]
+
+    def reached(column: int) -> tuple[int, ...]:
+        return tuple(t for t in range(size) if 0 <= column * stride + t * dilation - left < reach)
+
+    groups = [list(group) for _, group in groupby(range(width), reached)]
+    return [(columns[0], 1, len(columns)) for columns in groups]
+
+
+def _find_columns_back(width: int, reach: int, size: int, attrs: dict[str, Any]) -> Columns:
+    """Of a transposed convolution to ``width`` columns, from ``reach``."""
+    stride, dilation, left = attrs["strides"][1], attrs["dilation"][1], attrs["padding"][1]
+
+    def reached(column: int) -> tuple[int, ...]:
+        at = [(t, column + left - t * dilation) for t in range(size)]
+        return tuple(t for t, position in at if position % stride == 0 and 0 <= position < reach * stride)
+
+    result = []
+    for phase in range(min(stride, width)):
+        for _, group in groupby(range(phase, width, stride), reached):
+            columns = list(group)
+            result.append((columns[0], stride, len(columns)))
+    return result
