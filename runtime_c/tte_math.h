@@ -257,6 +257,11 @@ static inline int32_t tte_shift_product(int32_t v, int32_t multiplier, int32_t s
     return (int32_t)(((int64_t)v * multiplier + 0x80000000) >> 32);
 }
 
+/* v / 8, halves to even */
+static inline int32_t tte_eighths(int32_t v) {
+    return (v + 3 + (v >> 3 & 1)) >> 3;
+}
+
 /* A range after a step whose largest element was ``peak``, and in which so many of n elements were saturated. */
 static inline void tte_follow(int32_t *to, const int32_t *range, int32_t exponent, int32_t peak, int32_t saturated, int32_t n) {
     int32_t next = range[0] - (peak == 0 ? 256 : 7), whole = 0;

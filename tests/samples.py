@@ -701,7 +701,7 @@ for channels in (1, 6):
             -128, 127).to(torch.int8), bits=30)  # fmt: skip
 add("qnn.add_gradients", Operand((1, 9, 6), INT32), Operand((6,), "fraction"), Operand((), "exponent"),
     Operand((1, 9, 6), INT8), Operand((1,), "fraction"), Operand((), "exponent"), Operand((), "exponent"),
-    torch=lambda a, ma, ea, b, mb, eb, to: torch.floor((shifted(a, ma, 46 + int(to - ea)) + shifted(
-        b.int() * 65536, mb, 46 + int(to - eb)) + 4).double() / 8).clamp(-128, 127).to(torch.int8),
+    torch=lambda a, ma, ea, b, mb, eb, to: torch.round((shifted(a, ma, 46 + int(to - ea)) + shifted(
+        b.int() * 65536, mb, 46 + int(to - eb))).double() / 8).clamp(-128, 127).to(torch.int8),
     a_bits=49, b_bits=33)  # fmt: skip
 add("nn.apply_mask", Operand((3, 50), INT8), Operand((3, 50), "bits"), torch=lambda g, m: g * m)
