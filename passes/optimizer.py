@@ -28,8 +28,10 @@ def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: s
     readers = {v.name: node for node in reversed(graph.nodes) for v in node.inputs}
     producer = graph.producer()
     rate = Param(LEARNING_RATE, TensorType(()), np.asarray(learning_rate, np.float32))
+    kept = {param.name for param, _ in graph.updates}
+    learned = [param for param in graph.params if param.name not in kept]
     updates = []
-    for param, gradient in zip(graph.params, graph.outputs[1:], strict=True):
+    for param, gradient in zip(learned, graph.outputs[1:], strict=True):
         reader = readers[param.name]
         attrs: dict[str, Any] = {"layer": reader.layer}
         if param.type.quant is not None:
@@ -52,7 +54,7 @@ def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: s
             params=(*graph.params, rate),
             consts=(*graph.consts, *builder.consts.values()),
             outputs=graph.outputs[:1],
-            updates=tuple(updates),
+            updates=(*updates, *graph.updates),
         ),
         builder.nodes,
     )

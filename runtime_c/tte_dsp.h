@@ -47,6 +47,17 @@ TTE_INLINE void tte_clear(uint32_t *to, int n) {
         *to++ = 0;
 }
 
+/* Of n elements only those whose bit is set: the others become 0. */
+TTE_INLINE void tte_keep(int8_t *y, const uint8_t *bits, int n) {
+    for (; n >= 8; n -= 8, y += 8, bits++) {
+        const uint32_t low = (*bits & 15u) * 0x204081u & 0x1010101u, high = (*bits >> 4) * 0x204081u & 0x1010101u;
+        tte_store4(y, tte_load4(y) & low * 255u);
+        tte_store4(y + 4, tte_load4(y + 4) & high * 255u);
+    }
+    for (int i = 0; i < n; i++)
+        y[i] = (int8_t)(*bits >> i & 1 ? y[i] : 0);
+}
+
 /* Rows of floats times a panel: see fpu/product. What ends with _next is the distance in bytes to the next row. */
 typedef struct {
     const float *a;

@@ -242,4 +242,38 @@ static inline int32_t tte_saturate(int64_t v, int32_t low, int32_t high) {
     return v < low ? low : v > high ? high : (int32_t)v;
 }
 
+/* --- gradients as integers, see tte/ops/gradients.py --- */
+
+/* g / unit, halves to even, inside of 127; 0 where the unit is. */
+static inline int32_t tte_quotient(float g, float unit) {
+    const float v = unit > 0.0f ? g / unit : 0.0f;
+    return tte_round(v > -127.0f ? (v < 127.0f ? v : 127.0f) : -127.0f);
+}
+
+/* round(v * multiplier / 2^shift), halves up, shift from 32: what is more is first taken from the multiplier. */
+static inline int32_t tte_shift_product(int32_t v, int32_t multiplier, int32_t shift) {
+    const int32_t more = shift < 32 ? 0 : shift > 62 ? 30 : shift - 32;
+    multiplier = (multiplier + ((1 << more) >> 1)) >> more;
+    return (int32_t)(((int64_t)v * multiplier + 0x80000000) >> 32);
+}
+
+/* v / 8, halves to even */
+static inline int32_t tte_eighths(int32_t v) {
+    return (v + 3 + (v >> 3 & 1)) >> 3;
+}
+
+/* A range after a step whose largest element was ``peak``, and in which so many of n elements were saturated. */
+static inline void tte_follow(int32_t *to, const int32_t *range, int32_t exponent, int32_t peak, int32_t saturated, int32_t n) {
+    int32_t next = range[0] - (peak == 0 ? 256 : 7), whole = 0;
+    while (peak >> whole > 1)
+        whole++;
+    if (peak > 0) {
+        const int32_t octaves = exponent + whole + (saturated > 0) + (saturated > n / 8);
+        const int32_t seen = octaves * 256 + (peak * 256 >> whole) - 256;
+        next = seen > next ? seen : next;
+    }
+    to[1] = range[1] > INT32_MAX - saturated ? INT32_MAX : range[1] + saturated;
+    to[0] = next < -15360 ? -15360 : next > 15360 ? 15360 : next;
+}
+
 #endif

@@ -639,3 +639,69 @@ for kind in (INT8, INT16, INT32):
             Operand((4, 1, 1, 1), "wide"), torch=stored_step(rounding), rounding=rounding)  # fmt: skip
 add("qnn.sgd", Operand((4,), INT32), Operand((4,)), Operand((), "scale"), Operand((4,), "wide"),
     torch=lambda *a: stored_step("stochastic")(*a).clamp(-9, 9), limit=9)  # fmt: skip
+
+
+# --- gradients as integers --------------------------------------------------------------------------------------------
+
+for x_shape, w_shape, attrs in CONVOLUTIONS:
+    y_shape = tuple(conv(**attrs)(torch.zeros(x_shape), torch.zeros(w_shape)).shape)
+
+    def integer_weight_gradient(x: Tensor, g: Tensor, attrs=attrs, shape=w_shape) -> Tensor:  # type: ignore[no-untyped-def]
+        gradient = input_gradient(lambda w, x: conv(**attrs)(x, w), shape)
+        return gradient(g.double(), x.double() - 7).to(torch.int32)
+
+    add("qnn.conv2d_weight_grad", Operand(x_shape, INT8), Operand(y_shape, INT8),
+        torch=integer_weight_gradient, kernel_size=w_shape[1:3], zero_point=7, **attrs)  # fmt: skip
+for kind, (x_shape, w_shape, attrs) in zip((INT8, INT16) * 9, TRANSPOSED, strict=False):
+    add("qnn.conv2d_transpose", Operand(x_shape, INT8), Operand(w_shape, kind), torch=counted(conv_transpose(**attrs)),
+        **attrs)  # fmt: skip
+add("qnn.matmul", Operand((5, 2), INT8), Operand((5, 8), INT8), torch=lambda a, b: (
+    a.T.double() @ (b.double() + 4)).to(torch.int32), transpose_a=True, zero_point=-4)  # fmt: skip
+add("qnn.matmul", Operand((2, 5), INT8), Operand((5, 8), INT16), torch=lambda a, b: (
+    a.double() @ torch.floor(b.double() / 256)).to(torch.int32))  # fmt: skip
+add("qnn.gradient_unit", (3, 50), torch=lambda g: g.float().abs().max() / 127)
+add("qnn.quantize_gradient", Operand((3, 50), "wide"), Operand((), "scale"), torch=lambda g, unit: rounded(
+    g.float() / unit.float(), 0, -127))  # fmt: skip
+RANGE = Operand((2,), "integer")  # of an exponent of -7 or -6
+add("qnn.gradient_exponent", RANGE, torch=lambda r: torch.div(r[0] + 319, 256, rounding_mode="floor").int() - 7)
+add("qnn.gradient_exponent", RANGE, Operand((), "exponent"), Operand((), "exponent"), torch=lambda r, a, b: torch.stack(
+    [torch.div(r[0] + 319, 256, rounding_mode="floor").int() - 7, a - 3, b + 4]).max(), least=(-3, 4))  # fmt: skip
+add("qnn.gradient_scale", Operand((), "scale"), Operand((), "exponent"), torch=lambda unit, e: unit * 2.0**e)
+
+
+def following(r: Tensor, q: Tensor, e: Tensor, unit: Tensor) -> Tensor:
+    """qnn.observe_gradient with Python numbers."""
+    sizes = [int(v) if v >= 0 else -1 - int(v) for v in q.flatten()]
+    full = sum(v == 127 for v in sizes)
+    peak = max(sizes)
+    if peak == 0:
+        return torch.tensor([int(r[0]) - 256, int(r[1])], dtype=torch.int32)
+    octave = peak.bit_length() - 1
+    seen = 256 * (int(e) + octave + (full > 0) + (full > len(sizes) // 8)) + peak * 256 // 2**octave - 256
+    return torch.tensor([max(seen, int(r[0]) - 7), int(r[1]) + full], dtype=torch.int32)
+
+
+for n in (3, 4, 64, 5000):
+    add("qnn.observe_gradient", RANGE, Operand((n,), INT8), Operand((), "exponent"), Operand((), "scale"),
+        torch=following)  # fmt: skip
+
+
+def shifted(v: Tensor, m: Tensor, shift: int) -> Tensor:
+    """v * m / 2^shift in two roundings, halves up: of m, then of the product's upper 32 bits."""
+    m = torch.floor(m.double() / 2.0 ** (shift - 32) + 0.5)
+    return torch.floor(v.double() * m / 2**32 + 0.5).long()
+
+
+for channels in (1, 6):
+    add("qnn.rescale_gradient", Operand((1, 9, 6), INT32), Operand((channels,), "fraction"), Operand((), "exponent"),
+        Operand((), "exponent"), torch=lambda v, m, e, to: shifted(v, m, 46 + int(to - e)).clamp(-128, 127).to(
+            torch.int8), bits=46)  # fmt: skip
+    add("qnn.rescale_gradient", Operand((1, 9, 6), INT8), Operand((channels,), "fraction"), Operand((), "exponent"),
+        Operand((), "exponent"), torch=lambda v, m, e, to: shifted(v.int() * 65536, m, 46 + int(to - e)).clamp(
+            -128, 127).to(torch.int8), bits=30)  # fmt: skip
+add("qnn.add_gradients", Operand((1, 9, 6), INT32), Operand((6,), "fraction"), Operand((), "exponent"),
+    Operand((1, 9, 6), INT8), Operand((1,), "fraction"), Operand((), "exponent"), Operand((), "exponent"),
+    torch=lambda a, ma, ea, b, mb, eb, to: torch.round((shifted(a, ma, 46 + int(to - ea)) + shifted(
+        b.int() * 65536, mb, 46 + int(to - eb))).double() / 8).clamp(-128, 127).to(torch.int8),
+    a_bits=49, b_bits=33)  # fmt: skip
+add("nn.apply_mask", Operand((3, 50), INT8), Operand((3, 50), "bits"), torch=lambda g, m: g * m)

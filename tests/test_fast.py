@@ -12,6 +12,7 @@ from tte.codegen.kernel import Kernel
 from tte.codegen.schedule import Call, schedule
 from tte.ir import Builder, Graph, Node, TensorType, Value, evaluate, verify
 from tte.ir.rows import expand
+from tte.ir.tiles import scratch_bytes
 from tte.passes.regions import wrap
 from tte.runner.bare import Core
 
@@ -115,14 +116,23 @@ def draw(graph: Graph, seed: int, spread: str) -> list[np.ndarray]:
     filter ("flat"), which makes the largest sums. Scales bring most of the others into int8."""
     rng = np.random.default_rng(seed)
     (first, *_) = expand(graph.nodes[0])
-    shift = next(n.attrs["shift"] for n in first.body.nodes if n.op == "qnn.requantize")
+    members = first.body.nodes if first.body else (first,)
+    shift = next((n.attrs["shift"] for n in members if n.op == "qnn.requantize"), None)
     depth = 0.0
     arrays = []
     for value in graph.inputs:
         shape, dtype = value.type.shape, value.type.dtype
         if value.name[0] == "w":
             depth = np.sqrt(value.type.size / shape[0])
-        if value.name[0] == "m":
+        if dtype == "bit":
+            arrays.append(rng.random(shape) > 0.4)
+        elif dtype == "float32" and shape == ():
+            arrays.append(np.asarray(rng.integers(0, 2), np.float32))
+        elif dtype == "int32" and shape == ():
+            arrays.append(rng.integers(-3, 4, shape).astype(np.int32))
+        elif value.name == "m" and shift is None:
+            arrays.append(rng.integers(-(2**30), 2**30 + 1, shape, np.int32))
+        elif value.name[0] == "m":
             m = rng.uniform(0.2, 1.5, shape) / (128 * 74 * depth / 60)
             arrays.append(
                 m.astype(np.float32) if dtype == "float32" else np.rint(m * 2.0 ** (32 - shift)).astype(np.int32)
@@ -257,13 +267,114 @@ def piece_cases() -> Iterator[Case]:
             wide = layer | {"kernel": (size, size), "padding": (size // 2,) * 4}
             more = [wide, wide | {"strides": stride}, wide | {"mask": True}]
             yield Case(f"rows {c} channels {stride} {scale} {size}", chain((13, 9, c), more, strategy="rows"))
+    wide = {"channels": 40, "kernel": (3, 3), "padding": (1, 1, 1, 1), "zero": -128}
+    graph = chain((7, 5, 6), [wide, {"channels": 5, "kernel": (1, 1)}], strategy="rows")
+    yield Case("rows of 1x1 behind 3x3, no room", graph, 0)
     for width in (4, 2):
         first = {"channels": 8, "kernel": (3, 3), "padding": (1, 1, 1, 1), "groups": 8}
         layers = [first, first | {"kernel": (5, 5)}, first | {"kernel": (5, 3)}]
         yield Case(f"tiles of {width}", chain((7, 6, 8), layers, strategy="tiles", width=width))
 
 
-CASES = [*depthwise_cases(), *piece_cases(), *product_cases(), *window_cases(), *vector_cases()]
+def backward(
+    pixels: tuple[int, int],
+    depth: int,
+    channels: int,
+    end: str,
+    single: bool = False,
+    split: tuple[int, int] | None = None,
+    kernel: tuple[int, int] = (1, 1),
+    weights: str = "int8",
+    **attrs: object,
+) -> Graph:
+    """int8 (H, W, depth) by (depth, *kernel, channels), down the columns; rescaled and masked, added in place, or sums.
+    channels: of a group"""
+    builder = Builder()
+    inputs = [Value("x", TensorType((1, *pixels, depth), "int8"))]
+    shape = (depth, *kernel, channels)
+    pieces = [shape]
+    if split is not None:
+        axis, at = split
+        pieces = [(*shape[:axis], n, *shape[axis + 1 :]) for n in (at, shape[axis] - at)]
+    inputs += [Value(f"w{i}", TensorType(piece, weights)) for i, piece in enumerate(pieces)]
+    w = inputs[1] if split is None else builder.call("concatenate", *inputs[1:], axis=split[0])
+    y = builder.call("qnn.conv2d_transpose", inputs[0], w, **attrs)
+    if end != "sums":
+        named = {
+            "m": TensorType((1 if single else y.type.shape[3],), "int32"),
+            "e": TensorType((), "int32"),
+            "to": TensorType((), "int32"),
+            "bits": TensorType(y.type.shape, "bit"),
+            "other": TensorType(y.type.shape, "int8"),
+        }
+        given = {name: Value(name, type) for name, type in named.items()}
+        m, e, to = given["m"], given["e"], given["to"]
+        inputs += [m, e, to]
+        if end == "added":
+            inputs.append(given["other"])
+            y = builder.call("qnn.add_gradients", y, m, e, given["other"], m, e, to, a_bits=41, b_bits=24)
+        else:
+            y = builder.call("qnn.rescale_gradient", y, m, e, to, bits=43)
+        if end == "masked":
+            inputs.append(given["bits"])
+            y = builder.call("nn.apply_mask", y, given["bits"])
+    whole = wrap(builder.nodes, [y], {"strategy": "fused"}, "layer") if len(builder.nodes) > 1 else builder.nodes[0]
+    if end == "added":
+        whole = replace(whole, inplace=(next(i for i, v in enumerate(whole.inputs) if v.name == "other"),))
+    return Graph("main", tuple(inputs), nodes=(whole,), outputs=(y,)).renumbered()
+
+
+def backward_cases() -> Iterator[Case]:
+    """Input gradients of pointwise convolutions, in integers."""
+    for pixels, depth, channels in product([(1, 2), (1, 3), (5, 5), (9, 15)], [1, 3, 4, 5, 8, 18], [2, 3, 8, 11]):
+        yield Case(f"back {pixels} {depth}->{channels}", backward(pixels, depth, channels, "masked"))
+    for end, single, (depth, channels) in product(
+        ("sums", "added", "rescaled"), (False, True), [(6, 8), (97, 10), (4, 7)]
+    ):
+        graph = backward((4, 5), depth, channels, end, single)
+        yield Case(f"back 4x5 {depth}->{channels} {end} {single}", graph)
+    for split in ((3, 2), (3, 3), (3, 5), (0, 4), (0, 8)):
+        yield Case(f"back 4x4 9->7 split {split}", backward((4, 4), 9, 7, "masked", split=split))
+    for split in ((3, 1), (0, 3)):
+        yield Case(f"back 4x4 9->7 split {split}", backward((4, 4), 9, 7, "masked", split=split), fast=False)
+    for room in (300, 700, 2000):
+        yield Case(f"back 16x17 8->6 in {room} bytes", backward((16, 17), 8, 6, "masked"), room)
+    yield Case("back, stride 2", backward((3, 3), 4, 4, "masked", strides=(2, 2)), fast=False)
+    for (h, w), kernel, channels in product([(4, 4), (5, 7), (8, 8)], [(3, 3), (5, 5), (7, 7), (2, 3), (1, 1)], [3, 8]):
+        for turn, padding in enumerate([(0, 0, 0, 0), (1, 1, 1, 1), (2, 0, 1, 2)]):
+            if max(padding[:2]) < min(kernel):
+                more = {
+                    "groups": channels,
+                    "padding": padding,
+                    "kernel": kernel,
+                    "weights": ("int8", "int16")[turn % 2],
+                }
+                end = ("masked", "added", "sums")[(turn + channels) % 3]
+                graph = backward((h, w), channels, 1, end, bool(turn % 2), **more)
+                yield Case(f"back {h}x{w} depthwise {kernel} {padding} {channels} {end}", graph)
+    split = backward((6, 5), 6, 1, "masked", split=(0, 4), groups=6, kernel=(3, 3), padding=(1, 1, 1, 1))
+    yield Case("back, depthwise split", split)
+    graph = backward((4, 4), 4, 1, "masked", groups=4, kernel=(3, 3), strides=(2, 2), padding=(1, 1, 1, 1))
+    yield Case("back, depthwise, stride 2", graph, fast=False)
+    for (h, w), c, o, part in product([(1, 1), (1, 3), (5, 5), (8, 8)], [2, 3, 8], [2, 5, 12], (0, 1)):
+        builder = Builder()
+        inputs = [Value("x", TensorType((1, h, w, c), "int8")), Value("g", TensorType((1, h, w, o), "int8"))]
+        options = {"kernel_size": (1, 1), "zero_point": -5, "out_channels": o - part}
+        y = builder.call("qnn.conv2d_weight_grad", *inputs, **options)
+        graph = Graph("main", tuple(inputs), nodes=tuple(builder.nodes), outputs=(y,)).renumbered()
+        yield Case(f"weight gradient {h}x{w} {c}x{o - part} of {o}", graph, fast=o - part > 1)
+    for n in (1, 3, 4, 7, 64, 1001):
+        builder = Builder()
+        types = {"range": ((2,), "int32"), "q": ((n,), "int8"), "e": ((), "int32"), "unit": ((), "float32")}
+        inputs = [Value(name, TensorType(*of)) for name, of in types.items()]
+        y = builder.call("qnn.observe_gradient", *inputs)
+        for place in ((), (0,)):
+            node = replace(builder.nodes[0], inplace=place)
+            graph = Graph("main", tuple(inputs), nodes=(node,), outputs=(y,)).renumbered()
+            yield Case(f"range of {n} {place}", graph)
+
+
+CASES = [*depthwise_cases(), *piece_cases(), *product_cases(), *window_cases(), *vector_cases(), *backward_cases()]
 NAMES: dict[Kernel, str] = {}
 for _case in CASES:
     for _kernel in _case.call.kernel.family():
@@ -286,10 +397,11 @@ def test_every_bit(case: Case, cores: dict[str, Core]) -> None:
     if not cores:
         pytest.skip("no C compiler for Cortex-M: pip install 'tte[emulate]'")
     call = case.call
-    assert call.kernel.scratch <= case.room
+    assert call.kernel.scratch <= case.room + scratch_bytes(case.graph.nodes[0])
     for seed, spread in enumerate(("all", "ends", "flat", "flat")):
         arrays = draw(case.graph, seed, spread)
-        values = dict(zip([v.name for v in case.graph.inputs], arrays, strict=True))
+        packed = [np.frombuffer(pack(a, v), np.uint8) for a, v in zip(arrays, case.graph.inputs, strict=True)]
+        values = dict(zip([v.name for v in case.graph.inputs], packed, strict=True))
         expected = evaluate(case.graph, arrays).outputs
         taken = [case.graph.nodes[0].overwrites.get(v.name) for v in call.outputs]
         made = [

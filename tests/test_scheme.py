@@ -259,7 +259,6 @@ def test_new_head_learns() -> None:
         ({"train": "full", "optimizer": {"lr": float("nan")}}, "TTE-E031", "finite"),
         ({"train": "full", "optimizer": {"lr": 10**5000}}, "TTE-E031", "lr"),
         ({"train": "full", "quantized": {"qas": True}}, "TTE-E035", "float32"),
-        ({"train": "full", "quantized": {"gradients": "int8"}}, "TTE-E035", "gradients float32"),
         ({"train": "full", "quantized": {"weight_storage": "int8"}}, "TTE-E031", "int8_sr"),
         ({"train": "full", "loss": "mse2"}, "TTE-E031", "did you mean mse?"),
         ({"train": "full", "loss": {"name": "mse", "delta": 2.0}}, "TTE-E031", "huber"),

@@ -28,6 +28,7 @@ from tte.passes.cover import cover_backward
 from tte.passes.fuse import fuse_elementwise, fuse_updates, transpose_first
 from tte.passes.head import replace_head
 from tte.passes.inplace import work_in_place
+from tte.passes.integer_gradients import quantize_gradients
 from tte.passes.io import apply_input_format, own_layout, prepare, require_rows, take_rows
 from tte.passes.layout import to_nhwc
 from tte.passes.loss import append_loss
@@ -209,7 +210,8 @@ def lower_programs(
     differentiated = verify(differentiate(keep_saturation_masks(with_loss), scheme.optimizer.clip_loss_grad))
     gradients = verify(eliminate_dead_code(differentiated))
     pipeline.write(gradients, "3-gradients")
-    train = verify(attach_sgd(gradients, scheme.optimizer.lr, scheme.quantized.qas, scheme.quantized.rounding))
+    stepped = verify(quantize_gradients(gradients)) if scheme.quantized.gradients == "int8" else gradients
+    train = verify(attach_sgd(stepped, scheme.optimizer.lr, scheme.quantized.qas, scheme.quantized.rounding))
     roles = {"train": train, "infer": forward, "evaluate": with_loss}
     if input_place == "rows":
         roles = {role: verify(take_rows(graph)) for role, graph in roles.items()}

@@ -34,6 +34,13 @@ def prove(artifact: "Artifact", steps: int, data: Any, tolerance: float) -> dict
     learn, see ``_errors``. Losses are compared one by one, relative to at least SMALL_LOSS.
     data: path or mapping with x and y; made up when None. Returns {"ok", "tensors": [...], "losses": {...}, ...}.
     """
+    if artifact.scheme.quantized.gradients != "float32":
+        raise TTEError(
+            "TTE-E035",
+            "only float32 gradients are held against PyTorch; those of this scheme are int8",
+            where=artifact.scheme.where("quantized", "gradients"),
+            fix="verify the model with `gradients: float32`; docs/quantized.md says how far int8 is from that",
+        )
     compiled, build = artifact.compiled, artifact.build
     if data is None:
         samples = _make_up(artifact, steps)

@@ -307,14 +307,6 @@ class UpdateScheme(_Model):
                     fix=f"remove it; plain sgd is {key}: {plain}",
                 )
 
-        if self.quantized.gradients != "float32":
-            raise TTEError(
-                "TTE-E035",
-                f"not available yet: quantized.gradients: {self.quantized.gradients}",
-                where=self.where("quantized", "gradients"),
-                fix="remove it: weights and activations are int8, gradients float32",
-            )
-
     def where(self, *path: str | int) -> str:
         """File, line and place of a value, for error messages."""
         return (self._document or Document("update scheme", None)).where(path)

@@ -6,8 +6,10 @@ A form says by None what it does not serve, or for what there is no room.
 from itertools import product
 
 from tte.codegen.fast.conv2d import convolve, convolve_directly
+from tte.codegen.fast.conv2d_transpose import multiply_columns
+from tte.codegen.fast.conv2d_weight_grad import correlate
 from tte.codegen.fast.dense import dense
-from tte.codegen.fast.depthwise import convolve_channels
+from tte.codegen.fast.depthwise import convolve_channels, convolve_channels_back
 from tte.codegen.fast.float32 import (
     convolve_back,
     convolve_depthwise_back,
@@ -17,6 +19,7 @@ from tte.codegen.fast.float32 import (
     sum_channels,
 )
 from tte.codegen.fast.form import Form, Knobs, use_stack
+from tte.codegen.fast.observe_gradient import observe
 from tte.codegen.kernel import Kernel
 from tte.codegen.measured import Measured, identify, name_shape
 
@@ -24,10 +27,11 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "conv2d": (convolve, convolve_directly, convolve_floats),
     "dense": (dense,),
     "depthwise_conv2d": (convolve_channels, convolve_depthwise_floats),
-    "conv2d_transpose": (convolve_back,),
-    "depthwise_conv2d_transpose": (convolve_depthwise_back,),
-    "conv2d_weight_grad": (differentiate_weights,),
+    "conv2d_transpose": (multiply_columns, convolve_back),
+    "depthwise_conv2d_transpose": (convolve_channels_back, convolve_depthwise_back),
+    "conv2d_weight_grad": (correlate, differentiate_weights),
     "sum": (sum_channels,),
+    "observe_gradient": (observe,),
 }
 NOTHING: Measured = {}
 STACK = 256  # bytes of scratch that lie on the stack where there is no other room

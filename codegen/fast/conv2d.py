@@ -109,3 +109,12 @@ def find_end(context: Mapping[str, Any], channels: int) -> End:
     if full and single and not attrs["mask"]:
         return End(scale, -attrs["shift"], "int8")
     return End(scale, -attrs["shift"], "int16", full and single and channels % 8 == 0)
+
+
+def find_gradient_end(context: Mapping[str, Any]) -> End:
+    """Sums leave as int8 where they are only rescaled, and masks applied."""
+    tail = context["tail"]
+    if not tail or tail[0]["op"] != "qnn_rescale_gradient" or tail[0]["operands"][0]["kind"] != "register":
+        return End()
+    masks = all(step["op"] == "nn_apply_mask" and step["operands"][1]["kind"] == "flat" for step in tail[1:])
+    return End("fixed", 0, "int8") if masks else End()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tte.codegen.fast.conv2d import SIZES, End, find_end
+from tte.codegen.fast.conv2d import SIZES, End, find_end, find_gradient_end
 from tte.codegen.fast.form import assembly, form, lay_out, limit, make_form
 from tte.codegen.kernel import Kernel
 
@@ -82,12 +82,34 @@ class Band:
         return (self.lines * width * PACKING[self.lanes] + 50) / self.rows
 
 
-@form(most=(8192, 16384, 32768, 4096))
-def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int, most: int) -> Kernel | None:
-    """(H, W, C) int8 by (C, KH, KW, 1) int8 or int16; windows without holes.
+MOST = (8192, 16384, 32768, 4096)  # bytes of scratch, where more than one row is made at once
 
-    most  bytes of scratch, where more than one row is made at once
-    """
+
+@form(most=MOST)
+def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int, most: int) -> Kernel | None:
+    """(H, W, C) int8 by (C, KH, KW, 1) int8 or int16; windows without holes. most: see ``MOST``."""
+    end = find_end(context, context["ins"][0]["shape"][3])
+    return _convolve(kernel, context | {"turned": False}, end, room, most)
+
+
+@form(most=MOST)
+def convolve_channels_back(kernel: Kernel, context: dict[str, Any], room: int, most: int) -> Kernel | None:
+    """The input gradient for stride 1: the same with windows from their ends."""
+    (_, height, width, channels), window = context["ins"][0]["shape"], context["ins"][1]["shape"][1:3]
+    attrs, out = context["attrs"], context["out"]["shape"]
+    if attrs["strides"] != [1, 1] or len(context["ins"]) > 2 or out[3] != channels:
+        return None
+    if context["rows"] is not None or context["tile"]:
+        return None
+    top, left = (k - 1 - pad for k, pad in zip(window, attrs["padding"][:2], strict=True))
+    padding = [top, left, out[1] - height - top + window[0] - 1, out[2] - width - left + window[1] - 1]
+    if min(padding) < 0:
+        return None
+    turned = context | {"attrs": attrs | {"padding": padding}, "turned": True}
+    return _convolve(kernel, turned, find_gradient_end(context), room, most)
+
+
+def _convolve(kernel: Kernel, context: dict[str, Any], end: End, room: int, most: int) -> Kernel | None:
     out, (x, w, *_), attrs, tile = context["out"], context["ins"], context["attrs"], context["tile"]
     channels, window = x["shape"][3], w["shape"][1:3]
     if x["steps"] or x["dtype"] != "int8" or context["acc"] != "int32_t" or w["shape"][0] != channels:
@@ -99,7 +121,6 @@ def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int, most: 
     planes = read_pairs(context) or read_terms(context)
     if planes is None or len(planes.row) > 1000:  # 4095 bytes are what an offset reaches
         return None
-    end = find_end(context, channels)
     height = 1 if context["rows"] is not None else out["shape"][1]
     heights = {min(rows, height) for rows in (height, *BANDS)}
     bands = [Band(context, planes, end, lanes, rows) for lanes in PACKING if lanes <= channels for rows in heights]

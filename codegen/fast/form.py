@@ -63,6 +63,7 @@ def assembly(template: str, context: Mapping[str, Any], parameters: Sequence[str
     return Kernel(template, json.dumps(own | dict(context), sort_keys=True))
 
 
+COLUMNS = assembly("dsp/columns", {}, ("uint32_t *y", "const int8_t *a", "int stride", "int n", "uint32_t add"))
 WIDEN = assembly("dsp/widen", {}, ("uint32_t *y", "const int8_t *a", "const int8_t *b", "int n", "uint32_t add"))
 
 

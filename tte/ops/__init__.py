@@ -4,12 +4,13 @@ import sys
 from types import ModuleType
 
 from tte.ir import OPS, Op
-from tte.ops import conv, dense, elementwise, loss, pool, quantized, reduce, resize, shape, softmax, update
+from tte.ops import conv, dense, elementwise, gradients, loss, pool, quantized, reduce, resize, shape, softmax, update
 
 __all__ = [
     "conv",
     "dense",
     "elementwise",
+    "gradients",
     "loss",
     "pool",
     "quantized",

@@ -198,10 +198,27 @@ def _conv2d_transpose(
     a convolution may leave any number of input rows unread. w may be stored integers (see ``read_numbers``). Sums begin
     with b, which may also have the shape of the result.
     """
-    require_rank("x", x, 4)
-    require_rank("w", w, 4)
     require_float(x=x, b=b)
     require_numbers(w=w)
+    return conv2d_transpose_type(
+        x, w, b, strides=strides, padding=padding, dilation=dilation, groups=groups, output_padding=output_padding
+    )
+
+
+def conv2d_transpose_type(
+    x: TensorType,
+    w: TensorType,
+    b: TensorType | None,
+    *,
+    strides: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    output_padding: Pair,
+) -> TensorType:
+    """The result's type, whatever the elements are."""
+    require_rank("x", x, 4)
+    require_rank("w", w, 4)
     _require_geometry(strides, padding, dilation, groups)
     require_pair("output_padding", output_padding, 0)
     c, kh, kw, o = w.shape
@@ -215,7 +232,7 @@ def _conv2d_transpose(
     return y
 
 
-def _conv2d_transpose_ref(x, w, b=None, *, strides, padding, dilation, groups, output_padding):  # type: ignore[no-untyped-def]
+def conv2d_transpose_ref(x, w, b=None, *, strides, padding, dilation, groups, output_padding):  # type: ignore[no-untyped-def]
     w = read_numbers(w, x.dtype)
     c, kh, kw, o = w.shape
     n, h, v, _ = x.shape
@@ -264,17 +281,17 @@ def _crop(backward, dy, x, w, geometry):  # type: ignore[no-untyped-def]
     return backward.call("slice", dy, begin=(0, 0, 0, 0), end=(n, *ends, c), strides=(1, 1, 1, 1))
 
 
-def _conv2d_transpose_macs(x, w, b=None, **attrs):  # type: ignore[no-untyped-def]
+def conv2d_transpose_macs(x, w, b=None, **attrs):  # type: ignore[no-untyped-def]
     return x.size * w.size // w.shape[0]
 
 
-def _conv2d_transpose_rows(x, w, *b, strides, padding, dilation, **_):  # type: ignore[no-untyped-def]
+def conv2d_transpose_rows(x, w, *b, strides, padding, dilation, **_):  # type: ignore[no-untyped-def]
     size = (w.shape[1] - 1) * dilation[0] + 1
     starts = (Window(1, 1, 0) if v.rank == 4 else None for v in b)
     return Window(size, 1, size - 1 - padding[0], strides[0]), None, *starts
 
 
-def _conv2d_transpose_axes(x, w, *b, groups, **_):  # type: ignore[no-untyped-def]
+def conv2d_transpose_axes(x, w, *b, groups, **_):  # type: ignore[no-untyped-def]
     if groups == 1:
         letters = ["...i", "i..o", "...o"]
     elif groups == w.shape[0] and w.shape[3] == 1:
@@ -289,15 +306,15 @@ register(
     Op(
         "nn.conv2d_transpose",
         _conv2d_transpose,
-        _conv2d_transpose_ref,
+        conv2d_transpose_ref,
         _conv2d_transpose_grad,
         kind="anchor",
         inplace=(2,),
-        rows=_conv2d_transpose_rows,
+        rows=conv2d_transpose_rows,
         columns=True,
-        axes=_conv2d_transpose_axes,
+        axes=conv2d_transpose_axes,
         start=2,
-        macs=_conv2d_transpose_macs,
+        macs=conv2d_transpose_macs,
     )
 )
 
@@ -319,10 +336,36 @@ def _conv2d_weight_grad(
     x: (N, H, W, C), g: (N, OH, OW, O) -> (O, KH, KW, C / groups). An int8 x counts from zero_point. With out_channels,
     only the first so many channels of g are read: O is that.
     """
-    require_rank("x", x, 4)
-    require_rank("g", g, 4)
     require_float(g=g)
     require_numbers(x=x)
+    return conv2d_weight_grad_type(
+        x,
+        g,
+        kernel_size=kernel_size,
+        strides=strides,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        zero_point=zero_point,
+        out_channels=out_channels,
+    )
+
+
+def conv2d_weight_grad_type(
+    x: TensorType,
+    g: TensorType,
+    *,
+    kernel_size: Pair,
+    strides: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    zero_point: int,
+    out_channels: int,
+) -> TensorType:
+    """The result's type, whatever the elements are."""
+    require_rank("x", x, 4)
+    require_rank("g", g, 4)
     require(zero_point == 0 or x.dtype == "int8", "a zero point belongs to integers")
     require_pair("kernel_size", kernel_size, 1)
     _require_geometry(strides, padding, dilation, groups)
@@ -336,7 +379,7 @@ def _conv2d_weight_grad(
     return g.with_shape((o, *kernel_size, x.shape[3] // groups))
 
 
-def _conv2d_weight_grad_ref(x, g, *, kernel_size, strides, padding, dilation, groups, zero_point, out_channels):  # type: ignore[no-untyped-def]
+def conv2d_weight_grad_ref(x, g, *, kernel_size, strides, padding, dilation, groups, zero_point, out_channels):  # type: ignore[no-untyped-def]
     x = read_numbers(x, g.dtype, zero_point)
     g = g[..., : out_channels or g.shape[3]]
     n, h, v, o = g.shape
@@ -351,16 +394,16 @@ def _conv2d_weight_grad_ref(x, g, *, kernel_size, strides, padding, dilation, gr
     return y
 
 
-def _conv2d_weight_grad_macs(x, g, *, kernel_size, groups, out_channels, **attrs):  # type: ignore[no-untyped-def]
+def conv2d_weight_grad_macs(x, g, *, kernel_size, groups, out_channels, **attrs):  # type: ignore[no-untyped-def]
     _, h, w, o = g.shape
     return h * w * (out_channels or o) * kernel_size[0] * kernel_size[1] * x.shape[3] // groups
 
 
-def _conv2d_weight_grad_rows(x, g, *, kernel_size, strides, padding, dilation, **_):  # type: ignore[no-untyped-def]
+def conv2d_weight_grad_rows(x, g, *, kernel_size, strides, padding, dilation, **_):  # type: ignore[no-untyped-def]
     return Window((kernel_size[0] - 1) * dilation[0] + 1, strides[0], padding[0]), Window(1, 1, 0)
 
 
-def _conv2d_weight_grad_axes(x, g, *, groups, out_channels, **_):  # type: ignore[no-untyped-def]
+def conv2d_weight_grad_axes(x, g, *, groups, out_channels, **_):  # type: ignore[no-untyped-def]
     if groups == 1:
         return "...i", "...o", "o..i"
     if groups == x.shape[3] == (out_channels or g.shape[3]):
@@ -372,12 +415,12 @@ register(
     Op(
         "nn.conv2d_weight_grad",
         _conv2d_weight_grad,
-        _conv2d_weight_grad_ref,
+        conv2d_weight_grad_ref,
         kind="anchor",
-        macs=_conv2d_weight_grad_macs,
-        rows=_conv2d_weight_grad_rows,
+        macs=conv2d_weight_grad_macs,
+        rows=conv2d_weight_grad_rows,
         columns=True,
         along=1,
-        axes=_conv2d_weight_grad_axes,
+        axes=conv2d_weight_grad_axes,
     )
 )

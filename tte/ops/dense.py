@@ -68,9 +68,14 @@ def _matmul(
     a: (..., M, K); b: (..., K, N) with the same leading dimensions, or of rank 2. b may be stored integers (see
     ``read_numbers``), an int8 b counts from zero_point.
     """
-    require(a.rank >= 2 and b.rank >= 2, f"both operands need rank 2 or more, not {a.shape} and {b.shape}")
     require_float(a=a)
     require_numbers(b=b)
+    return matmul_type(a, b, transpose_a=transpose_a, transpose_b=transpose_b, zero_point=zero_point)
+
+
+def matmul_type(a: TensorType, b: TensorType, *, transpose_a: bool, transpose_b: bool, zero_point: int) -> TensorType:
+    """The result's type, whatever the elements are."""
+    require(a.rank >= 2 and b.rank >= 2, f"both operands need rank 2 or more, not {a.shape} and {b.shape}")
     require(zero_point == 0 or b.dtype == "int8", "a zero point belongs to integers")
     require(b.rank == 2 or a.shape[:-2] == b.shape[:-2], f"leading dimensions of {a.shape} and {b.shape} differ")
     m, k = a.shape[:-3:-1] if transpose_a else a.shape[-2:]
@@ -83,7 +88,7 @@ def _swap(x: np.ndarray, transposed: bool) -> np.ndarray:
     return x.swapaxes(-1, -2) if transposed else x
 
 
-def _matmul_ref(a, b, *, transpose_a, transpose_b, zero_point):  # type: ignore[no-untyped-def]
+def matmul_ref(a, b, *, transpose_a, transpose_b, zero_point):  # type: ignore[no-untyped-def]
     b = read_numbers(b, a.dtype, zero_point)
     return np.ascontiguousarray(_swap(a, transpose_a) @ _swap(b, transpose_b))
 
@@ -119,8 +124,8 @@ def _fold(backward, x, transposed):  # type: ignore[no-untyped-def]
     return backward.call("reshape", x, newshape=(math.prod(x.type.shape[:-1]), x.type.shape[-1]))
 
 
-def _matmul_macs(a, b, *, transpose_b, **attrs):  # type: ignore[no-untyped-def]
+def matmul_macs(a, b, *, transpose_b, **attrs):  # type: ignore[no-untyped-def]
     return a.size * (b.shape[-2] if transpose_b else b.shape[-1])
 
 
-register(Op("matmul", _matmul, _matmul_ref, _matmul_grad, kind="anchor", macs=_matmul_macs))
+register(Op("matmul", _matmul, matmul_ref, _matmul_grad, kind="anchor", macs=matmul_macs))
