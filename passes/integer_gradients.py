@@ -16,6 +16,17 @@ MOVES = ("reshape", "transpose", "permute", "slice", "broadcast_to")
 PRODUCTS = {"nn.conv2d_transpose": 0, "nn.conv2d_weight_grad": 1, "matmul": 0}  # which operand is the gradient
 
 
+def _count_terms(node: Node, gradient: TensorType, other: TensorType) -> int:
+    """Products in a sum, at the most."""
+    if node.op == "matmul":
+        return max(gradient.shape)
+    if node.op == "nn.conv2d_weight_grad":  # one a pixel
+        return gradient.size // gradient.shape[-1]
+    groups = node.attrs["groups"]
+    assert isinstance(groups, int)
+    return other.size // other.shape[-1] // groups  # a window of each filter
+
+
 def quantize_gradients(graph: Graph) -> Graph:
     """The backward of layers with int8 weights in integers, from where the first of them reads a gradient.
 
@@ -132,8 +143,7 @@ class _State:
         if len(node.inputs) > 2 or other.type.dtype not in ("int8", "int16"):
             return None
         gradient = node.inputs[at]
-        terms = gradient.type.size * other.type.size // max(1, node.output.type.size)
-        if 128 * 255 * math.isqrt(max(1, terms)) >= 2**31:  # sums of at most so many products
+        if 128 * 255 * _count_terms(node, gradient.type, other.type) >= 2**31:
             return None
         g = self.rounded(self.found[gradient.name]) if gradient.name in self.found else self.begin(gradient)
         operands = (g.value, other) if at == 0 else (other, g.value)

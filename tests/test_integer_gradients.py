@@ -113,7 +113,7 @@ def test_gradients_point_where_those_in_float32_do(
 
 
 def test_the_size_of_the_loss_does_not_matter(models: dict[str, Path]) -> None:
-    """Exponents are counted from the unit of the step: a loss a million times smaller gives the same integers."""
+    """Exponents are counted from the unit of the step: the mean of a loss gives the same integers as its sum."""
     base = {"train": "full", "quantized": {"gradients": "int8"}}
     graphs = []
     for reduction in ("mean", "sum"):
