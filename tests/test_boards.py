@@ -30,7 +30,7 @@ from tte.ops.rules import computes_floats
 from tte.runner import Build, open_host
 from tte.runner.toolchain import FLAGS, board_command, find_toolchains, host_compiler
 from tte.runner.train import open_board
-from tte.target import CORTEX_M0PLUS, TARGETS, find_target
+from tte.target import CORTEX_M0PLUS, TARGETS, Target, find_target
 
 if not find_toolchains() or not importlib.util.find_spec("unicorn"):
     pytest.skip("no compiler or emulator: pip install 'tte[emulate]'", allow_module_level=True)
@@ -275,3 +275,12 @@ def test_an_int8_forward_is_of_integers(digits: Path, requantize: str, toolchain
     else:
         assert len(asked) >= 4 and not any(asked[1:-1])
         assert asked[-1] == {"__aeabi_i2f", "__aeabi_fmul"}  # the scores become float32
+
+
+@pytest.mark.parametrize("toolchain", find_toolchains())
+@pytest.mark.parametrize("target", DEVICES, ids=lambda target: target.name)
+def test_the_compiler_knows_what_the_core_has(target: Target, toolchain: str) -> None:
+    """Faster kernels are chosen by the compiler's own macro."""
+    line = [*board_command(target, toolchain), "-dM", "-E", "-x", "c", "/dev/null"]
+    macros = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    assert ("#define __ARM_FEATURE_DSP 1" in macros) == target.dsp

@@ -155,6 +155,7 @@ def product_cases() -> Iterator[Case]:
             yield Case(f"1x1 {h}x{w} {c}->{o} {scale}", convolution((h, w, c), o, (1, 1), scale))
     for c, o in ((96, 16), (97, 10), (256, 24), (1040, 4)):
         yield Case(f"1x1 4x4 {c}->{o}", convolution((4, 4, c), o, (1, 1)))
+    yield Case("1x1 1x2 16400->2", convolution((1, 2, 16400), 2, (1, 1)))
     for stride in ((2, 2), (1, 2), (3, 1)):
         yield Case(f"1x1 7x6 5->4 stride {stride}", convolution((7, 6, 5), 4, (1, 1), strides=stride))
     for o in (8, 16, 12):

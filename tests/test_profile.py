@@ -169,6 +169,7 @@ def test_on_the_command_line(built: tuple[Artifact, Path], tmp_path: Path) -> No
 MISTAKES = {
     "E050": ("nothing",),
     "E058": ("host",),
+    "E058 ": ("corstone-300",),
     "E059": ("board", "--toolchain", "msvc"),
     "E059 ": ("board", "--optimize=-Ofast"),
 }
@@ -176,9 +177,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("code", "arguments"), MISTAKES.items(), ids=MISTAKES)
 def test_mistakes(code: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
-    for target in ("host", "stm32f746"):
+    for target, folder in (("host", "host"), ("stm32f746", "board"), ("corstone-300", "corstone-300")):
         artifact = tte.compile(nn.Linear(3, 2).eval(), (torch.zeros(1, 3),), target=target)
-        artifact.export(tmp_path / ("host" if target == "host" else "board"))
+        artifact.export(tmp_path / folder)
     result = call("bench", *arguments, cwd=tmp_path)
     what, _, _ = result.stderr.splitlines()
     assert result.returncode == 1 and f"TTE-{code.strip()}" in what and not result.stdout

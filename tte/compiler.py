@@ -403,14 +403,15 @@ PORTABLE = 4  # times the instructions of a faster kernel, about
 
 def _estimate(programs: Sequence[Program]) -> int:
     """What the programs cost: multiply-accumulates, those of portable kernels several times."""
-    cost = 0
+    cost: dict[tuple[str, str], int] = {}  # a member may have several kernels, for parts of its tiles
     for program in programs:
         for call in program.calls:
             members = call.members or (program.graph.nodes[call.node],)
             kernels = call.kernel.parts if call.members else (call.kernel,)
             for node, kernel in zip(members, kernels, strict=True):
-                cost += node.macs * (1 if kernel.portable else PORTABLE)
-    return cost
+                key = (program.role, f"{call.node} {node.output.name}")
+                cost[key] = max(cost.get(key, 0), node.macs * (1 if kernel.portable else PORTABLE))
+    return sum(cost.values())
 
 
 def _as_user(const: Const, origin: Origin) -> np.ndarray:

@@ -42,7 +42,7 @@ class Target:
     cpu            as gcc calls it
     gcc_flags      choose core and FPU for arm-none-eabi-gcc (and for clang)
     zig_target     triple for ``zig cc -target``
-    zig_cpu        for ``zig cc -mcpu=``; names the FPU, because zig leaves it out otherwise
+    zig_cpu        for ``zig cc -mcpu=``; names the FPU, and extensions that zig leaves out otherwise
     memory         regions by address; ``flash`` and ``ram`` are those that code and data go to.
                    Of a bare core (``board`` is False) they are what QEMU's machine has, not a limit of any product.
     vectors        the region that the core starts from
@@ -108,7 +108,7 @@ CORTEX_M4 = _arm("cortex-m4", "fpv4-sp-d16", "vfp4d16sp", replace(MPS2, name="mp
 CORTEX_M33 = _arm(
     "cortex-m33",
     "fpv5-sp-d16",
-    "fp_armv8d16sp",
+    "fp_armv8d16sp+dsp",
     Machine("mps2-an505", 0x10000000, 0x38000000, counter=0x50302018, counter_hz=20_000_000),
 )
 # Its vector unit takes integers only: on floats it flushes subnormal numbers to zero, which no other core does.

@@ -27,7 +27,7 @@ def convolve_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kerne
     place = partial(_place, min(WIDTH, channels), aside=out["shape"][2] if aside else 0)
     if not (chunk := next((c for c in chunks if place(c)["end"] <= room), None)):
         return None
-    mask, scale = _find_finish(tail, channels)
+    mask, scale = _find_finish(context, channels)
     more: dict[str, Any] = {
         "chunk": chunk,
         "at": place(chunk),
@@ -53,7 +53,7 @@ def convolve_depthwise_floats(kernel: Kernel, context: dict[str, Any], room: int
     at = lay_out({"panel": kernel_size[0] * kernel_size[1] * max(n for _, _, n in blocks) * 4})
     if at["end"] > room:
         return None
-    mask, scale = _find_finish(tail, channels)
+    mask, scale = _find_finish(context, channels)
     more: dict[str, Any] = {"at": at, "mask": mask, "scale": scale, "blocks": blocks}
     more["spans"] = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
     parts = [assembly("fpu/depthwise", {"n": n, "spread": False}, ROWS) for _, _, n in blocks]
@@ -61,11 +61,12 @@ def convolve_depthwise_floats(kernel: Kernel, context: dict[str, Any], room: int
 
 
 def _is_float(context: dict[str, Any]) -> bool:
-    """Whether sums and what they begin with are floats, weights may be anything; of rows, and whole ones."""
+    """Whether sums, what they begin with and the result are floats; weights may be anything. Rows have to be whole."""
     x, _, *begin = context["ins"]
     return (
         context["columns"] is None
         and context["acc"] == "float"
+        and context["out"]["dtype"] == "float32"
         and all(operand["dtype"] == "float32" for operand in (x, *begin))
     )
 
@@ -110,7 +111,7 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     if not (chunk := next((c for c in _find_chunks(taps, depth) if place(c)["end"] <= room), None)):
         return None
     at = place(chunk)
-    mask, scale = _find_finish(tail, channels)
+    mask, scale = _find_finish(context, channels)
     columns = _find_columns_back(width, ow, w["shape"][2], attrs)
     more = {"chunk": chunk, "at": at, "flat": flat, "spans": columns, "mask": mask, "scale": scale}
     parts = [WIDEN, *_dots(channels)]
@@ -140,7 +141,7 @@ def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) 
     if height is None:
         return None
     at = lay_out({"panel": height * row})
-    mask, scale = _find_finish(tail, channels)
+    mask, scale = _find_finish(context, channels)
     spread = attrs["strides"][1] // math.gcd(attrs["strides"][1], attrs["dilation"][1])  # from tap to tap that reaches
     columns = _find_columns_back(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
     more = {"at": at, "spans": columns, "mask": mask, "scale": scale, "blocks": blocks, "spread": spread}
@@ -181,7 +182,7 @@ def sum_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel |
         return None
     if context["attrs"]["axis"] != [0, 1, 2] or len(x["shape"]) != 4 or context["attrs"]["keepdims"]:
         return None
-    if x["steps"] or x["dtype"] != "float32" or context["tile"] and context["tile"]["sum"]:
+    if x["shape"][0] > 1 or x["steps"] or x["dtype"] != "float32" or context["tile"] and context["tile"]["sum"]:
         return None
     blocks = _find_blocks(x["shape"][3])
     parts = [assembly("fpu/columns", {"n": n}, COLUMNS) for _, _, n in blocks]
@@ -200,8 +201,10 @@ ROWS = ("void *rows",)
 WIDEN = assembly("fpu/widen", {}, ("const int8_t *from", "float *to", "int rows", "int distance"))
 
 
-def _find_finish(tail: Sequence[dict[str, Any]], channels: int) -> tuple[int | None, int | None]:
-    """Which steps of the tail are a mask, of whole bytes, and a factor for each channel, if they are all there is."""
+def _find_finish(context: dict[str, Any], channels: int) -> tuple[int | None, int | None]:
+    """Which steps of the tail are a mask, of whole bytes and all its rows, and a factor for each channel, if they are
+    all there is."""
+    tail, rings = context["tail"], context["rows"] or {}
     ops = [step["op"] for step in tail]
     if ops not in (["nn_apply_mask"], ["multiply"], ["nn_apply_mask", "multiply"]):
         return None, None
@@ -221,7 +224,12 @@ def _find_finish(tail: Sequence[dict[str, Any]], channels: int) -> tuple[int | N
         else:
             numbers = [int(n) for n in re.findall(r"- (\d+)", second["from"])]
             places = [*numbers, *second["strides"][1:3], channels]
-            if step["attrs"]["alpha"] != 0 or second["dtype"] != "bit" or any(n % 8 for n in places):
+            if (
+                step["attrs"]["alpha"] != 0
+                or second["dtype"] != "bit"
+                or any(n % 8 for n in places)
+                or second["c"] in rings
+            ):
                 return None, None
             if second["strides"][1] % second["strides"][2] or second["strides"][3] != 1:
                 return None, None

@@ -86,6 +86,13 @@ def profile(folder: Path | str, toolchain: str = "auto", optimize: str = "-O2") 
     ):
         if value not in choices:
             raise TTEError("TTE-E059", f"there is no {value!r}", where=option, fix=f"one of {', '.join(choices)}")
+    if "unicorn" not in target.emulators:
+        raise TTEError(
+            "TTE-E058",
+            f"unicorn, which counts layer by layer, does not know {target.name}",
+            where=str(build.folder),
+            fix=f"`tte run --emulator {target.emulators[0]}` counts whole steps; or compile for another core",
+        )
     firmware = build_firmware(build, target, toolchain, optimize=optimize)
     programs = {}
     for name, role in (("infer", "infer"), ("train_step", "train")):
