@@ -104,5 +104,5 @@ def test_planning_resnet20_takes_less_than_a_second(known: dict[str, Network]) -
         graph = apply(graph)
     plan = plan_memory(graph)
     seconds = time.process_time() - start
-    assert plan == artifact.plan
+    assert plan.arena_bytes == artifact.plan.arena_bytes
     assert seconds < 1

@@ -75,7 +75,7 @@ def test_templates_see_no_numbers_of_numpy(mcunet: Path, monkeypatch: pytest.Mon
     for scheme in SCHEMES:
         assert tte.compile(mcunet, update_scheme=scheme)._files
         # The rest needs no compiler: what the self-test must find was seen.
-        monkeypatch.setattr("tte.artifact.Artifact._golden", lambda _: (3, {"output": 1, "state": 2}))
+        monkeypatch.setattr("tte.artifact.Artifact._golden", lambda *_: (3, {"output": 1, "state": 2}))
     assert len(seen) > 10_000
 
 

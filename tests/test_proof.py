@@ -105,8 +105,8 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*arguments: Any) -> dict[str, str]:
         files = right(*arguments)
         path = next(p for p in files if p.endswith("_kernels.c"))
-        assert "fmaf(" in files[path]
-        return files | {path: re.sub(r"= *\n? *(\w*fmaf\()", r"= 1.001f * \1", files[path])}
+        assert "FMAF(" in files[path]
+        return files | {path: re.sub(r"= *\n? *(\w*FMAF\()", r"= 1.001f * \1", files[path])}
 
     monkeypatch.setattr("tte.artifact.emit", wrong)
     assert wrong_tensors() == ALL

@@ -13,6 +13,7 @@ from tte.codegen.emit import Program
 from tte.codegen.plan import plan_memory
 from tte.ir import parse, verify
 from tte.report import make_report, render_html
+from tte.target import HOST
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not BROWSER or not DRIVER, reason="no chromium with chromedriver")
@@ -59,7 +60,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, train: Program, tmp_path: Path) -> Any:
-    report = make_report([train, Program("infer", train.graph, train.plan)], model="m", target="host", scheme={})
+    report = make_report([train, Program("infer", train.graph, train.plan)], model="m", target=HOST, scheme={})
     file = tmp_path / "report.html"
     file.write_text(render_html(report, [train]))
     browser.get_log("performance")

@@ -294,7 +294,7 @@ def test_nothing_works_before_init(artifact: Artifact) -> None:
 
 def test_memory_of_the_caller_is_checked(tmp_path: Path) -> None:
     artifact = compile_graph(autoencoder(), tmp_path, update_scheme=ENCODE, arena="extern")
-    board = open_host(artifact.build)
+    board = open_host(artifact.build, selftest=True)
     size = artifact.build.arena_bytes
     memory = np.zeros(size + 16, np.uint8).ctypes.data
     for address, n in ((None, size), (memory, size - 1), (memory + 4, size)):
