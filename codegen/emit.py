@@ -37,7 +37,7 @@ class Program:
     room: Room | None = None
     measured: Measured = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def calls(self) -> list[Call]:
         return schedule(self.graph, self.room, self.measured)
 

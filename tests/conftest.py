@@ -1,5 +1,6 @@
 """What tests share: the data pack, imported modules, and the option that rewrites golden files."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ def pack() -> Path:
     folder = find_pack()
     if folder is None:
         pytest.skip(f"no data pack: neither ../shared/data nor the variable {VARIABLE} names one")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all test processes, for what one of them builds; lock what you write."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    folder.mkdir(exist_ok=True)
     return folder
 
 

@@ -1,15 +1,15 @@
 """Kernels for cores with the DSP extension, alone on an emulated core, against the interpreter: every bit."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
-from bare import open_cores
+from bare import EVERYTHING, Case, open_cores
 
 from tte.codegen.kernel import Kernel
-from tte.codegen.schedule import Call, schedule
 from tte.ir import Builder, Graph, Node, TensorType, Value, evaluate, verify
 from tte.ir.rows import expand
 from tte.ir.tiles import scratch_bytes
@@ -18,28 +18,11 @@ from tte.runner.bare import Core
 
 pytest.importorskip("unicorn", reason="pip install 'tte[emulate]'")
 
-EVERYTHING = 1 << 20  # bytes of scratch
 
-
-@dataclass(frozen=True)
-class Case:
-    """A graph of one node, and by how much scratch its kernel is limited."""
-
-    id: str
-    graph: Graph = field(repr=False)
-    room: int = EVERYTHING
-    fast: bool = True  # there is a faster form
-
-    @property
-    def is_fast(self) -> bool:
-        """All convolutions have their faster form."""
-        kernel = self.call.kernel
-        return all(k.portable for k in (kernel.parts if kernel.template in ("stream", "tiles") else (kernel,)))
-
-    @property
-    def call(self) -> Call:
-        (call,) = schedule(self.graph, {0: self.room})
-        return call
+def is_fast(case: Case) -> bool:
+    """All convolutions have their faster form."""
+    kernel = case.call.kernel
+    return all(k.portable for k in (kernel.parts if kernel.template in ("stream", "tiles") else (kernel,)))
 
 
 def convolution(
@@ -384,13 +367,13 @@ BUILDS = [("zig", "-O2"), ("gcc", "-O2"), ("gcc", "-O0")]
 
 
 @pytest.fixture(scope="module")
-def cores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Core]:
+def cores(shared: Path) -> dict[str, Core]:
     """The same kernels by each compiler that is installed."""
-    return open_cores(tmp_path_factory.mktemp("fast"), NAMES, BUILDS)
+    return open_cores(shared, NAMES, BUILDS)
 
 
 def test_each_case_has_its_faster_form() -> None:
-    assert {case.id for case in CASES if case.is_fast != case.fast} == set()
+    assert {case.id for case in CASES if is_fast(case) != case.fast} == set()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -1,43 +1,20 @@
 """Kernels of floats for cores with an FPU, alone on an emulated core, against the portable ones: every bit."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
-from bare import open_cores
+from bare import EVERYTHING, Case, open_cores
 
 from tte.codegen.kernel import Kernel
-from tte.codegen.schedule import Call, schedule
 from tte.ir import Builder, Graph, TensorType, Value, verify
 from tte.passes.regions import wrap
 from tte.runner.bare import Core
 
-pytestmark = pytest.mark.xdist_group("fast_float32")  # the programs are built by one process
 pytest.importorskip("unicorn", reason="pip install 'tte[emulate]'")
-
-EVERYTHING = 1 << 20  # bytes of scratch
-
-
-@dataclass(frozen=True)
-class Case:
-    """A graph of one node, and by how much scratch its kernel is limited."""
-
-    id: str
-    graph: Graph = field(repr=False)
-    room: int = EVERYTHING
-    fast: bool = True  # there is a faster form
-
-    @property
-    def call(self) -> Call:
-        (call,) = schedule(self.graph, {0: self.room})
-        return call
-
-    @property
-    def portable(self) -> Call:
-        (call,) = schedule(self.graph)
-        return call
 
 
 class Region:
@@ -320,9 +297,9 @@ BUILDS = [("zig", "-O2"), ("gcc", "-O0")]
 
 
 @pytest.fixture(scope="module")
-def cores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Core]:
+def cores(shared: Path) -> dict[str, Core]:
     """The same kernels by each compiler that is installed."""
-    return open_cores(tmp_path_factory.mktemp("fast"), NAMES, BUILDS)
+    return open_cores(shared, NAMES, BUILDS)
 
 
 def draw(value: Value, rng: np.random.Generator, extreme: bool) -> np.ndarray:

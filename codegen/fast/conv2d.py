@@ -34,13 +34,8 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
         return None
 
     def place(block: int) -> dict[str, int]:
-        sizes = {
-            "panel": -(-block // 2) * groups * 16,
-            "stream": (5 + groups * 4) * 4,
-            "sums": 0 if end.result == "int8" else block * channels * SIZES[end.result],
-            "window": 0 if plain else 2 * kernel_size[0] * kernel_size[1] * depth,
-        }
-        return lay_out(sizes)
+        window = 0 if plain else 2 * kernel_size[0] * kernel_size[1] * depth
+        return lay_out(list_parts(block, groups, channels, end) | {"window": window})
 
     shares = [share_out(pixels, most) for most in (512, 256, 128, 64, 32, 16, 8, 4) if most <= block]
     block = next((share for share in shares if place(share)["end"] <= room), 0)
@@ -48,12 +43,31 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
         return None
     at = place(block)
     quads = all(part["start"] % 4 == 0 == part["stop"] % 4 for part in w["segments"])
-    unroll = -(-groups // -(-groups // unroll))
-    pairs = 2 if block % 4 == 0 and groups <= thin and 4 * channels * SIZES[end.result] <= 4095 else 1
-    dot = asdict(end) | {"groups": groups, "unroll": unroll, "stride": channels, "pairs": pairs}
+    pairs = find_pairs(block, groups, channels, end, thin)
     more = asdict(end) | {"block": block, "at": at, "quads": quads}
-    parts = assembly("dsp/dot2x2", dot, DOT), WIDEN, *([limit(8)] if end.bits else [])
+    parts = multiply(groups, channels, end, unroll, pairs), WIDEN, *([limit(8)] if end.bits else [])
     return make_form(kernel, context | more, "dsp/conv2d", at["end"], *parts)
+
+
+def list_parts(block: int, groups: int, channels: int, end: "End") -> dict[str, int]:
+    """Bytes of the scratch of a product by dot2x2: ``block`` rows of so many groups of four, by ``channels``."""
+    return {
+        "panel": -(-block // 2) * groups * 16,
+        "stream": (2 + groups * 4 + (0 if end.scale == "none" else 3)) * 4,
+        "sums": 0 if end.result == "int8" else block * channels * SIZES[end.result],
+    }
+
+
+def find_pairs(block: int, groups: int, channels: int, end: "End", thin: int) -> int:
+    """Pairs of rows that a loop makes: two where sums are short, so that the loop itself counts, and stores reach."""
+    return 2 if block % 4 == 0 and groups <= thin and 4 * channels * SIZES[end.result] <= 4095 else 1
+
+
+def multiply(groups: int, channels: int, end: "End", unroll: int, pairs: int = 1) -> Kernel:
+    """dot2x2. unroll: groups in a loop at the most, of which all loops have about as many"""
+    even = -(-groups // -(-groups // unroll))
+    own = {"groups": groups, "unroll": even, "stride": channels, "pairs": pairs}
+    return assembly("dsp/dot2x2", asdict(end) | own, DOT)
 
 
 def share_out(pixels: int, most: int) -> int:

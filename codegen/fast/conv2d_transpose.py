@@ -3,8 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from tte.codegen.fast.conv2d import DOT, SIZES, find_gradient_end
-from tte.codegen.fast.form import COLUMNS, WIDEN, assembly, form, lay_out, make_form
+from tte.codegen.fast.conv2d import SIZES, find_gradient_end, find_pairs, list_parts, multiply
+from tte.codegen.fast.form import COLUMNS, WIDEN, form, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
 
@@ -32,20 +32,13 @@ def multiply_columns(kernel: Kernel, context: dict[str, Any], room: int, block: 
         return None
 
     def place(block: int) -> dict[str, int]:
-        sizes = {
-            "panel": -(-block // 2) * groups * 16,
-            "stream": (5 + groups * 4) * 4,
-            "sums": 0 if end.result == "int8" else block * channels * SIZES[end.result],
-        }
-        return lay_out(sizes)
+        return lay_out(list_parts(block, groups, channels, end))
 
     blocks = [b for b in (pixels, 128, 64, 32, 16, 8, 4, 2) if b <= min(pixels, block) and place(b)["end"] <= room]
     if not blocks:
         return None
     at = place(blocks[0])
-    unroll = -(-groups // -(-groups // unroll))
-    pairs = 2 if blocks[0] % 4 == 0 and groups <= 8 and 4 * channels * SIZES[end.result] <= 4095 else 1
-    dot = asdict(end) | {"groups": groups, "unroll": unroll, "stride": channels, "pairs": pairs}
+    pairs = find_pairs(blocks[0], groups, channels, end, thin=8)
     more = asdict(end) | {"block": blocks[0], "at": at}
-    parts = (assembly("dsp/dot2x2", dot, DOT), WIDEN, COLUMNS)
+    parts = (multiply(groups, channels, end, unroll, pairs), WIDEN, COLUMNS)
     return make_form(kernel, context | more, "dsp/conv2d_transpose", at["end"], *parts)

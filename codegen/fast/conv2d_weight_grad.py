@@ -1,10 +1,9 @@
 """Weight gradients of pointwise int8 convolutions as products of matrices of 16 bits."""
 
-from dataclasses import asdict
 from typing import Any
 
-from tte.codegen.fast.conv2d import DOT, End
-from tte.codegen.fast.form import COLUMNS, assembly, form, lay_out, make_form
+from tte.codegen.fast.conv2d import End, list_parts, multiply
+from tte.codegen.fast.form import COLUMNS, form, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
 BLOCKS = (128, 64, 32, 16, 8, 4, 2)  # output channels of a block
@@ -23,18 +22,15 @@ def correlate(kernel: Kernel, context: dict[str, Any], room: int, unroll: int) -
         return None
     if outputs < 2 or channels < 2 or 8 * channels + 4 > 4095:
         return None
+    end = End()
     groups = -(-x["shape"][1] * x["shape"][2] // 4)
 
     def place(block: int) -> dict[str, int]:
-        return lay_out(
-            {"panel": block // 2 * groups * 16, "stream": (2 + groups * 4) * 4, "sums": block * channels * 4}
-        )
+        return lay_out(list_parts(block, groups, channels, end))
 
     block = next((b for b in BLOCKS if b <= outputs and place(b)["end"] <= room), None)
     if block is None:
         return None
-    unroll = -(-groups // -(-groups // unroll))
-    dot = asdict(End()) | {"groups": groups, "unroll": unroll, "stride": channels, "pairs": 1}
     at = place(block)
-    parts = (assembly("dsp/dot2x2", dot, DOT), COLUMNS)
+    parts = (multiply(groups, channels, end, unroll), COLUMNS)
     return make_form(kernel, context | {"block": block, "at": at}, "dsp/conv2d_weight_grad", at["end"], *parts)
