@@ -22,6 +22,7 @@ from test_runner import break_step, start, train, write_model
 import tte
 from tte.artifact import Artifact
 from tte.cli import main
+from tte.codegen.emit import RUNTIME
 from tte.codegen.schedule import schedule
 from tte.errors import TTEError
 from tte.ir import TensorType, Value
@@ -35,7 +36,7 @@ from tte.target import CORTEX_M0PLUS, TARGETS, Target, find_target
 if not find_toolchains() or not importlib.util.find_spec("unicorn"):
     pytest.skip("no compiler or emulator: pip install 'tte[emulate]'", allow_module_level=True)
 
-RUNTIME = Path(tte.__file__).parent / "runtime_c"
+
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "demo.py"
 DEVICES = [t for t in TARGETS.values() if t.machine]
 PLACES = [(t.name, f"{emulator}-{tool}") for t in DEVICES for emulator in t.emulators for tool in ("zig", "gcc")]

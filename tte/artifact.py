@@ -62,8 +62,8 @@ def compile(
                     other tensors take over while it is read, or "rows": a function of the caller gives one
                     row of the picture after the other, and nobody needs a place for the whole of it
     memory_plan:    how many bytes the arena may have: "fastest" for any number, "smallest" for as few as possible, or a
-                    number, whose cheapest plan is taken; "auto": so that the scheme's budget of SRAM is met, smallest
-                    without one
+                    number, whose cheapest plan is taken; "auto": so that the scheme's budget of SRAM is met; without
+                    one smallest, or up to a sixteenth more where that makes kernels faster
     schedules:      file that ``tte.tune`` wrote: which kernels are fastest, beside what comes with tte
     clock:          core clock for time estimates, "216MHz" or a number in Hz; by default the board's
     disable_passes: passes to leave out, see ``tte.compiler.OPTIONAL``

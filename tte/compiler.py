@@ -18,6 +18,7 @@ from tte.codegen.plan import find_lower_bound, plan_memory, plan_together
 from tte.errors import TTEError
 from tte.frontends import import_model
 from tte.ir import Const, Graph, Origin, Param, verify
+from tte.ir.tiles import find_tiles
 from tte.passes.accumulate import accumulate
 from tte.passes.autodiff import differentiate
 from tte.passes.batch_norm import fold_batch_norm
@@ -249,14 +250,8 @@ def compile_graphs(
     room = Arena(limit, input_place == "arena")
     programs = _fit_programs(lowered.roles, pipeline, room)
     if target.dsp:
-        known = measured or {}
-        programs = make_room(programs, room, known)
-        if 0 < limit < UNLIMITED:  # what regions leave of the limit may be too little for fast kernels
-            for less in (0, limit * 3 // 4):
-                others = plan_programs(lowered.roles, replace(pipeline, dump=None), replace(room, limit=less))
-                if _arena_bytes(others) > limit:
-                    break
-                programs = min(programs, make_room(others, room, known), key=_estimate)
+        spare = SPARE if memory_plan == "auto" and limit == 0 else 0.0
+        programs = _quicken(programs, lowered.roles, replace(pipeline, dump=None), room, measured or {}, spare)
     check_input([p.graph for p in programs], [p.plan for p in programs])
     needed = _arena_bytes(programs)
     if isinstance(memory_plan, int) and needed > memory_plan:
@@ -398,19 +393,54 @@ def make_room(programs: Sequence[Program], arena: Arena, measured: Measured) -> 
     return result
 
 
+def _quicken(
+    programs: Sequence[Program],
+    roles: Mapping[str, Graph],
+    pipeline: Pipeline,
+    arena: Arena,
+    measured: Measured,
+    spare: float,
+) -> list[Program]:
+    """The programs with faster kernels, or others where those cost less: regions may leave kernels too little.
+
+    spare: by how much the arena may be larger than that of ``programs``, of it, where that makes kernels faster
+    """
+    best = make_room(programs, arena, measured)
+    shares: tuple[float, ...] = (0.75, 0)
+    if spare and _estimate(best) > (1 + spare) * _estimate(best, ideal=True):
+        arena = replace(arena, limit=int(_arena_bytes(programs) * (1 + spare)))
+        best = make_room(programs, arena, measured)
+        shares = (1, 1 - spare / 2)
+    if 0 < arena.limit < UNLIMITED:
+        for share in shares:
+            others = plan_programs(roles, pipeline, replace(arena, limit=int(arena.limit * share)))
+            if _arena_bytes(others) <= arena.limit:
+                best = min(best, make_room(others, arena, measured), key=_estimate)
+    return best
+
+
+SPARE = 1 / 16
 PORTABLE = 4  # times the instructions of a faster kernel, about
+NARROW = 3  # times the instructions, divided by the width of tiles, are lost beside
 
 
-def _estimate(programs: Sequence[Program]) -> int:
-    """What the programs cost: multiply-accumulates, those of portable kernels several times."""
-    cost: dict[tuple[str, str], int] = {}  # a member may have several kernels, for parts of its tiles
+def _estimate(programs: Sequence[Program], ideal: bool = False) -> float:
+    """What the programs cost: multiply-accumulates, those of portable kernels and narrow tiles several times.
+
+    ideal: if there were none of both
+    """
+    cost: dict[tuple[str, str], float] = {}  # a member may have several kernels, for parts of its tiles
     for program in programs:
         for call in program.calls:
-            members = call.members or (program.graph.nodes[call.node],)
+            region = program.graph.nodes[call.node]
+            members = call.members or (region,)
             kernels = call.kernel.parts if call.members else (call.kernel,)
+            tiles = find_tiles(region)
             for node, kernel in zip(members, kernels, strict=True):
                 key = (program.role, f"{call.node} {node.output.name}")
-                cost[key] = max(cost.get(key, 0), node.macs * (1 if kernel.portable else PORTABLE))
+                times: float = 1 if kernel.portable or ideal else PORTABLE
+                times += NARROW / tiles.width if tiles and not ideal else 0
+                cost[key] = max(cost.get(key, 0), node.macs * times)
     return sum(cost.values())
 
 

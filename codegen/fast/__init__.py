@@ -34,7 +34,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "observe_gradient": (observe,),
 }
 NOTHING: Measured = {}
-STACK = 256  # bytes of scratch that lie on the stack where there is no other room
+STACK = 1024  # bytes of scratch that lie on the stack where there is no other room
 
 
 def quicken(kernel: Kernel, room: int, measured: Measured = NOTHING) -> Kernel:
