@@ -41,6 +41,7 @@ SMALL = 1.10
 FLASH = {"mcunet-5fps-49kb": 640 * 1024}
 INFERENCE = {"resnet8": 0.5, "mobilenet": 0.5, "dscnn": 0.5, "autoencoder": 0.6}  # of CMSIS-NN
 FLOAT_STEP = 2.2
+PLANS = {"smallest": None, "auto": None, 40 * 1024: None, 48 * 1024: 1.08, 64 * 1024: None}
 FLAGS = {"-O0": 1.5, "-Os": 1.1, "-O3": None}  # times the instructions of -O2
 
 NOTE = (
@@ -96,7 +97,7 @@ def _export(artifact: tte.Artifact, folder: Path) -> Measured:
 
 
 @cache
-def published(scheme: str, plan: str, folder: Path) -> Measured:
+def published(scheme: str, plan: str | int, folder: Path) -> Measured:
     """One of MIT's int8 models; but for the fastest plan the picture comes row by row."""
     name, _, more = scheme.partition(", ")
     rules = load_scheme(name)
@@ -156,7 +157,23 @@ def list_flags(folder: Path) -> Iterator[Figure]:
         yield Figure("mcunet-5fps-49kb, fastest plan", f"forward, {flag} / -O2", ratios, goal=goal)
 
 
-TABLES = {"training": list_training, "inference": list_inference, "float": list_float, "flags": list_flags}
+def list_plans(folder: Path) -> Iterator[Figure]:
+    """What memory is worth: a step in arenas of some sizes, by one in an arena of any size."""
+    fastest = published("mcunet-5fps-49kb", "fastest", folder).instructions("train_step")
+    for plan, goal in PLANS.items():
+        measured = published("mcunet-5fps-49kb", plan, folder)
+        arena = measured.artifact.report["memory"]["arena_bytes"]
+        ratios = {name: round(n / fastest[name], 3) for name, n in measured.instructions("train_step").items()}
+        yield Figure(f"mcunet-5fps-49kb, arena of {arena:,} bytes", "step / fastest plan", ratios, goal=goal)
+
+
+TABLES = {
+    "training": list_training,
+    "inference": list_inference,
+    "float": list_float,
+    "flags": list_flags,
+    "plans": list_plans,
+}
 
 
 def render(figures: list[Figure]) -> str:
