@@ -241,6 +241,7 @@ def compile_graphs(
     input_place: str = "caller",
     memory_plan: str | int = "auto",
     measured: Measured | None = None,
+    optimize: str = "speed",
 ) -> Compiled:
     """Everything up to the C: the three programs, planned and checked."""
     lowered = lower_programs(model, example_inputs, scheme, pipeline, input_place)
@@ -251,7 +252,9 @@ def compile_graphs(
     programs = _fit_programs(lowered.roles, pipeline, room)
     if target.dsp:
         spare = SPARE if memory_plan == "auto" and limit == 0 else 0.0
-        programs = _quicken(programs, lowered.roles, replace(pipeline, dump=None), room, measured or {}, spare)
+        known = measured if measured and optimize == "speed" else {}
+        quiet = replace(pipeline, dump=None)
+        programs = _quicken(programs, lowered.roles, quiet, room, known, optimize, spare)
     check_input([p.graph for p in programs], [p.plan for p in programs])
     needed = _arena_bytes(programs)
     if isinstance(memory_plan, int) and needed > memory_plan:
@@ -279,6 +282,7 @@ def compile_graphs(
         version=version,
         arena=arena,
         input_place=input_place,
+        optimize=optimize,
         notes=lowered.notes,
     )
     notes = (*lowered.notes, *_note_floats(programs, target))
@@ -371,7 +375,9 @@ def plan_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of what is free: the buffers round about may leave gaps
 
 
-def make_room(programs: Sequence[Program], arena: Arena, measured: Measured) -> list[Program]:
+def make_room(
+    programs: Sequence[Program], arena: Arena, measured: Measured, optimize: str = "speed"
+) -> list[Program]:
     """The programs with scratch for faster kernels, where it makes the arena no larger than it is or may be.
 
     What was measured decides only where its kernels find as much room as the default ones.
@@ -382,7 +388,7 @@ def make_room(programs: Sequence[Program], arena: Arena, measured: Measured) -> 
         graph = program.graph
         for share, known in product(SHARES, (measured, {}) if measured else ({},)):
             room = {i: int((height - live) * share) for i, live in enumerate(program.plan.live)}
-            tried = replace(program, room=room, measured=known)
+            tried = replace(program, room=room, measured=known, optimize=optimize)
             scratch = {c.node: c.kernel.scratch for c in tried.calls if c.kernel.scratch}
             plan = plan_memory(graph, scratch, hold_input=arena.holds_input, input_offset=program.input_offset)
             if plan.arena_bytes <= height:
@@ -399,23 +405,24 @@ def _quicken(
     pipeline: Pipeline,
     arena: Arena,
     measured: Measured,
+    optimize: str,
     spare: float,
 ) -> list[Program]:
     """The programs with faster kernels, or others where those cost less: regions may leave kernels too little.
 
     spare: by how much the arena may be larger than that of ``programs``, of it, where that makes kernels faster
     """
-    best = make_room(programs, arena, measured)
+    best = make_room(programs, arena, measured, optimize)
     shares: tuple[float, ...] = (0.75, 0)
     if spare and _estimate(best) > (1 + spare) * _estimate(best, ideal=True):
         arena = replace(arena, limit=int(_arena_bytes(programs) * (1 + spare)))
-        best = make_room(programs, arena, measured)
+        best = make_room(programs, arena, measured, optimize)
         shares = (1, 1 - spare / 2)
     if 0 < arena.limit < UNLIMITED:
         for share in shares:
             others = plan_programs(roles, pipeline, replace(arena, limit=int(arena.limit * share)))
             if _arena_bytes(others) <= arena.limit:
-                best = min(best, make_room(others, arena, measured), key=_estimate)
+                best = min(best, make_room(others, arena, measured, optimize), key=_estimate)
     return best
 
 

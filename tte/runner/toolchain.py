@@ -56,12 +56,13 @@ def build_firmware(
     target: Target,
     toolchain: str = "auto",
     machine: str = "board",
-    optimize: str = "-O2",
+    optimize: str | None = None,
     selftest: bool = False,
 ) -> Firmware:
     """Compile and link the project with the emulator's start-up and harness.
 
     machine: "board": the map of ``target``, where a bare Cortex-M7 means the STM32F746; "qemu": that of QEMU's machine.
+    optimize: the compiler's option, by default that of the project
     selftest: with the self-test, which needs memory of its own.
     Raises TTEError: E051 no compiler, E052 the compiler refuses the code, E053 the program does not fit the memory.
     """
@@ -75,7 +76,7 @@ def build_firmware(
     boards = [_in_qemu(target)] if machine == "qemu" else _maps(target)
     for board in boards:
         try:
-            return _link(build, board, toolchain, optimize, selftest)
+            return _link(build, board, toolchain, optimize or build.flag, selftest)
         except _DoesNotFit as problem:
             last = problem
     raise TTEError(
