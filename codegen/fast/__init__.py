@@ -3,7 +3,6 @@
 A form says by None what it does not serve, or for what there is no room.
 """
 
-from collections.abc import Mapping
 from itertools import product
 
 from tte.codegen.fast.conv2d import convolve, convolve_directly
@@ -24,8 +23,7 @@ from tte.codegen.fast.observe_gradient import observe
 from tte.codegen.kernel import Kernel
 from tte.codegen.measured import Measured, identify, name_shape
 
-Forms = Mapping[str, tuple[Form, ...]]
-FORMS: Forms = {
+FORMS: dict[str, tuple[Form, ...]] = {
     "conv2d": (convolve, convolve_directly, convolve_floats),
     "dense": (dense,),
     "depthwise_conv2d": (convolve_channels, convolve_depthwise_floats),
@@ -35,7 +33,6 @@ FORMS: Forms = {
     "sum": (sum_channels,),
     "observe_gradient": (observe,),
 }
-SMALL: Forms = FORMS
 NOTHING: Measured = {}
 STACK = 1024  # bytes of scratch that lie on the stack where there is no other room
 
@@ -47,7 +44,7 @@ def quicken(kernel: Kernel, room: int, measured: Measured = NOTHING, optimize: s
               slower is chosen
     optimize: "speed", or "size" for forms whose code serves many shapes
     """
-    found = _find_form(kernel, room, SMALL if optimize == "size" else FORMS)
+    found = _find_form(kernel, room, optimize == "size")
     if found is None:
         return kernel
     form, default = found
@@ -63,7 +60,7 @@ def quicken(kernel: Kernel, room: int, measured: Measured = NOTHING, optimize: s
 
 def list_forms(kernel: Kernel, room: int) -> dict[Kernel, Knobs]:
     """All that a kernel may become by the knobs of its form, each once; the default first."""
-    found = _find_form(kernel, room, FORMS)
+    found = _find_form(kernel, room)
     if found is None:
         return {}
     form, _ = found
@@ -75,11 +72,11 @@ def list_forms(kernel: Kernel, room: int) -> dict[Kernel, Knobs]:
     return result
 
 
-def _find_form(kernel: Kernel, room: int, forms: Forms) -> tuple[Form, Kernel] | None:
-    """The first that serves a kernel by its default knobs, and what it makes."""
+def _find_form(kernel: Kernel, room: int, small: bool = False) -> tuple[Form, Kernel] | None:
+    """The first that serves a kernel by its default knobs, or those for small code, and what it makes."""
     if kernel.arguments()["columns"]:  # a few pixels are not worth the call
         return None
-    tried = ((form, _make(form, kernel, room)) for form in forms.get(kernel.template, ()))
+    tried = ((form, _make(form, kernel, room, form.small if small else None)) for form in FORMS.get(kernel.template, ()))
     return next(((form, made) for form, made in tried if made), None)
 
 

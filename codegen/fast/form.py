@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 from tte.codegen.kernel import SCRATCH, Kernel
@@ -18,10 +19,12 @@ class Form:
     make   (kernel, context, room, one argument per knob) -> a kernel, or None for what it does not serve or has no room
            for
     knobs  the values that may be chosen of each, the default first. They are limits: any serves any shape.
+    small  what is chosen where code is to be small
     """
 
     make: Callable[..., Kernel | None]
     knobs: Mapping[str, tuple[int, ...]]
+    small: Knobs
 
     def __call__(self, kernel: Kernel, room: int, chosen: Knobs | None = None) -> Kernel | None:
         """Defaults for what is not chosen."""
@@ -32,9 +35,11 @@ class Form:
         return all(value in self.knobs.get(name, ()) for name, value in chosen.items())
 
 
-def form(**knobs: tuple[int, ...]) -> Callable[[Callable[..., Kernel | None]], Form]:
+def form(
+    small: Knobs = MappingProxyType({}), **knobs: tuple[int, ...]
+) -> Callable[[Callable[..., Kernel | None]], Form]:
     """Declares a form by what makes it."""
-    return lambda make: Form(make, knobs)
+    return lambda make: Form(make, knobs, small)
 
 
 def lay_out(sizes: Mapping[str, int]) -> dict[str, int]:
