@@ -27,10 +27,11 @@ class Case:
     graph: Graph = field(repr=False)
     room: int = EVERYTHING
     fast: bool = True  # there is a faster form
+    optimize: str = "speed"
 
     @property
     def call(self) -> Call:
-        (call,) = schedule(self.graph, {0: self.room})
+        (call,) = schedule(self.graph, {0: self.room}, optimize=self.optimize)
         return call
 
     @property

@@ -358,7 +358,10 @@ def backward_cases() -> Iterator[Case]:
             yield Case(f"range of {n} {place}", graph)
 
 
+EACH = 4
+
 CASES = [*depthwise_cases(), *piece_cases(), *product_cases(), *window_cases(), *vector_cases(), *backward_cases()]
+CASES += [replace(case, id=f"{case.id}, small", optimize="size") for case in CASES[::EACH]]
 NAMES: dict[Kernel, str] = {}
 for _case in CASES:
     for _kernel in _case.call.kernel.family():

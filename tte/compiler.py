@@ -375,9 +375,7 @@ def plan_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of what is free: the buffers round about may leave gaps
 
 
-def make_room(
-    programs: Sequence[Program], arena: Arena, measured: Measured, optimize: str = "speed"
-) -> list[Program]:
+def make_room(programs: Sequence[Program], arena: Arena, measured: Measured, optimize: str = "speed") -> list[Program]:
     """The programs with scratch for faster kernels, where it makes the arena no larger than it is or may be.
 
     What was measured decides only where its kernels find as much room as the default ones.

@@ -76,7 +76,9 @@ def _find_form(kernel: Kernel, room: int, small: bool = False) -> tuple[Form, Ke
     """The first that serves a kernel by its default knobs, or those for small code, and what it makes."""
     if kernel.arguments()["columns"]:  # a few pixels are not worth the call
         return None
-    tried = ((form, _make(form, kernel, room, form.small if small else None)) for form in FORMS.get(kernel.template, ()))
+    tried = (
+        (form, _make(form, kernel, room, form.small if small else None)) for form in FORMS.get(kernel.template, ())
+    )
     return next(((form, made) for form, made in tried if made), None)
 
 

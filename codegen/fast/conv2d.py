@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tte.codegen.fast.form import WIDEN, assembly, form, lay_out, limit, make_form
+from tte.codegen.fast.form import LIMIT, WIDEN, assembly, form, lay_out, make_form, pass_on
 from tte.codegen.kernel import Kernel
 
 DOT = ("const uint32_t *a", "const uint32_t *b", "void *y", "int pairs")
@@ -47,7 +47,7 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
     pairs = find_pairs(block, groups, channels, end, thin)
     dot, passed = multiply(groups, channels, end, unroll, pairs)
     more = asdict(end) | {"block": block, "at": at, "quads": quads, "passed": passed}
-    parts = dot, WIDEN, *([limit(8)] if end.bits else [])
+    parts = dot, WIDEN, *([LIMIT] if end.bits else [])
     return make_form(kernel, context | more, "dsp/conv2d", at["end"], *parts)
 
 
@@ -65,17 +65,17 @@ def find_pairs(block: int, groups: int, channels: int, end: "End", thin: int) ->
     return 2 if block % 4 == 0 and groups <= thin and 4 * channels * SIZES[end.result] <= 4095 else 1
 
 
-def multiply(groups: int, channels: int, end: "End", unroll: int, pairs: int = 1) -> tuple[Kernel, list[int]]:
+def multiply(groups: int, channels: int, end: "End", unroll: int, pairs: int = 1) -> tuple[Kernel, str]:
     """dot2x2, and what is passed to it, too.
 
     unroll: groups in a loop at the most, of which all loops have about as many; 0: a function for all shapes
     """
     if not unroll:
         own = asdict(end) | {"shift": end.shift > 0, "bits": False}
-        return assembly("dsp/dot2x2_any", own, ANY_DOT), [groups, channels * SIZES[end.result], end.shift]
+        return assembly("dsp/dot2x2_any", own, ANY_DOT), pass_on(groups, channels * SIZES[end.result], end.shift)
     even = -(-groups // -(-groups // unroll))
     own = {"groups": groups, "unroll": even, "stride": channels, "pairs": pairs}
-    return assembly("dsp/dot2x2", asdict(end) | own, DOT), []
+    return assembly("dsp/dot2x2", asdict(end) | own, DOT), ""
 
 
 def share_out(pixels: int, most: int) -> int:

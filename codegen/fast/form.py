@@ -68,10 +68,13 @@ def assembly(template: str, context: Mapping[str, Any], parameters: Sequence[str
     return Kernel(template, json.dumps(own | dict(context), sort_keys=True))
 
 
+def pass_on(*numbers: int) -> str:
+    """How C passes what a function in assembly for all shapes has to know of one."""
+    return "".join(f", {n}" for n in numbers)
+
+
 COLUMNS = assembly("dsp/columns", {}, ("uint32_t *y", "const int8_t *a", "int stride", "int n", "uint32_t add"))
 WIDEN = assembly("dsp/widen", {}, ("uint32_t *y", "const int8_t *a", "const int8_t *b", "int n", "uint32_t add"))
 
-
-def limit(step: int) -> Kernel:
-    """What makes int8 and bits of eight elements of 16 bits, then of the next, whose results lie ``step`` further."""
-    return assembly("dsp/limit", {"step": step}, ("const int16_t *x", "int8_t *y", "uint8_t *bits", "int times"))
+# Makes int8 and bits of eight elements of 16 bits, then of the next, whose results lie ``step`` further.
+LIMIT = assembly("dsp/limit", {}, ("const int16_t *x", "int8_t *y", "uint8_t *bits", "int times", "int step"))
