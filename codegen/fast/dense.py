@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from tte.codegen.fast.conv2d import End, find_end
+from tte.codegen.fast.conv2d import SIZES, find_end
 from tte.codegen.fast.form import assembly, form, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
@@ -11,7 +11,7 @@ DOT = ("const int16_t *a", "const int8_t *b", "void *y", "const uint32_t *ends")
 SPREAD = assembly("dsp/spread", {}, ("int16_t *y", "const int8_t *a", "int n", "uint32_t add"))
 
 
-@form(small={"unroll": 1}, unroll=(4, 16, 8, 2))
+@form(small={"unroll": 1}, unroll=(8, 16, 4, 2))
 def dense(kernel: Kernel, context: dict[str, Any], room: int, unroll: int) -> Kernel | None:
     """Four outputs at a time: (N, I) int8 by (O, I) int8 in one piece, 4 <= O, 4 <= I.
 
@@ -22,9 +22,7 @@ def dense(kernel: Kernel, context: dict[str, Any], room: int, unroll: int) -> Ke
     if context["tile"] or x["steps"] or (x["dtype"], w["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
         return None
     end = find_end(context, channels)
-    if end.result != "int8":
-        end = End()
-    at = lay_out({"panel": depth * 2, "sums": 0 if end.result == "int8" else channels * 4})
+    at = lay_out({"panel": depth * 2, "sums": 0 if end.result == "int8" else channels * SIZES[end.result]})
     if len(w["segments"]) > 1 or channels < 4 or depth < 4 or at["end"] > room:
         return None
     dot = {"depth": depth, "unroll": max(1, min(depth // 8, unroll))}
