@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     context = {
         "api": interface,
         "programs": bodies,
+        "forward": _find_forward({body["role"]: body["calls"] for body in bodies}),
         **functions,
         "weights": [_array(names[c.name], c) for c in constants if names[c.name] in used] + slots,
         "state": layout,
@@ -211,6 +213,12 @@ def _program(
         "constants": list(storage.used),
         "reads_target": any("target" in row["arguments"] for row in rows),
     }
+
+
+def _find_forward(calls: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The calls that inference and evaluation begin with."""
+    both = zip(calls["infer"], calls["evaluate"], strict=False)
+    return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], both)]
 
 
 class _Storage:
