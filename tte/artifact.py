@@ -184,6 +184,7 @@ class Artifact:
             clock_hz=self.clock_hz,
             analytic_extra=extra_memory(self.compiled.source, self.compiled.resolved),
             unfused_macs=sum(node.macs for node in self.compiled.gradients.nodes),
+            optimize=self.compiled.interface.optimize,
         )
 
     def export(self, folder: Path | str) -> None:
