@@ -273,7 +273,7 @@ def piece_cases() -> Iterator[Case]:
             more = [wide, wide | {"strides": stride}, wide | {"mask": True}]
             yield Case(f"rows {c} channels {stride} {scale} {size}", chain((13, 9, c), more, strategy="rows"))
     wide = {"channels": 40, "kernel": (3, 3), "padding": (1, 1, 1, 1), "zero": -128}
-    graph = chain((7, 5, 6), [wide, {"channels": 5, "kernel": (1, 1)}], strategy="rows")
+    graph = chain((7, 5, 30), [wide, {"channels": 5, "kernel": (1, 1)}], strategy="rows")
     yield Case("rows of 1x1 behind 3x3, no room", graph, 0, fast=False)  # the window has none
     for width in (4, 2):
         first = {"channels": 8, "kernel": (3, 3), "padding": (1, 1, 1, 1), "groups": 8}
@@ -379,7 +379,7 @@ def backward_cases() -> Iterator[Case]:
             yield Case(f"range of {n} {place}", graph)
 
 
-EACH = 4
+EACH = 8  # of the cases, how many are one whose small code is tried, too
 
 CASES = [*depthwise_cases(), *piece_cases(), *product_cases(), *window_cases(), *vector_cases(), *backward_cases()]
 CASES += [replace(case, id=f"{case.id}, small", optimize="size") for case in CASES[::EACH]]
