@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value, rewrite
+from tte.ops.gradients import integer_multiplier
 from tte.passes.quantized import bias_limit
 
 LEARNING_RATE = "learning_rate"
@@ -36,14 +37,13 @@ def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: s
         attrs: dict[str, Any] = {"layer": reader.layer}
         if param.type.quant is not None:
             factor, gradient = _fold_factor(_integer_factor(param, reader, qas), gradient, producer)
-            const = builder.const(factor.astype(np.float32))
             if param.type.dtype != "float32":
                 attrs["rounding"] = rounding
                 if param.type.dtype == "int32":
                     attrs["limit"] = bias_limit(reader.inputs[1], producer)
-                updates.append((param, builder.call("qnn.sgd", param, gradient, rate, const, **attrs)))
+                updates.append((param, _step(builder, param, gradient, rate, factor, attrs)))
                 continue
-            gradient = builder.call("multiply", gradient, const, **attrs)
+            gradient = builder.call("multiply", gradient, builder.const(factor.astype(np.float32)), **attrs)
         elif (scale := _user_scale(param, qas)) is not None:
             square = _squeeze_uniform(scale) ** 2
             gradient = builder.call("multiply", gradient, builder.const(square.astype(np.float32)), **attrs)
@@ -58,6 +58,25 @@ def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: s
         ),
         builder.nodes,
     )
+
+
+def _step(
+    builder: Builder, param: Param, gradient: Value, rate: Param, factor: np.ndarray, attrs: dict[str, Any]
+) -> Value:
+    """A step of stored integers: without floats where their gradient is integers."""
+    made = next((node for node in builder.nodes if gradient in node.outputs), None)
+    if made is None or made.op != "qnn.dequantize_gradient":
+        const = builder.const(factor.astype(np.float32))
+        return builder.call("qnn.sgd", param, gradient, rate, const, **attrs)
+    value, scale, *rest = made.inputs
+    counts = next(node for node in builder.nodes if scale in node.outputs)
+    for const in rest:
+        assert isinstance(const, Const)
+        factor = factor * const.data
+    multiplier, bits = integer_multiplier(factor * (256 if param.type.dtype == "int16" else 1))
+    steps = builder.call("qnn.gradient_scale", *counts.inputs, rate, layer=attrs["layer"])
+    numbers = {"room": made.attrs["room"], "bits": bits}
+    return builder.call("qnn.integer_sgd", param, value, steps, builder.const(multiplier), **attrs, **numbers)
 
 
 def _user_scale(param: Param, qas: bool) -> np.ndarray | None:

@@ -29,7 +29,7 @@ from tte.passes.cover import cover_backward
 from tte.passes.fuse import fuse_elementwise, fuse_updates, transpose_first
 from tte.passes.head import replace_head
 from tte.passes.inplace import work_in_place
-from tte.passes.integer_gradients import quantize_gradients
+from tte.passes.integer_gradients import quantize_gradients, quantize_loss
 from tte.passes.io import apply_input_format, own_layout, prepare, require_rows, take_rows
 from tte.passes.layout import to_nhwc
 from tte.passes.loss import append_loss
@@ -213,7 +213,8 @@ def lower_programs(
     pipeline.write(gradients, "3-gradients")
     stepped = verify(quantize_gradients(gradients)) if scheme.quantized.gradients == "int8" else gradients
     train = verify(attach_sgd(stepped, scheme.optimizer.lr, scheme.quantized.qas, scheme.quantized.rounding))
-    roles = {"train": train, "infer": forward, "evaluate": with_loss}
+    evaluated = verify(quantize_loss(with_loss)) if scheme.quantized.gradients == "int8" else with_loss
+    roles = {"train": train, "infer": forward, "evaluate": evaluated}
     if input_place == "rows":
         roles = {role: verify(take_rows(graph)) for role, graph in roles.items()}
     return Lowered(

@@ -53,6 +53,16 @@ def _scatter(parts: list[np.ndarray], size: Pair, pool_size: Pair, strides: Pair
     return np.ascontiguousarray(full[:, top : top + size[0], left : left + size[1]])
 
 
+def spreads_over(pool_size: Pair, strides: Pair) -> int:
+    """How many windows an element lies in, at the most."""
+    return -(-pool_size[0] // strides[0]) * -(-pool_size[1] // strides[1])
+
+
+def _integers_of(g: TensorType, pool_size: Pair, strides: Pair) -> str:
+    """int8 gradients add up to int32 where windows overlap."""
+    return "int32" if g.dtype == "int8" and spreads_over(pool_size, strides) > 1 else g.dtype
+
+
 def _gradient_of(g: TensorType, pooled: TensorType, input_size: Pair) -> TensorType:
     require(pooled.shape == g.shape, f"g {g.shape} is not the gradient of a pooling of {input_size}")
     return g.with_shape((g.shape[0], *input_size, g.shape[3]))
@@ -129,15 +139,19 @@ def _max_pool2d_grad(
     padding: Padding = (0, 0, 0, 0),
     input_size: Pair,
 ) -> TensorType:
-    """Sends each g to the element that was the maximum: (N,OH,OW,C), index of nn.max_pool2d_argmax -> (N,H,W,C)"""
-    require_float(g=g)
+    """Sends each g to the element that was the maximum: (N,OH,OW,C), index of nn.max_pool2d_argmax -> (N,H,W,C)
+
+    g: float32, or int8, whose sums are int32 where windows overlap.
+    """
+    require(g.dtype in ("float32", "int8"), f"g must be float32 or int8, not {g.dtype}")
     pooled = pooled_type(_picture(g, input_size), pool_size, strides, padding)
     require(index.shape == g.shape and index.dtype == _index_dtype(pool_size), "index must come from max_pool2d_argmax")
-    return _gradient_of(g, pooled, input_size)
+    return TensorType(_gradient_of(g, pooled, input_size).shape, _integers_of(g, pool_size, strides))
 
 
 def _max_pool2d_grad_ref(g, index, *, pool_size, strides, padding, input_size):  # type: ignore[no-untyped-def]
-    parts = [np.where(index == k, g, g.dtype.type(0)) for k in range(pool_size[0] * pool_size[1])]
+    wide = g if g.dtype != np.int8 or spreads_over(pool_size, strides) == 1 else g.astype(np.int32)
+    parts = [np.where(index == k, wide, wide.dtype.type(0)) for k in range(pool_size[0] * pool_size[1])]
     return _scatter(parts, input_size, pool_size, strides, padding)
 
 
@@ -197,6 +211,23 @@ def _avg_pool2d_grad_ref(g, *, pool_size, strides, padding, count_include_pad, i
 
 
 register(Op("nn.avg_pool2d_grad", _avg_pool2d_grad, _avg_pool2d_grad_ref))
+
+
+def _sum_pool2d_grad(
+    g: TensorType, *, pool_size: Pair, strides: Pair = (1, 1), padding: Padding = (0, 0, 0, 0), input_size: Pair
+) -> TensorType:
+    """Sends each g to all elements of its window: int8 (N,OH,OW,C) -> (N,H,W,C), int8, or int32 where windows overlap"""
+    require(g.dtype == "int8", f"g must be int8, not {g.dtype}")
+    picture = _gradient_of(g, pooled_type(_picture(g, input_size), pool_size, strides, padding), input_size)
+    return TensorType(picture.shape, _integers_of(g, pool_size, strides))
+
+
+def _sum_pool2d_grad_ref(g, *, pool_size, strides, padding, input_size):  # type: ignore[no-untyped-def]
+    wide = g if spreads_over(pool_size, strides) == 1 else g.astype(np.int32)
+    return _scatter([wide] * (pool_size[0] * pool_size[1]), input_size, pool_size, strides, padding)
+
+
+register(Op("qnn.sum_pool2d_grad", _sum_pool2d_grad, _sum_pool2d_grad_ref))
 
 
 def _adaptive_avg_pool2d(x: TensorType, *, output_size: Pair) -> TensorType:
