@@ -275,7 +275,7 @@ static inline int32_t tte_exponent(float f) {
 }
 
 /* x * y * 2^e, rounded once. */
-static inline float tte_product(float x, float y, int32_t e) {
+static inline float tte_multiply(float x, float y, int32_t e) {
     const uint32_t sign = (uint32_t)(tte_to_bits(x) ^ tte_to_bits(y));
     return tte_real((uint64_t)tte_significand(x) * tte_significand(y), tte_exponent(x) + tte_exponent(y) + e, sign);
 }
@@ -297,6 +297,35 @@ static inline uint32_t tte_exp_integer(const int32_t *factor, int32_t z) {
         if (z >> k & 1)
             e = (uint32_t)(((uint64_t)e * (uint32_t)factor[k] + (1u << 29)) >> 30);
     return e;
+}
+
+/* The first of the largest. */
+static inline int tte_find_largest(const int8_t *q, int n) {
+    int best = 0;
+    for (int c = 1; c < n; c++)
+        best = q[c] > q[best] ? c : best;
+    return best;
+}
+
+/* sum_c exp(scale * (q[c] - top)) as a number from 2^30 to 2^31 times 2^whole, in 2^-30. */
+static inline uint32_t tte_sum_exponentials(const int8_t *q, int n, const int32_t *factor, int32_t top, int32_t *whole) {
+    uint64_t sum = 0;
+    for (int c = 0; c < n; c++)
+        sum += tte_exp_integer(factor, top - q[c]);
+    for (*whole = 0; sum >> 31; ++*whole)
+        sum >>= 1;
+    return (uint32_t)sum;
+}
+
+/* 2^61 / v rounded down, bit by bit, 2^30 <= v < 2^31: not every core has a library that divides 64 bits. */
+static inline uint32_t tte_inverse(uint32_t v) {
+    uint32_t rest = 1u << 30, q = 0;
+    for (int bit = 0; bit < 32; bit++) {
+        const uint32_t one = rest >= v;
+        rest = (rest - (one ? v : 0)) << 1;
+        q = q << 1 | one;
+    }
+    return q;
 }
 
 /* --- gradients as integers, see tte/ops/gradients.py --- */

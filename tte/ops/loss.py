@@ -145,8 +145,9 @@ def _integer_cross_entropy_ref(q, label, factors, *, scale, reduction):  # type:
             log = log << 1 | x >> (FRACTION + 1)
             x >>= x >> (FRACTION + 1)
         total += row[at] * round(scale * 2**LOG_BITS) + (log * LN2 >> FRACTION)
-    total //= len(z) if reduction == "mean" else 1
-    return np.asarray(np.ldexp(np.float64(total), -LOG_BITS), np.float32)
+    loss = np.ldexp(np.float64(total), -LOG_BITS).astype(np.float32)
+    share = np.float32(1 / len(z) if reduction == "mean" else 1)
+    return np.asarray(loss.astype(np.float64) * share.astype(np.float64), np.float32)
 
 
 register(Op("qnn.integer_cross_entropy", _integer_cross_entropy, _integer_cross_entropy_ref))

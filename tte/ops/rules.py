@@ -54,13 +54,14 @@ MOVES = frozenset("source reshape transpose concatenate slice pad broadcast_to t
 
 # Floats that these read and write are taken apart and made by integer instructions.
 BY_BITS = frozenset(
-    f"qnn.{name}"
-    for name in "dequantize gradient_scale observe_gradient integer_cross_entropy integer_cross_entropy_grad integer_sgd".split()
+    f"qnn.{name}" for name in "dequantize gradient_scale observe_gradient integer_cross_entropy integer_sgd".split()
 )
 
 
 def computes_floats(node: Node) -> bool:
     """Whether a node needs instructions for floats, rather than move them or compute integers."""
+    if node.body is not None:
+        return any(map(computes_floats, node.body.nodes))
     if node.op == "qnn.add":  # of int8, but without bits of fraction in float32
         return not node.attrs.get("bits") and not node.attrs.get("tflite")
     if node.op in ("qnn.gradient_unit", "qnn.quantize_gradient") and node.inputs[0].type.dtype == "int32":
