@@ -204,9 +204,12 @@ class _State:
             if not whole and padding != (0, 0, 0, 0):
                 return None
             op, count = "qnn.sum_pool2d_grad", math.prod(size)
+        windows = spreads_over(size, strides)
+        if windows > 255:
+            return None
         g = self.rounded(self.found[node.inputs[0].name])
         value = self.call(op, g.value, *node.inputs[1:], **attrs)
-        room = g.room if value.type.dtype == "int8" else _room(128 * spreads_over(size, strides))
+        room = _room(128 * windows) if windows > 1 else g.room
         return replace(g, value=value, factor=g.factor / count, size=g.size - math.log2(count), room=room)
 
     def product(self, node: Node) -> _Integers | None:

@@ -268,7 +268,7 @@ register(Op("qnn.observe_gradient", _observe, _observe_ref, inplace=(0,)))
 
 # --- from sums to int8 -----------------------------------------------------------------------------------------------
 
-WIDER = {"int8": 16, "int32": 0}  # bits by which an operand is shifted to the left first
+WIDER = {"int8": 16, "int16": 16, "int32": 0}  # bits by which an operand is shifted to the left first
 FINER = 3  # bits of fraction that the terms of a sum have
 
 
@@ -301,7 +301,7 @@ def _require_multiplier(v: TensorType, multiplier: TensorType) -> None:
 
 
 def _require_gradient(v: TensorType) -> None:
-    require(v.dtype in WIDER, f"a gradient is int8 or int32, not {v.dtype}")
+    require(v.dtype in WIDER, f"a gradient is int8, int16 or int32, not {v.dtype}")
 
 
 def _require_scaled(v: TensorType, multiplier: TensorType, exponent: TensorType) -> None:
@@ -316,7 +316,7 @@ def _scaled(v, multiplier, exponent, to, bits):  # type: ignore[no-untyped-def]
 
 
 def _rescale(v: TensorType, multiplier: TensorType, exponent: TensorType, to: TensorType, *, bits: int) -> TensorType:
-    """q = round(v * multiplier / 2^(bits + to - exponent)), halves up, saturated: int8 or int32 -> int8
+    """q = round(v * multiplier / 2^(bits + to - exponent)), halves up, saturated: int8, int16 or int32 -> int8
 
     v counts in 2^exponent, times a factor that is multiplier / 2^bits; q in 2^to.
     """
@@ -344,7 +344,7 @@ def _add(
     a_bits: int,
     b_bits: int,
 ) -> TensorType:
-    """The sum of two gradients, each first rescaled to FINER bits of fraction: int8 or int32 -> int8
+    """The sum of two gradients, each first rescaled to FINER bits of fraction: int8, int16 or int32 -> int8
 
     Halves to even: with so few bits they are frequent, and up would be a bias in all sums over elements.
     """

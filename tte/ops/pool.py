@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tte.ir import Op, TensorType, Window, register
+from tte.ir import Op, TensorType, Window, register, tensor_type
 from tte.ops.rules import require, require_float, require_padding, require_pair, require_rank
 
 Pair = tuple[int, int]
@@ -59,8 +59,10 @@ def spreads_over(pool_size: Pair, strides: Pair) -> int:
 
 
 def _integers_of(g: TensorType, pool_size: Pair, strides: Pair) -> str:
-    """int8 gradients add up to int32 where windows overlap."""
-    return "int32" if g.dtype == "int8" and spreads_over(pool_size, strides) > 1 else g.dtype
+    """int8 gradients add up to int16 where windows overlap."""
+    windows = spreads_over(pool_size, strides) if g.dtype == "int8" else 1
+    require(windows < 256, f"16 bits do not hold the sum of {windows} gradients")
+    return "int16" if windows > 1 else g.dtype
 
 
 def _gradient_of(g: TensorType, pooled: TensorType, input_size: Pair) -> TensorType:
@@ -141,7 +143,7 @@ def _max_pool2d_grad(
 ) -> TensorType:
     """Sends each g to the element that was the maximum: (N,OH,OW,C), index of nn.max_pool2d_argmax -> (N,H,W,C)
 
-    g: float32, or int8, whose sums are int32 where windows overlap.
+    g: float32, or int8, whose sums are int16 where windows overlap.
     """
     require(g.dtype in ("float32", "int8"), f"g must be float32 or int8, not {g.dtype}")
     pooled = pooled_type(_picture(g, input_size), pool_size, strides, padding)
@@ -150,7 +152,7 @@ def _max_pool2d_grad(
 
 
 def _max_pool2d_grad_ref(g, index, *, pool_size, strides, padding, input_size):  # type: ignore[no-untyped-def]
-    wide = g if g.dtype != np.int8 or spreads_over(pool_size, strides) == 1 else g.astype(np.int32)
+    wide = g.astype(_integers_of(tensor_type(g), pool_size, strides))
     parts = [np.where(index == k, wide, wide.dtype.type(0)) for k in range(pool_size[0] * pool_size[1])]
     return _scatter(parts, input_size, pool_size, strides, padding)
 
@@ -216,14 +218,14 @@ register(Op("nn.avg_pool2d_grad", _avg_pool2d_grad, _avg_pool2d_grad_ref))
 def _sum_pool2d_grad(
     g: TensorType, *, pool_size: Pair, strides: Pair = (1, 1), padding: Padding = (0, 0, 0, 0), input_size: Pair
 ) -> TensorType:
-    """Sends each g to all elements of its window: int8 (N,OH,OW,C) -> (N,H,W,C), int8, or int32 where windows overlap"""
+    """Sends each g to all elements of its window: int8 (N,OH,OW,C) -> (N,H,W,C), int8, or int16 where windows overlap"""
     require(g.dtype == "int8", f"g must be int8, not {g.dtype}")
     picture = _gradient_of(g, pooled_type(_picture(g, input_size), pool_size, strides, padding), input_size)
     return TensorType(picture.shape, _integers_of(g, pool_size, strides))
 
 
 def _sum_pool2d_grad_ref(g, *, pool_size, strides, padding, input_size):  # type: ignore[no-untyped-def]
-    wide = g if spreads_over(pool_size, strides) == 1 else g.astype(np.int32)
+    wide = g.astype(_integers_of(tensor_type(g), pool_size, strides))
     return _scatter([wide] * (pool_size[0] * pool_size[1]), input_size, pool_size, strides, padding)
 
 
