@@ -38,7 +38,7 @@ class Operand:
             return rng.integers(0, self.high, self.shape).astype(np.uint8)
         if self.kind == "integer":
             return rng.integers(-9, 10, self.shape).astype(np.int32)
-        if self.kind in ("int8", "int16"):
+        if self.kind in ("int8", "uint8", "int16"):
             limits = np.iinfo(self.kind)
             return rng.integers(limits.min, limits.max + 1, self.shape).astype(self.kind)
         if self.kind == "int32":  # accumulators and biases, a few of them huge
@@ -590,6 +590,10 @@ add("qnn.quantize", Operand((3, 50), "wide"), torch=lambda x: rounded(x.float() 
 add("qnn.quantize", Operand((3, 50), "wide"), torch=lambda x: rounded(x.float() / 0.02, -128, -128, 60), scale=0.02,
     zero_point=-128, high=60)  # fmt: skip
 add("qnn.round", Operand((3, 50), "wide"), torch=lambda w: rounded(w, 0))
+for kind in (INT8, "uint8"):
+    add("qnn.affine", Operand((4, 9, 3), kind), Operand((3,), "integer"), Operand((4, 1, 1), "integer"), bits=3,
+        torch=lambda x, m, b: (torch.floor((x.double() * m + b) / 8 + 0.5) + 5).clamp(-99, 90).to(torch.int8), scale=0.1,
+        zero_point=5, low=-99, high=90)  # fmt: skip
 add("qnn.dequantize", Operand((3, 50), INT8), torch=lambda q: (q.double() + 7) * 0.05, scale=0.05, zero_point=-7)
 for channels in (1, 6):
     add("qnn.requantize", Operand((1, 9, 6), INT32), Operand((channels,), "scale"), torch=lambda acc, m: rounded(
