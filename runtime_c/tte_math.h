@@ -248,9 +248,9 @@ static inline int32_t tte_saturate(int64_t v, int32_t low, int32_t high) {
 static inline float tte_real(uint64_t m, int32_t e, uint32_t sign) {
     uint32_t bits = 0;
     if (m) {
-        for (; !(m >> 63); e--)
-            m <<= 1;
-        const int32_t field = e + 190, lost = 40 + (field > 0 ? 0 : field < -24 ? 25 : 1 - field);
+        const int by = __builtin_clzll(m);
+        m <<= by;
+        const int32_t field = e - by + 190, lost = 40 + (field > 0 ? 0 : field < -24 ? 25 : 1 - field);
         if (field > 254)
             bits = 0x7f800000u;
         else if (lost < 65) {
