@@ -718,7 +718,9 @@ def integer_step(rounding: str, room: int, bits: int, limit: int = 2**31 - 1) ->
             mantissa, fraction = 2**31 - 1, 0
         mantissa, fraction = mantissa // 2 ** max(0, fraction - 30), min(fraction, 30)
         stepped = []
-        for a, b, c in zip(w.flatten().tolist(), v.flatten().tolist(), m.expand(w.shape).flatten().tolist(), strict=True):
+        for a, b, c in zip(
+            w.flatten().tolist(), v.flatten().tolist(), m.expand(w.shape).flatten().tolist(), strict=True
+        ):
             product = b * 2**room * (mantissa * c // 2**32)
             u = 2**fraction // 2
             if rounding == "stochastic" and w.dtype != torch.int16:

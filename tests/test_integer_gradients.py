@@ -94,7 +94,7 @@ def follow(graph: Graph, arrays: list[np.ndarray], octaves: int, steps: int) -> 
 
 @pytest.mark.parametrize(
     ("name", "least", "most"),
-    [("mcunet", 0.97, 0.3), ("branches", 0.999, 0.05), ("pools", 0.999, 0.05), ("swish", 0.999, 0.05)],
+    [("mcunet", 0.97, 0.3), ("branches", 0.998, 0.06), ("pools", 0.999, 0.05), ("swish", 0.999, 0.05)],
 )
 def test_gradients_point_where_those_in_float32_do(
     models: dict[str, Path], name: str, least: float, most: float

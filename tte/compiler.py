@@ -307,9 +307,9 @@ def compile_graphs(
 
 def _note_floats(programs: Sequence[Program], target: Target) -> list[str]:
     """What a core without FPU computes in software."""
-    if target.fpu:
-        return []
     soft = {p.role: list_soft(p.graph) for p in programs}
+    if target.fpu or not any(soft.values()):
+        return []
     infer = ", ".join(soft["infer"]) or "none"
     what = f"of inference these layers: {infer}; of a training step {len(soft['train'])} (soft_float in report.json)"
     return [f"{target.name} has no FPU and computes floats in software, slowly: {what}"]

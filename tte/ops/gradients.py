@@ -143,7 +143,9 @@ BELOW = 1e-30  # a gradient whose largest element is less is none
 
 def _require_fixed(g: TensorType, multiplier: TensorType | None) -> None:
     """float32 alone, or int32 with a multiplier."""
-    require(g.dtype == ("int32" if multiplier else "float32"), f"g must be float32, or int32 with factors, not {g.dtype}")
+    require(
+        g.dtype == ("int32" if multiplier else "float32"), f"g must be float32, or int32 with factors, not {g.dtype}"
+    )
     if multiplier is not None:
         _require_multiplier(g, multiplier)
 
@@ -426,7 +428,9 @@ def _sgd(
     """
     require(w.dtype in ("int8", "int16", "int32"), f"w must be an integer, not {w.dtype}")
     _require_gradient(v)
-    require(w.shape == v.shape and scale == TensorType(()), f"w {w.shape} and v {v.shape} must agree, scale be a scalar")
+    require(
+        w.shape == v.shape and scale == TensorType(()), f"w {w.shape} and v {v.shape} must agree, scale be a scalar"
+    )
     require(multiplier.dtype == "int32", f"a multiplier is int32, not {multiplier.dtype}")
     require(np.broadcast_shapes(w.shape, multiplier.shape) == w.shape, f"{multiplier} does not fit {w}")
     require(rounding in ROUNDINGS, f"rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}")
