@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value, rewrite
-from tte.ops.gradients import FARTHEST, FINER, WIDER, integer_multiplier, least_distance
+from tte.ops.gradients import FARTHEST, FINER, integer_multiplier, least_distance
 from tte.ops.loss import FRACTION, exponentials
 from tte.ops.pool import spreads_over
 from tte.ops.rules import read_numbers

@@ -41,7 +41,7 @@ def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: s
                 attrs["rounding"] = rounding
                 if param.type.dtype == "int32":
                     attrs["limit"] = bias_limit(reader.inputs[1], producer)
-                updates.append((param, _step(builder, param, gradient, rate, factor, attrs)))
+                updates.append((param, _step(builder, param, gradient, rate, factor, producer, attrs)))
                 continue
             gradient = builder.call("multiply", gradient, builder.const(factor.astype(np.float32)), **attrs)
         elif (scale := _user_scale(param, qas)) is not None:
@@ -61,22 +61,26 @@ def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: s
 
 
 def _step(
-    builder: Builder, param: Param, gradient: Value, rate: Param, factor: np.ndarray, attrs: dict[str, Any]
+    builder: Builder,
+    param: Param,
+    gradient: Value,
+    rate: Param,
+    factor: np.ndarray,
+    producer: Mapping[str, Node],
+    attrs: dict[str, Any],
 ) -> Value:
     """A step of stored integers: without floats where their gradient is integers."""
-    made = next((node for node in builder.nodes if gradient in node.outputs), None)
+    made = producer.get(gradient.name)
     if made is None or made.op != "qnn.dequantize_gradient":
-        const = builder.const(factor.astype(np.float32))
-        return builder.call("qnn.sgd", param, gradient, rate, const, **attrs)
-    value, scale, *rest = made.inputs
-    counts = next(node for node in builder.nodes if scale in node.outputs)
-    for const in rest:
+        return builder.call("qnn.sgd", param, gradient, rate, builder.const(factor.astype(np.float32)), **attrs)
+    value, scale, *factors = made.inputs
+    for const in factors:
         assert isinstance(const, Const)
         factor = factor * const.data
     multiplier, bits = integer_multiplier(factor * (256 if param.type.dtype == "int16" else 1))
-    steps = builder.call("qnn.gradient_scale", *counts.inputs, rate, layer=attrs["layer"])
-    numbers = {"room": made.attrs["room"], "bits": bits}
-    return builder.call("qnn.integer_sgd", param, value, steps, builder.const(multiplier), **attrs, **numbers)
+    steps = builder.call("qnn.gradient_scale", *producer[scale.name].inputs, rate, layer=attrs["layer"])
+    attrs |= {"room": made.attrs["room"], "bits": bits}
+    return builder.call("qnn.integer_sgd", param, value, steps, builder.const(multiplier), **attrs)
 
 
 def _user_scale(param: Param, qas: bool) -> np.ndarray | None:

@@ -370,9 +370,9 @@ for window in (
         )
         add("nn.max_pool2d_grad", Operand(y_shape, "int8"), Operand(y_shape, "index", high),
             torch=added_up(max_scatter(input_size=(7, 6), **window), window), input_size=(7, 6), **window)  # fmt: skip
-    share, size = input_gradient(avg_pool(**window, count_include_pad=True), x_shape), math.prod(window["pool_size"])
-    add("qnn.sum_pool2d_grad", Operand(y_shape, "int8"), torch=added_up(lambda g, share=share, size=size: share(g) * size,
-        window), input_size=(7, 6), **window)  # fmt: skip
+    share, n = input_gradient(avg_pool(**window, count_include_pad=True), x_shape), math.prod(window["pool_size"])
+    add("qnn.sum_pool2d_grad", Operand(y_shape, "int8"), input_size=(7, 6),
+        torch=added_up(lambda g, share=share, n=n: share(g) * n, window), **window)  # fmt: skip
     for include in (False, True):
         run = avg_pool(**window, count_include_pad=include)
         add("nn.avg_pool2d", x_shape, torch=run, **window, count_include_pad=include)
@@ -592,8 +592,8 @@ add("qnn.quantize", Operand((3, 50), "wide"), torch=lambda x: rounded(x.float() 
 add("qnn.round", Operand((3, 50), "wide"), torch=lambda w: rounded(w, 0))
 for kind in (INT8, "uint8"):
     add("qnn.affine", Operand((4, 9, 3), kind), Operand((3,), "integer"), Operand((4, 1, 1), "integer"), bits=3,
-        torch=lambda x, m, b: (torch.floor((x.double() * m + b) / 8 + 0.5) + 5).clamp(-99, 90).to(torch.int8), scale=0.1,
-        zero_point=5, low=-99, high=90)  # fmt: skip
+        torch=lambda x, m, b: (torch.floor((x.double() * m + b) / 8 + 0.5) + 5).clamp(-99, 90).to(torch.int8),
+        scale=0.1, zero_point=5, low=-99, high=90)  # fmt: skip
 add("qnn.dequantize", Operand((3, 50), INT8), torch=lambda q: (q.double() + 7) * 0.05, scale=0.05, zero_point=-7)
 for channels in (1, 6):
     add("qnn.requantize", Operand((1, 9, 6), INT32), Operand((channels,), "scale"), torch=lambda acc, m: rounded(

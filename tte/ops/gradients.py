@@ -4,8 +4,8 @@ The unit, a float, is that of the gradient with which the integer part of the ba
 so that it does not matter how large the loss is. The exponents of what follows are decided in hindsight
 (arXiv:2105.04246): each tensor has a range, int32 of two elements, that outlives the step. range[0] is the logarithm to
 base 2 of its largest element in units, in 256ths, as far as the steps before tell; range[1] counts what was saturated.
-Nothing here needs floating-point instructions: floats that say what a unit is, and how large a step, are taken apart and
-put together again by their bits.
+From a loss of integers on nothing needs floating-point instructions: the floats that say what a unit is, and how large
+a step, are taken apart and made by their bits.
 """
 
 import numpy as np
@@ -422,9 +422,9 @@ def _sgd(
 ) -> TensorType:
     """w - v * scale * multiplier / 2^bits on stored integers, saturating: qnn.sgd without a float instruction.
 
-    scale: a gradient's, times the learning rate; multiplier: int32, |multiplier| <= 2^30, broadcast to w; room: v may be
-    shifted so far to the left. A step is the upper half of a product, with as many bits of fraction as the scale
-    leaves, 30 at the most; it is 2^28 at the most. rounding, limit: as in qnn.sgd; the hash is of the product and of w.
+    scale: a gradient's, times the learning rate; multiplier: int32, |multiplier| <= 2^30, broadcast to w; room: v may
+    be shifted so far to the left. A step is the upper half of a product, with as many bits of fraction as the scale
+    leaves, 30 at the most; it is 2^28 at the most. rounding, limit: as in qnn.sgd; the hash is of the product and w.
     """
     require(w.dtype in ("int8", "int16", "int32"), f"w must be an integer, not {w.dtype}")
     _require_gradient(v)

@@ -101,7 +101,8 @@ LN2 = round(math.log(2) * 2**FRACTION)
 
 def exponentials(scale: float) -> np.ndarray:
     """exp(-scale * 2^k) for k = 0 .. 7, in 2^-30: of these factors every exp(-scale * z) is made, 0 <= z < 256."""
-    return np.rint(np.exp(-scale * 2.0 ** np.arange(8)) * 2.0**FRACTION).astype(np.int32)
+    factors: np.ndarray = np.rint(np.exp(-scale * 2.0 ** np.arange(8)) * 2.0**FRACTION).astype(np.int32)
+    return factors
 
 
 def _require_logits(q: TensorType, label: TensorType, factors: TensorType) -> None:
@@ -154,8 +155,10 @@ register(Op("qnn.integer_cross_entropy", _integer_cross_entropy, _integer_cross_
 
 
 def _integer_cross_entropy_grad(q: TensorType, label: TensorType, factors: TensorType) -> TensorType:
-    """softmax(scale * q) - onehot(label) of each row, in 2^-30 and within 2^-27: int32. At the label it is minus the sum
-    of the others."""
+    """softmax(scale * q) - onehot(label) of each row in 2^-30, within 2^-27: int32.
+
+    At the label it is minus the sum of the others.
+    """
     _require_logits(q, label, factors)
     return TensorType(q.shape, "int32")
 

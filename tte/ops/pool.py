@@ -218,7 +218,7 @@ register(Op("nn.avg_pool2d_grad", _avg_pool2d_grad, _avg_pool2d_grad_ref))
 def _sum_pool2d_grad(
     g: TensorType, *, pool_size: Pair, strides: Pair = (1, 1), padding: Padding = (0, 0, 0, 0), input_size: Pair
 ) -> TensorType:
-    """Sends each g to all elements of its window: int8 (N,OH,OW,C) -> (N,H,W,C), int8, or int16 where windows overlap"""
+    """Sends each g to all of its window: int8 (N,OH,OW,C) -> (N,H,W,C), int8, or int16 where windows overlap"""
     require(g.dtype == "int8", f"g must be int8, not {g.dtype}")
     picture = _gradient_of(g, pooled_type(_picture(g, input_size), pool_size, strides, padding), input_size)
     return TensorType(picture.shape, _integers_of(g, pool_size, strides))
