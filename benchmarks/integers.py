@@ -1,4 +1,4 @@
-"""The digits of the example on a Cortex-M0+: every layer of an int8 network learns, with gradients in int8 or float32."""
+"""The digits of the example on a Cortex-M0+: an int8 network learns as a whole, gradients being int8 or float32."""
 
 import tempfile
 from pathlib import Path

@@ -8,7 +8,7 @@ import numpy as np
 
 from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value, rewrite
 from tte.ops.gradients import FARTHEST, FINER, integer_multiplier, least_distance
-from tte.ops.loss import FRACTION, exponentials
+from tte.ops.loss import COARSEST, FRACTION, exponentials
 from tte.ops.pool import spreads_over
 from tte.ops.rules import read_numbers
 
@@ -35,7 +35,8 @@ def find_logits(node: Node, producer: Mapping[str, Node]) -> Node | None:
     source = producer.get(node.inputs[0].name) if plain and not node.attrs["label_smoothing"] else None
     if source is not None and source.op == "reshape":
         source = producer.get(source.inputs[0].name)
-    return source if source is not None and source.op == "qnn.dequantize" else None
+    fits = source is not None and source.op == "qnn.dequantize" and source.attrs["scale"] < COARSEST  # type: ignore[operator]
+    return source if fits else None
 
 
 def quantize_loss(graph: Graph) -> Graph:

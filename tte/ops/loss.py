@@ -96,6 +96,7 @@ register(Op("nn.cross_entropy_grad", _cross_entropy_grad, _cross_entropy_grad_re
 
 FRACTION = 30  # bits of fraction of exponentials, and of gradients
 LOG_BITS = 24  # of logarithms, and of losses before they become floats
+COARSEST = 1024  # scale of logits
 LN2 = round(math.log(2) * 2**FRACTION)
 
 
@@ -130,7 +131,7 @@ def _integer_cross_entropy(
     The logarithm to base 2 is found bit by bit: a number is squared, and is halved where it passes 2.
     """
     _require_logits(q, label, factors)
-    require(0 < scale < 2**20, f"the scale must be positive and below 2^20, not {scale}")
+    require(0 < scale < COARSEST, f"the scale must be positive and below {COARSEST}, not {scale}")
     require(reduction in ("mean", "sum"), f'reduction must be "mean" or "sum", not {reduction!r}')
     return TensorType(())
 
@@ -145,7 +146,7 @@ def _integer_cross_entropy_ref(q, label, factors, *, scale, reduction):  # type:
             x = x * x >> FRACTION
             log = log << 1 | x >> (FRACTION + 1)
             x >>= x >> (FRACTION + 1)
-        total += row[at] * round(scale * 2**LOG_BITS) + (log * LN2 >> FRACTION)
+        total += (row[at] * round(scale * 2**36) >> 36 - LOG_BITS) + (log * LN2 >> FRACTION)
     loss = np.ldexp(np.float64(total), -LOG_BITS).astype(np.float32)
     share = np.float32(1 / len(z) if reduction == "mean" else 1)
     return np.asarray(loss.astype(np.float64) * share.astype(np.float64), np.float32)
