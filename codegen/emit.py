@@ -26,6 +26,8 @@ from tte.target import FLAG
 # What makes integers of floats: a NaN would not reach the loss.
 NAN_ENDS = ("qnn_quantize", "qnn_round")
 
+INTEGER_LOSS = "qnn.integer_cross_entropy"  # of logits, labels, factors of exponentials
+
 HERE = Path(__file__).parent
 RUNTIME = HERE.parent / "runtime_c"
 
@@ -109,6 +111,7 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
         "state": layout,
         "slots": slots,
         "hash_bytes": [str(b) for b in bytes.fromhex(interface.model_hash)[:16]],
+        "integer_logits": any(node.op == INTEGER_LOSS for program in programs for node in program.graph.nodes),
         "macs": {program.role: sum(node.macs for node in program.graph.nodes) for program in programs},
         "arena_bytes": max(1, *(program.plan.arena_bytes for program in programs)),
         "input_offset": programs[0].input_offset,
@@ -194,8 +197,7 @@ def _program(
                 "comment": _comment(node, updated),
                 "takes_rows": any(member.op == "source" for member in expand(node)),
                 "is_loss": bool(graph.updates or program.role == "evaluate") and node.output == graph.outputs[0],
-                "logits": storage.pointer(node.inputs[0]),
-                "logits_size": node.inputs[0].type.shape[-1] if node.inputs[0].type.rank else 1,
+                "logits": [storage.pointer(v) for v in (node.inputs if node.op == INTEGER_LOSS else node.inputs[:1])],
                 "loss": storage.pointer(node.output),
                 "op": node.op,
             }

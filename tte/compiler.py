@@ -29,7 +29,7 @@ from tte.passes.cover import cover_backward
 from tte.passes.fuse import fuse_elementwise, fuse_updates, transpose_first
 from tte.passes.head import replace_head
 from tte.passes.inplace import work_in_place
-from tte.passes.integer_gradients import quantize_gradients
+from tte.passes.integer_gradients import quantize_gradients, quantize_loss
 from tte.passes.io import apply_input_format, own_layout, prepare, require_rows, take_rows
 from tte.passes.layout import to_nhwc
 from tte.passes.loss import append_loss
@@ -213,7 +213,8 @@ def lower_programs(
     pipeline.write(gradients, "3-gradients")
     stepped = verify(quantize_gradients(gradients)) if scheme.quantized.gradients == "int8" else gradients
     train = verify(attach_sgd(stepped, scheme.optimizer.lr, scheme.quantized.qas, scheme.quantized.rounding))
-    roles = {"train": train, "infer": forward, "evaluate": with_loss}
+    evaluated = verify(quantize_loss(with_loss)) if scheme.quantized.gradients == "int8" else with_loss
+    roles = {"train": train, "infer": forward, "evaluate": evaluated}
     if input_place == "rows":
         roles = {role: verify(take_rows(graph)) for role, graph in roles.items()}
     return Lowered(
@@ -310,9 +311,9 @@ def compile_graphs(
 
 def _note_floats(programs: Sequence[Program], target: Target) -> list[str]:
     """What a core without FPU computes in software."""
-    if target.fpu:
-        return []
     soft = {p.role: list_soft(p.graph) for p in programs}
+    if target.fpu or not any(soft.values()):
+        return []
     infer = ", ".join(soft["infer"]) or "none"
     what = f"of inference these layers: {infer}; of a training step {len(soft['train'])} (soft_float in report.json)"
     return [f"{target.name} has no FPU and computes floats in software, slowly: {what}"]

@@ -157,7 +157,7 @@ def list_steps(program: Program) -> list[dict[str, Any]]:
 def list_soft(graph: Graph) -> list[str]:
     """The layers of the nodes that compute floats: on a core without FPU the compiler's library does that."""
     floats = (node for node in graph.nodes if any(map(computes_floats, expand(node))))
-    return list(dict.fromkeys(map(name_layer, floats)))
+    return list(dict.fromkeys(name_layer(node) or name_op(node) for node in floats))
 
 
 def list_peak(program: Program) -> list[dict[str, Any]]:
