@@ -51,7 +51,7 @@ def quicken(kernel: Kernel, room: int, measured: Measured = NOTHING, optimize: s
     known = measured.get(name_shape(kernel), {}) if measured else {}
     base = known.get(identify(default))
     better = [(name, m) for name, m in known.items() if base and m.improves(base)]
-    for name, one in sorted(better, key=lambda item: (item[1].cost, item[1].scratch, item[0])):
+    for name, one in sorted(better, key=lambda item: (sum(item[1].costs.values()), item[1].scratch, item[0])):
         made = _make(form, kernel, room, one.knobs) if form.takes(one.knobs) else None
         if made and identify(made) == name:
             return made

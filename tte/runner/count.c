@@ -15,9 +15,11 @@ typedef struct {
     uint32_t begin, end;
 } function_t;
 
+/* weight: what an execution counts, its instructions or what count_weigh gave. executed: since count_blocks was called. */
 typedef struct {
-    uint32_t address, bytes, instructions;
+    uint32_t address, bytes, weight;
     int32_t function;
+    uint64_t executed;
 } block_t;
 
 /* function: its index, -1 for code that is in none. Nodes are numbered as they are first entered. */
@@ -105,25 +107,31 @@ static int32_t follow(counter_t *c, const block_t *block) {
     return call(c, block->function);
 }
 
-/* user: the counter */
-void count_block(void *engine, uint64_t address, uint32_t bytes, void *user) {
-    (void)engine;
-    counter_t *const c = user;
-    const uint32_t a = (uint32_t)address;
-    uint32_t slot = (a * 2654435761u ^ bytes * 40503u) >> (32 - SLOT_BITS);
+static block_t *find_block(counter_t *c, uint32_t address, uint32_t bytes) {
+    uint32_t slot = (address * 2654435761u ^ bytes * 40503u) >> (32 - SLOT_BITS);
     block_t *block = &c->blocks[slot];
-    while (block->bytes != bytes || block->address != a) {
+    while (block->bytes != bytes || block->address != address) {
         if (block->bytes == 0) {
-            *block = (block_t){a, bytes, count_instructions(c, a, bytes), find_function(c, a)};
+            *block = (block_t){address, bytes, count_instructions(c, address, bytes), find_function(c, address), 0};
             break;
         }
         slot = (slot + 1) % SLOTS;
         block = &c->blocks[slot];
     }
+    return block;
+}
+
+/* user: the counter */
+void count_block(void *engine, uint64_t address, uint32_t bytes, void *user) {
+    (void)engine;
+    counter_t *const c = user;
+    const uint32_t a = (uint32_t)address;
+    block_t *const block = find_block(c, a, bytes);
+    block->executed++;
     if (block->function >= 0 && block->function != c->nodes[c->current].function)
         c->current = follow(c, block);
-    c->nodes[c->current].counted += block->instructions;
-    c->total += block->instructions;
+    c->nodes[c->current].counted += block->weight;
+    c->total += block->weight;
     c->last_end = a + bytes;
 }
 
@@ -141,6 +149,24 @@ void check_access(void *engine, int type, uint64_t address, int bytes, int64_t v
 /* The address of such an access, or 0. */
 uint32_t count_unaligned(const counter_t *c) {
     return c->unaligned;
+}
+
+/* From now on an execution of this block counts as so much. */
+void count_weigh(counter_t *c, uint32_t address, uint32_t bytes, uint32_t weight) {
+    find_block(c, address, bytes)->weight = weight;
+}
+
+/* Which blocks were executed since the last call: as many as there are, of which to has the first room. */
+int32_t count_blocks(counter_t *c, block_t *to, int32_t room) {
+    int32_t n = 0;
+    for (uint32_t i = 0; i < SLOTS; i++)
+        if (c->blocks[i].executed) {
+            if (n < room)
+                to[n] = c->blocks[i];
+            n++;
+            c->blocks[i].executed = 0;
+        }
+    return n;
 }
 
 /* The total. Each node's "read" becomes what was counted in it since the last call. */
