@@ -138,7 +138,7 @@ def test_equal_layers_cost_the_same(built: tuple[Artifact, Path], toolchain: str
 
 def test_members_that_cannot_be_told_apart_stay_in_their_region() -> None:
     def frame(name: str, own: int, *calls: Frame) -> Frame:
-        return Frame((name, f"{name}_alias"), own, calls)
+        return Frame((name, f"{name}_alias"), (own, 0), calls)
 
     parts = tuple(Call(layer, "conv2d", 10, kernel) for layer, kernel in (("a", "k1"), ("b", "k2"), ("c", "k1")))
     region = Call("a to c", "row by row", 30, "k3", parts)

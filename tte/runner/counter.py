@@ -12,8 +12,8 @@ class Node(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("parent", "child", "sibling", "function")),
         ("origin", ctypes.c_uint32),
-        ("counted", ctypes.c_uint64),
-        ("read", ctypes.c_uint64),
+        ("counted", ctypes.c_uint64 * 2),
+        ("read", ctypes.c_uint64 * 2),
     ]
 
 
@@ -21,7 +21,7 @@ class BlockRecord(ctypes.Structure):
     """block_t of count.c."""
 
     _fields_ = [
-        *((name, ctypes.c_uint32) for name in ("address", "bytes", "weight")),
+        *((name, ctypes.c_uint32) for name in ("address", "bytes", "instructions", "weight")),
         ("function", ctypes.c_int32),
         ("executed", ctypes.c_uint64),
     ]
@@ -96,7 +96,7 @@ class Counter:
         return {(b.address, b.bytes): b.executed for b in sorted(table[:used], key=lambda b: (b.address, b.bytes))}
 
     def weigh(self, weights: Mapping[Block, int]) -> None:
-        """An execution of a block counts as much as given here, and no longer its instructions."""
+        """What an execution of each block adds to the second count of a node, from now on."""
         for (address, size), weight in weights.items():
             self._library.count_weigh(self._counter, *map(ctypes.c_uint32, (address, size, weight)))
 

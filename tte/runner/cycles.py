@@ -13,6 +13,8 @@ from tte.runner.counter import Block
 from tte.target import Target
 
 UNIT = 100  # estimates are in hundredths of a cycle: so often a block is executed one after the other
+NOP = b"\x00\xbf"
+CALLS = {"bl": "b", "blx": "bx"}
 CONDITION = re.compile(r"(?<=\w)(eq|ne|cs|hs|cc|lo|mi|pl|vs|vc|hi|ls|ge|lt|gt|le)(?=$|\.)")
 
 
@@ -28,51 +30,56 @@ class Estimator:
     def estimate(self, code: Mapping[Block, bytes]) -> dict[Block, int]:
         """Of each block, in units of 1 / UNIT cycles, as often as it would be executed one after the other.
 
+        An instruction that LLVM's model of the core leaves out takes one cycle.
         Raises TTEError (E058) where LLVM has no model of the core.
         """
-        blocks = [block for block, data in code.items() if data]
-        lines = self._disassemble([code[block] for block in blocks])
-        regions = "".join(
-            f"# LLVM-MCA-BEGIN {i}\n{text}\n# LLVM-MCA-END\n" for i, text in enumerate(map("\n".join, lines)) if text
-        )
-        answer = self._run(
-            [str(self.mca), "-mtriple=thumb", "-json", f"-iterations={UNIT}"], f".syntax unified\n{regions}"
-        )
-        found = {int(r["Name"]): r["SummaryView"]["TotalCycles"] for r in json.loads(answer)["CodeRegions"]}
-        return {block: found.get(i, 0) for i, block in enumerate(blocks)}
+        blocks = dict(zip(code, self._disassemble(list(code.values())), strict=True))
+        command = [str(self.mca), "-mtriple=thumb", f"-mcpu={self.cpu}", "-json", f"-iterations={UNIT}"]
+        left_out: set[str] = set()
+        while True:
+            known = [[line for line in lines if line.split()[0] not in left_out] for lines in blocks.values()]
+            texts = enumerate(map("\n".join, known))
+            regions = [f"# LLVM-MCA-BEGIN {i}\n{text}\n# LLVM-MCA-END" for i, text in texts if text]
+            result = _run(command, "\n".join([".syntax unified", *regions, ""]))
+            if not result.returncode:
+                break
+            if "unable to find instruction-level scheduling information" in result.stderr:
+                what = f"{self.version} has no model of the {self.cpu}"
+                raise TTEError("TTE-E058", what, where="--metric cycles", fix="--metric instructions")
+            unknown = re.search(r"unsupported instruction.*\nnote: instruction:\s*(\S+)", result.stderr)
+            assert unknown and unknown[1] not in left_out, result.stderr
+            left_out.add(unknown[1])
+        found = {int(r["Name"]): r["SummaryView"]["TotalCycles"] for r in json.loads(result.stdout)["CodeRegions"]}
+        return {
+            block: found.get(i, 0) + UNIT * (len(lines) - len(known[i]))
+            for i, (block, lines) in enumerate(blocks.items())
+        }
 
     def _disassemble(self, blocks: Sequence[bytes]) -> list[list[str]]:
-        """The instructions of each block that cost something by themselves, without conditions.
+        """The instructions of each block, as llvm-mca is to see them.
 
-        What is executed under a condition has its time there whether it is met or not; IT itself is folded.
+        What is executed under a condition has its time whether it is met or not; IT itself is folded. Calls are jumps:
+        what is called has blocks of its own.
         """
-        hexadecimal = "\n".join(" ".join(f"{byte:#04x}" for byte in data) for data in blocks)
-        text = self._run([str(self.disassembler), "-triple=thumb", "--disassemble"], hexadecimal)
-        instructions = iter([line.strip() for line in text.splitlines() if line.startswith("\t") and line[1] != "."])
-        result = []
+        # A condition reaches over no more than four instructions: not into the next block.
+        text = "\n".join(" ".join(f"{byte:#04x}" for byte in data + 4 * NOP) for data in blocks)
+        result = _run([str(self.disassembler), "-triple=thumb", f"-mcpu={self.cpu}", "--disassemble"], text)
+        assert result.returncode == 0, result.stderr
+        listed = iter([line[1:] for line in result.stdout.splitlines() if line.startswith("\t") and line[1] != "."])
+        found = []
         for data in blocks:
             lines, conditional = [], 0
-            for _ in range(_count(data)):
-                mnemonic, *operands = next(instructions).split("\t")
+            for line in [next(listed) for _ in range(_count(data) + 4)][:-4]:
+                mnemonic, _, operands = line.partition("\t")
                 if re.fullmatch("it[te]*", mnemonic):
                     conditional = len(mnemonic) - 1
                     continue
                 if conditional:
                     mnemonic, conditional = CONDITION.sub("", mnemonic), conditional - 1
-                lines.append("\t".join([mnemonic, *operands]))
-            result.append(lines)
-        assert next(instructions, None) is None
-        return result
-
-    def _run(self, command: Sequence[str], text: str) -> str:
-        result = subprocess.run(
-            [*command, f"-mcpu={self.cpu}"], input=text, capture_output=True, text=True, check=False
-        )
-        if "unable to find instruction-level scheduling information" in result.stderr:
-            what = f"{self.version} has no model of the {self.cpu}"
-            raise TTEError("TTE-E058", what, where="--metric cycles", fix="--metric instructions")
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+                lines.append(f"{CALLS.get(mnemonic, mnemonic)}\t{operands}")
+            found.append(lines)
+        assert next(listed, None) is None
+        return found
 
 
 def find_estimator(target: Target) -> Estimator:
@@ -94,3 +101,7 @@ def _count(code: bytes) -> int:
         at += 4 if code[at + 1] >> 3 >= 0x1D else 2
         n += 1
     return n
+
+
+def _run(command: Sequence[str], text: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
