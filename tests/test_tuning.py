@@ -18,7 +18,7 @@ from tte.codegen.fast import list_forms, quicken
 from tte.codegen.kernel import Kernel
 from tte.codegen.measured import SHIPPED, Database, Measured, Measurement, identify, merge, name_shape
 from tte.errors import TTEError
-from tte.runner.bare import Trial, measure
+from tte.runner.bare import Counts, Job, Trial, run
 from tte.runner.toolchain import build_counter, find_toolchains
 from tte.target import CORTEX_M4, CORTEX_M7
 
@@ -82,14 +82,14 @@ def test_an_interrupted_search_goes_on(search: Any, monkeypatch: pytest.MonkeyPa
     whole = search("whole.json")
     count = 0
 
-    def limited(trial: Trial) -> int:
+    def limited(job: Job, counter: Path) -> Counts:
         nonlocal count
         count += 1
         if count > 6:
             raise KeyboardInterrupt
-        return measure(trial)
+        return run(job, counter)
 
-    monkeypatch.setattr(tuning, "measure", limited)
+    monkeypatch.setattr(tuning, "run", limited)
     with pytest.raises(KeyboardInterrupt):
         search("s.json")
     monkeypatch.undo()
@@ -115,13 +115,14 @@ FUNCTIONS = {
 }
 
 
-def test_a_trial_counts_exactly_and_compares_bits(tmp_path: Path) -> None:
+def make_trial() -> Trial:
+    """Of two functions of hand-written instructions."""
     text = "".join(
         f"void {name}(void *y);\n__attribute__((naked)) void {name}(__attribute__((unused)) void *y) {{\n"
         f'    __asm__("{body}");\n}}\n'
         for name, body in FUNCTIONS.items()
     )
-    trial = Trial(
+    return Trial(
         sources={"t.c": text},
         names=("three", "two"),
         places=((), ()),
@@ -130,12 +131,18 @@ def test_a_trial_counts_exactly_and_compares_bits(tmp_path: Path) -> None:
         scratch=0,
         target=CORTEX_M4,
         toolchain=find_toolchains()[0],
-        counter=build_counter(tmp_path),
     )
-    assert measure(trial) == 6
-    assert measure(replace(trial, names=("two", "three"))) == 4
+
+
+def test_a_trial_counts_exactly_and_compares_bits(tmp_path: Path) -> None:
+    job, counter = make_trial().build(), build_counter(tmp_path)
+    counts = run(job, counter)
+    assert counts.instructions == 6
+    assert [(size, n) for (_, size), n in counts.blocks.items()] == [(6, 2)]  # nothing of what it is compared with
+    assert job.read(counts.blocks) == {block: bytes.fromhex("0921 0070 7047") for block in counts.blocks}
+    assert run(replace(job, names=("two", "three")), counter).instructions == 4
     with pytest.raises(AssertionError, match="is not"):
-        measure(replace(trial, names=("two", "other")))
+        run(replace(job, names=("two", "other")), counter)
 
 
 # --- what a kernel becomes -------------------------------------------------------------------------------------------
@@ -268,7 +275,9 @@ def test_a_damaged_file_is_named_and_left_alone(text: str, tmp_path: Path, searc
     [
         ("TTE-E048", {"target": "cortex-m99"}),
         ("TTE-E058", {"target": "host"}),
-        ("TTE-E059", {"metric": "cycles"}),
+        ("TTE-E059", {"metric": "seconds"}),
+        ("TTE-E059", {"runner": "rpc://nowhere"}),
+        ("TTE-E051", {"runner": "rpc://127.0.0.1:1"}),
         ("TTE-E059", {"trials": -1}),
         ("TTE-E059", {"jobs": 0}),
         ("TTE-E045", {"name": "no/such/folder/s.json"}),

@@ -227,15 +227,15 @@ def serve(
     tracker: Annotated[str, typer.Option(help="HOST:PORT of a running `python -m tvm.exec.rpc_tracker`")],
     key: Annotated[str, typer.Option(help="what `tte tune --runner rpc://HOST:PORT/KEY` asks for")],
     host: Annotated[str, typer.Option(help="address to listen at")] = "0.0.0.0",
-    port: Annotated[int, typer.Option(help="port to listen at; the next one that is free")] = 9090,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen at; 0: any that is free")] = 0,
 ) -> None:
-    """Measure kernels here, on an emulated core, for whoever tunes elsewhere. Only in a network that is trusted.
+    """Measure kernels here, on an emulated core, for whoever tunes elsewhere. Only where the network is trusted.
 
-    Ends by Ctrl-C. Of a session at a time: start one per processor.
+    Each serves one at a time: start one per processor. Ends by Ctrl-C.
     """
     from tte.runner.farm import serve
 
-    serve(tracker, key, host, port)
+    serve(tracker, key, host, port, lambda port: print(f"{key}: {host}:{port}, tracker {tracker}", flush=True))
 
 
 @app.command("merge-schedules")

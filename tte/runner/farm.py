@@ -7,6 +7,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -56,18 +57,23 @@ class Farm:
         Raises TTEError: E051 no server is left, E056 each that tried was lost.
         Fails where the function that was measured is not right.
         """
+        from tvm.error import RPCError
+
         for _ in range(ATTEMPTS):
             call = self._take()
             try:
                 answer = json.loads(str(call(*_pack(job))))
-            except RuntimeError as problem:  # TVM's of a lost connection, or what the server raised
-                last = problem
+            except RPCError as problem:  # the server raised it
+                self._idle.put(call)
+                raise TTEError("TTE-E056", f"a server failed: {problem}", where=f"servers {self.key!r}") from None
+            except RuntimeError as problem:  # the connection is lost
+                last = str(problem)  # and nothing that would keep the session
                 continue
             self._idle.put(call)
             assert "wrong" not in answer, answer["wrong"]
             return Counts(answer["instructions"], {(address, size): n for address, size, n in answer["blocks"]})
-        what = f"a kernel was lost {ATTEMPTS} times by its server: {last}"
-        raise TTEError("TTE-E056", what, where=self.key, fix="see what servers print; called again, tuning goes on")
+        what = f"{ATTEMPTS} servers were lost, one after the other, while they measured the same: {last}"
+        raise TTEError("TTE-E056", what, where=f"servers {self.key!r}", fix="called again, tuning goes on")
 
     def _take(self) -> Any:
         """A session that nobody uses: its function that runs jobs."""
@@ -112,10 +118,10 @@ class Farm:
         return TTEError("TTE-E051", f"the tracker knows no server with the key {self.key!r}", where=where, fix=fix)
 
 
-def serve(tracker: str, key: str, host: str = "0.0.0.0", port: int = 9090) -> None:
-    """Run jobs for whoever asks the tracker ("HOST:PORT") for ``key``, one after the other, until interrupted.
+def serve(tracker: str, key: str, host: str, port: int, ready: Callable[[int], None]) -> None:
+    """Run jobs for whoever asks the tracker ("HOST:PORT") for ``key``, one session after the other, until interrupted.
 
-    host, port: where to listen; another port up to 99 higher where that one is taken.
+    host, port: where to listen, 0 for any port that is free; ready: called with the port.
     TVM's servers do whatever they are asked for: only for networks where everybody may run programs here.
     Raises TTEError: E059 no such address, E051 no tracker there.
     """
@@ -124,11 +130,11 @@ def serve(tracker: str, key: str, host: str = "0.0.0.0", port: int = 9090) -> No
         raise TTEError("TTE-E059", f"{tracker!r} is no address", where="--tracker", fix="HOST:PORT of an RPC tracker")
     place = (found["host"].strip("[]"), int(found["port"]))
     _connect(place).close()
-    from tvm.rpc.server import PopenRPCServerState
+    from tvm.rpc.server import _listen_loop
     from tvm_ffi import register_global_func
 
     multiprocessing.set_start_method("fork", force=True)  # a session is a process that knows the function
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _listen(host, port) as listening:
         counter = build_counter(Path(folder))
 
         def answer(*message: Any) -> str:
@@ -140,9 +146,21 @@ def serve(tracker: str, key: str, host: str = "0.0.0.0", port: int = 9090) -> No
             return json.dumps({"instructions": counts.instructions, "blocks": blocks})
 
         register_global_func(FUNCTION, answer, override=True)
-        while True:  # a session that crashes ends the thread that listens
-            PopenRPCServerState(host, port, port + 100, tracker_addr=place, key=key).thread.join()
-            _connect(place).close()
+        port = listening.getsockname()[1]
+        ready(port)
+        while True:
+            try:
+                _listen_loop(listening, port, key, place, "", None)
+            except RuntimeError:  # a session crashed, or the tracker is gone
+                _connect(place).close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port))
+    except OSError as problem:
+        what = f"cannot listen at {host}:{port}: {problem.strerror}"
+        raise TTEError("TTE-E059", what, where="--port", fix="another one, or 0 for any") from problem
 
 
 def _pack(job: Job) -> list[str | bytes]:
