@@ -33,27 +33,32 @@ class Estimator:
         An instruction that LLVM's model of the core leaves out takes one cycle.
         Raises TTEError (E058) where LLVM has no model of the core.
         """
-        blocks = dict(zip(code, self._disassemble(list(code.values())), strict=True))
-        command = [str(self.mca), "-mtriple=thumb", f"-mcpu={self.cpu}", "-json", f"-iterations={UNIT}"]
+        blocks = self._disassemble(list(code.values()))
         left_out: set[str] = set()
         while True:
-            known = [[line for line in lines if line.split()[0] not in left_out] for lines in blocks.values()]
-            texts = enumerate(map("\n".join, known))
-            regions = [f"# LLVM-MCA-BEGIN {i}\n{text}\n# LLVM-MCA-END" for i, text in texts if text]
-            result = _run(command, "\n".join([".syntax unified", *regions, ""]))
-            if not result.returncode:
+            known = [[line for line in lines if line.split()[0] not in left_out] for lines in blocks]
+            found, unknown = self._analyse(["\n".join(lines) for lines in known])
+            if unknown is None:
                 break
-            if "unable to find instruction-level scheduling information" in result.stderr:
-                what = f"{self.version} has no model of the {self.cpu}"
-                raise TTEError("TTE-E058", what, where="--metric cycles", fix="--metric instructions")
-            unknown = re.search(r"unsupported instruction.*\nnote: instruction:\s*(\S+)", result.stderr)
-            assert unknown and unknown[1] not in left_out, result.stderr
-            left_out.add(unknown[1])
-        found = {int(r["Name"]): r["SummaryView"]["TotalCycles"] for r in json.loads(result.stdout)["CodeRegions"]}
-        return {
-            block: found.get(i, 0) + UNIT * (len(lines) - len(known[i]))
-            for i, (block, lines) in enumerate(blocks.items())
-        }
+            left_out.add(unknown)
+        return {block: found.get(i, 0) + UNIT * (len(blocks[i]) - len(known[i])) for i, block in enumerate(code)}
+
+    def _analyse(self, texts: Sequence[str]) -> tuple[dict[int, int], str | None]:
+        """Cycles of each text, UNIT times one after the other; or an instruction that the model leaves out."""
+        regions = [f"# LLVM-MCA-BEGIN {i}\n{text}\n# LLVM-MCA-END\n" for i, text in enumerate(texts) if text]
+        if not regions:
+            return {}, None
+        command = [str(self.mca), "-mtriple=thumb", f"-mcpu={self.cpu}", "-json", f"-iterations={UNIT}"]
+        result = _run(command, "".join([".syntax unified\n", *regions]))
+        if result.returncode == 0:
+            answer = json.loads(result.stdout)
+            return {int(r["Name"]): r["SummaryView"]["TotalCycles"] for r in answer["CodeRegions"]}, None
+        if "unable to find instruction-level scheduling information" in result.stderr:
+            what = f"{self.version} has no model of the {self.cpu}"
+            raise TTEError("TTE-E058", what, where="--metric cycles", fix="--metric instructions")
+        unknown = re.search(r"unsupported instruction.*\nnote: instruction:\s*(\S+)", result.stderr)
+        assert unknown, result.stderr
+        return {}, unknown[1]
 
     def _disassemble(self, blocks: Sequence[bytes]) -> list[list[str]]:
         """The instructions of each block, as llvm-mca is to see them.
