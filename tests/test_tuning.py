@@ -31,7 +31,7 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.wide, self.narrow = qdq.conv(3, 9), qdq.conv(9, 21, 1), qdq.conv(21, 7, 3, 2)
+        self.stem, self.wide, self.narrow = qdq.conv(3, 9), qdq.conv(9, 21, 1), qdq.conv(21, 7)
         self.fc = nn.Linear(7, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,18 +53,18 @@ def search(model: Path, tmp_path: Path) -> Callable[..., tuning.Tuned]:
     return run
 
 
-@pytest.mark.parametrize("plan", ["fastest", 4000])
+@pytest.mark.parametrize("plan", ["fastest", 6000])
 def test_what_was_measured_alone_is_gained_in_the_whole(
     plan: str | int, model: Path, search: Any, tmp_path: Path
 ) -> None:
     found = search(memory_plan=plan, trials=20)
-    assert any("a row" in row.kernel for row in found.rows) == (plan == 4000)
+    assert any("a row" in row.kernel for row in found.rows) == (plan == 6000)
     assert all(row.tuned <= row.default for row in found.rows)
     options = {"update_scheme": "last-layer", "memory_plan": plan}
     plain, tuned = (tte.compile(model, schedules=s, **options) for s in (None, found.schedules))
     marks = [[a.report[call]["instructions"] for call in ("infer", "train_step")] for a in (plain, tuned)]
     gained = sum(row.default - row.tuned for row in found.rows)
-    assert gained > 0 or plan == 4000  # where the room leaves no choice
+    assert gained > 0 or plan == 6000  # where the room leaves no choice
     # evaluate runs the same kernels as a training step's forward; a few instructions lie between the calls.
     assert sum(marks[0]) - sum(marks[1]) == pytest.approx(gained * 2 / 3, rel=0.02)
     data = {"x": np.random.default_rng(0).standard_normal((2, 3, 13, 13)).astype(np.float32), "y": np.array([1, 4])}
