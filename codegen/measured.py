@@ -29,15 +29,14 @@ class Measurement:
     instructions: Mapping[str, int]
     cycles: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def costs(self) -> Mapping[str, int]:
-        """Cycles, where they are known."""
-        return self.cycles or self.instructions
+    def as_of(self, other: "Measurement") -> Mapping[str, int]:
+        """What it costs, as far as it is known in what the other is: in cycles, if those are."""
+        return self.cycles if other.cycles else self.instructions
 
     def improves(self, other: "Measurement") -> bool:
-        """Costs less by some compiler, and by none more: in what the other is known in."""
-        own = self.cycles if other.cycles else self.instructions
-        common = [(own.get(c), n) for c, n in other.costs.items()]
+        """Costs less by some compiler, and by none more."""
+        own = self.as_of(other)
+        common = [(own.get(c), n) for c, n in other.as_of(other).items()]
         return all(mine is not None and mine <= n for mine, n in common) and any(mine != n for mine, n in common)
 
 

@@ -7,18 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import networks
 import numpy as np
 import pytest
 import qdq
+from test_cli import succeed
 from torch import Tensor, nn
 
 import tte
 from tte import tuning
+from tte.codegen import measured
 from tte.codegen.fast import list_forms, quicken
 from tte.codegen.kernel import Kernel
 from tte.codegen.measured import SHIPPED, Database, Measured, Measurement, identify, merge, name_shape
 from tte.errors import TTEError
 from tte.runner.bare import Counts, Job, Trial, run
+from tte.runner.cycles import find_estimator
 from tte.runner.toolchain import build_counter, find_toolchains
 from tte.target import CORTEX_M4, CORTEX_M7
 
@@ -294,3 +298,75 @@ def test_another_core_has_its_own_measurements(search: Any) -> None:
     assert search(trials=0, target="stm32f746").measured == 0  # the same core
     assert search(trials=0, target=CORTEX_M4.name).measured == found.measured
     assert set(Database.read(found.schedules).cores) == {CORTEX_M4.cpu, CORTEX_M7.cpu}
+
+
+# --- on the command line ---------------------------------------------------------------------------------------------
+
+
+def test_a_table_with_layers(model: Path, tmp_path: Path) -> None:
+    given = ("-u", "last-layer", "--memory-plan", "fastest", "--trials", 0, "--schedules", tmp_path / "s.json")
+    table = succeed("tune", model, *given)
+    assert "stem" in table and "instructions, default" in table
+    assert json.loads(succeed("tune", model, *given, "--json"))["rows"][0]["layers"]
+
+
+def test_where_nothing_has_knobs_it_is_said(tmp_path: Path) -> None:
+    graph = networks.residual()
+    (tmp_path / "net.ir").write_text(str(graph))
+    np.savez(tmp_path / "net.npz", **{c.name: c.data for c in graph.consts})
+    printed = succeed("tune", tmp_path / "net.ir", "--schedules", tmp_path / "s.json")
+    assert printed.startswith("no kernel of this model has knobs, as it is compiled for cortex-m7")
+
+
+# --- cycles ----------------------------------------------------------------------------------------------------------
+
+
+def test_cycles_are_kept_beside_instructions(search: Any) -> None:
+    try:
+        estimator = find_estimator(CORTEX_M7)
+    except TTEError as problem:
+        pytest.skip(str(problem))
+    counted, found = search(trials=1), search(trials=2, metric="cycles")
+    assert (counted.metric, found.metric) == ("instructions", "estimated cycles")
+    assert found.compiler == f"{counted.compiler}, {estimator.version}"
+    assert all(row.tuned <= row.default for row in found.rows)
+    assert search(trials=2, metric="cycles").measured == 0 == search(trials=1).measured
+    kept = [m for shape in Database.read(found.schedules).of("cortex-m7").values() for m in shape.values()]
+    assert all(set(m.instructions) == {counted.compiler} and set(m.cycles) <= {found.compiler} for m in kept)
+    for measurement in kept:
+        for cycles in measurement.cycles.values():
+            assert 0.5 < cycles / measurement.instructions[counted.compiler] < 3
+
+
+def test_what_is_known_in_cycles_is_compared_in_cycles(kernel: Kernel) -> None:
+    forms = list(list_forms(kernel, ROOM).items())[:3]
+
+    def choose(*counts: tuple[int, int | None]) -> Kernel:
+        known = {
+            identify(made): Measurement(knobs, made.scratch, {"zig": n}, {"zig, mca": c} if c else {})
+            for (made, knobs), (n, c) in zip(forms, counts, strict=True)
+        }
+        return quicken(kernel, ROOM, {name_shape(kernel): known})
+
+    default, one, two = (made for made, _ in forms)
+    assert choose((9, 9), (10, 8), (8, 10)) == one
+    assert choose((9, 9), (7, None), (8, 9)) == default
+    assert choose((9, None), (8, 10), (7, 20)) == two
+
+
+def test_a_template_stands_for_those_that_it_is_made_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    texts = {"a": '{% from "b" import m %}', "b": '{% import "c" as c with context %}', "c": "1", "d": "2"}
+    for name, text in texts.items():
+        (tmp_path / "kernels" / name).write_text(text)
+    monkeypatch.setattr(measured, "HERE", tmp_path)
+    digest = measured._source.__wrapped__
+
+    def look() -> list[str]:
+        measured._source.cache_clear()
+        return [digest(name) for name in texts]
+
+    before = look()
+    (tmp_path / "kernels" / "c").write_text("3")
+    assert [old == new for old, new in zip(before, look(), strict=True)] == [False, False, False, True]
+    measured._source.cache_clear()
