@@ -30,7 +30,6 @@ class Odd(nn.Module):
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dscnn": (lambda: mlperf.make("dscnn"), (1, 1, 49, 10)),
     "resnet8": (lambda: mlperf.make("resnet8"), (1, 3, 32, 32)),
-    "mobilenet": (lambda: mlperf.make("mobilenet"), (1, 3, 96, 96)),
     "odd": (lambda: Odd().eval(), (1, 3, 37, 29)),
 }
 SCHEMES: dict[str, Any] = {"biases": "bias-only", "int8": {"train": "full", "quantized": {"gradients": "int8"}}}
