@@ -2,7 +2,10 @@
 
 import argparse
 import tempfile
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import mlperf
 import torch
@@ -24,28 +27,39 @@ class Odd(nn.Module):
         return self.fc(self.layers(x).mean((2, 3)))
 
 
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "dscnn": (lambda: mlperf.make("dscnn"), (1, 1, 49, 10)),
+    "resnet8": (lambda: mlperf.make("resnet8"), (1, 3, 32, 32)),
+    "odd": (lambda: Odd().eval(), (1, 3, 37, 29)),
+}
+SCHEMES: dict[str, Any] = {"biases": "bias-only", "int8": {"train": "full", "quantized": {"gradients": "int8"}}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", nargs="*", choices=NETWORKS, default=list(NETWORKS))
     options = parser.parse_args()
     torch.manual_seed(0)
-    networks = {"dscnn": (mlperf.make("dscnn"), (1, 1, 49, 10)), "odd": (Odd().eval(), (1, 3, 37, 29))}
-    print("| network | plan | measured | inference, default | tuned | | step, default | tuned | |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
-    for name, (network, shape) in networks.items():
+    print("| network | learns | plan | measured | inference, default | tuned | | step, default | tuned | | flash |")
+    print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for name in options.only:
+        make, shape = NETWORKS[name]
         with tempfile.TemporaryDirectory() as folder:
             model, schedules = Path(folder) / "model.onnx", Path(folder) / "schedules.json"
-            mlperf.quantize(network, shape, model)
-            for plan in ("fastest", "smallest"):
-                given = {"update_scheme": "bias-only", "memory_plan": plan}
+            mlperf.quantize(make(), shape, model)
+            for (learns, scheme), plan in product(SCHEMES.items(), ("fastest", "smallest")):
+                given = {"update_scheme": scheme, "memory_plan": plan}
                 found = tte.tune(model, schedules=schedules, trials=options.trials, jobs=options.jobs, **given)
                 reports = [tte.compile(model, schedules=s, **given).report for s in (None, schedules)]
                 cells: list[str] = []
                 for call in ("infer", "train_step"):
                     before, after = (report[call]["instructions"] for report in reports)
                     cells += [f"{before:,}", f"{after:,}", f"{after / before - 1:.1%}"]
-                print(f"| {name} | {plan} | {found.measured} | {' | '.join(cells)} |", flush=True)
+                before, after = (report["flash_bytes"] for report in reports)
+                cells.append(f"{after - before:+,}")
+                print(f"| {name} | {learns} | {plan} | {found.measured} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

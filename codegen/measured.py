@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from jinja2 import meta
+
 from tte.codegen.kernel import Kernel
 from tte.errors import TTEError
 
@@ -18,20 +21,23 @@ SHIPPED = HERE / "measured.json"
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of a kernel: how it was made, the bytes of its scratch, and by compiler the instructions that it executes."""
+    """Of a kernel: how it was made, the bytes of its scratch, by compiler the instructions that it executes, and by
+    compiler and model of the core the cycles that they are estimated to take."""
 
     knobs: Mapping[str, int]
     scratch: int
     instructions: Mapping[str, int]
+    cycles: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def cost(self) -> int:
-        return sum(self.instructions.values())
+    def as_of(self, other: "Measurement") -> Mapping[str, int]:
+        """What it costs, as far as it is known in what the other is: in cycles, if those are."""
+        return self.cycles if other.cycles else self.instructions
 
     def improves(self, other: "Measurement") -> bool:
-        """Fewer instructions by some compiler, and by none more."""
-        common = [(self.instructions.get(c), n) for c, n in other.instructions.items()]
-        return all(own is not None and own <= n for own, n in common) and any(own != n for own, n in common)
+        """Costs less by some compiler, and by none more."""
+        own = self.as_of(other)
+        common = [(own.get(c), n) for c, n in other.as_of(other).items()]
+        return all(mine is not None and mine <= n for mine, n in common) and any(mine != n for mine, n in common)
 
 
 Measured = Mapping[str, Mapping[str, Measurement]]  # shape, see ``name_shape`` -> kernel, see ``identify``
@@ -68,7 +74,7 @@ class Database:
         """The same content gives the same bytes. The file is always whole. Raises TTEError (E045)."""
         cores = {
             core: {
-                shape: {name: vars(m) for name, m in sorted(kernels.items())}
+                shape: {name: _record(m) for name, m in sorted(kernels.items())}
                 for shape, kernels in sorted(shapes.items())
             }
             for core, shapes in sorted(self.cores.items())
@@ -85,16 +91,22 @@ class Database:
     def add(self, core: str, shape: str, name: str, measurement: Measurement) -> None:
         """To what is known; of two counts by the same compiler the later is right."""
         known = self.cores.setdefault(core, {}).setdefault(shape, {})
-        before = known[name].instructions if name in known else {}
-        known[name] = Measurement(measurement.knobs, measurement.scratch, {**before, **measurement.instructions})
+        before = known.get(name, measurement)
+        counts = ({**getattr(before, key), **getattr(measurement, key)} for key in ("instructions", "cycles"))
+        known[name] = Measurement(measurement.knobs, measurement.scratch, *counts)
 
     def of(self, core: str) -> dict[str, dict[str, Measurement]]:
         return self.cores.get(core, {})
 
 
+def _record(measurement: Measurement) -> dict[str, Any]:
+    return {key: value for key, value in vars(measurement).items() if key != "cycles" or value}
+
+
 def _read(record: Mapping[str, Any]) -> Measurement:
-    result = Measurement(dict(record["knobs"]), record["scratch"], dict(record["instructions"]))
-    numbers = [*result.knobs.values(), result.scratch, *result.instructions.values()]
+    counts = (dict(record["instructions"]), dict(record.get("cycles", {})))
+    result = Measurement(dict(record["knobs"]), record["scratch"], *counts)
+    numbers = [*result.knobs.values(), result.scratch, *result.instructions.values(), *result.cycles.values()]
     if not result.instructions or any(type(number) is not int or number < 0 for number in numbers):
         raise ValueError(f"{record} is no measurement")
     return result
@@ -130,13 +142,16 @@ def name_shape(kernel: Kernel) -> str:
 @functools.cache
 def identify(kernel: Kernel) -> str:
     """A digest of how a kernel is made."""
-    family = [(k.template, _source(k.template), _without_scales(k.arguments()), k.scratch) for k in kernel.family()]
-    return _digest(family)
+    family = [(k, _source(f"{k.template}.c.j2")) for k in kernel.family()]
+    return _digest([(source, _without_scales(k.arguments()), k.scratch) for k, source in family])
 
 
 @functools.cache
 def _source(template: str) -> str:
-    return _digest((HERE / "kernels" / f"{template}.c.j2").read_text())
+    """A digest of a template and of those that it is made with."""
+    text = (HERE / "kernels" / template).read_text()
+    used = [name for name in meta.find_referenced_templates(jinja2.Environment().parse(text)) if name]
+    return _digest([text, *map(_source, sorted(used))])
 
 
 def _without_scales(value: Any, key: str = "") -> Any:

@@ -12,8 +12,10 @@ from torch import nn
 
 import tte
 from tte.artifact import Artifact
+from tte.errors import TTEError
 from tte.runner import Build, open_unicorn
 from tte.runner.build import Call
+from tte.runner.cycles import find_estimator
 from tte.runner.profile import Cost, _split_region, profile
 from tte.runner.toolchain import build_firmware, find_toolchains
 from tte.runner.train import draw_samples
@@ -138,7 +140,7 @@ def test_equal_layers_cost_the_same(built: tuple[Artifact, Path], toolchain: str
 
 def test_members_that_cannot_be_told_apart_stay_in_their_region() -> None:
     def frame(name: str, own: int, *calls: Frame) -> Frame:
-        return Frame((name, f"{name}_alias"), own, calls)
+        return Frame((name, f"{name}_alias"), (own, 0), calls)
 
     parts = tuple(Call(layer, "conv2d", 10, kernel) for layer, kernel in (("a", "k1"), ("b", "k2"), ("c", "k1")))
     region = Call("a to c", "row by row", 30, "k3", parts)
@@ -172,6 +174,7 @@ MISTAKES = {
     "E058 ": ("corstone-300",),
     "E059": ("board", "--toolchain", "msvc"),
     "E059 ": ("board", "--optimize=-Ofast"),
+    "E059  ": ("board", "--metric=time"),
 }
 
 
@@ -184,3 +187,22 @@ def test_mistakes(code: str, arguments: tuple[str, ...], tmp_path: Path) -> None
     what, _, _ = result.stderr.splitlines()
     assert result.returncode == 1 and f"TTE-{code.strip()}" in what and not result.stdout
     assert "Ofast" not in what or "-Ofast" in what
+
+
+def test_cycles_beside_instructions(built: tuple[Artifact, Path]) -> None:
+    try:
+        find_estimator(STM32F746)
+    except TTEError as problem:
+        pytest.skip(str(problem))
+    _, folder = built
+    plain, found = profile(folder), profile(folder, metric="cycles")
+    for name, program in found.programs.items():
+        assert [cost.instructions for cost in flatten(program)] == [
+            cost.instructions for cost in flatten(plain.programs[name])
+        ]
+        costs = flatten(program)
+        assert all(cost.cycles and 0.5 < cost.cycles / cost.instructions < 5 for cost in costs)
+        assert sum(part.cycles or 0 for part in program.parts) < (program.cycles or 0)
+    printed = succeed("bench", folder, "--metric", "cycles")
+    step = found.programs["train_step"]
+    assert f"{step.cycles:,}" in printed and "cycles, about" in printed

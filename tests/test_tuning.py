@@ -7,18 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import networks
 import numpy as np
 import pytest
 import qdq
+from test_cli import succeed
 from torch import Tensor, nn
 
 import tte
 from tte import tuning
+from tte.codegen import measured
 from tte.codegen.fast import list_forms, quicken
 from tte.codegen.kernel import Kernel
 from tte.codegen.measured import SHIPPED, Database, Measured, Measurement, identify, merge, name_shape
 from tte.errors import TTEError
-from tte.runner.bare import Trial, measure
+from tte.runner.bare import Counts, Job, Trial, run
+from tte.runner.cycles import find_estimator
 from tte.runner.toolchain import build_counter, find_toolchains
 from tte.target import CORTEX_M4, CORTEX_M7
 
@@ -31,7 +35,7 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.wide, self.narrow = qdq.conv(3, 9), qdq.conv(9, 21, 1), qdq.conv(21, 7, 3, 2)
+        self.stem, self.wide, self.narrow = qdq.conv(3, 9), qdq.conv(9, 21, 1), qdq.conv(21, 7)
         self.fc = nn.Linear(7, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,18 +57,18 @@ def search(model: Path, tmp_path: Path) -> Callable[..., tuning.Tuned]:
     return run
 
 
-@pytest.mark.parametrize("plan", ["fastest", 4000])
+@pytest.mark.parametrize("plan", ["fastest", 6000])
 def test_what_was_measured_alone_is_gained_in_the_whole(
     plan: str | int, model: Path, search: Any, tmp_path: Path
 ) -> None:
     found = search(memory_plan=plan, trials=20)
-    assert any("a row" in row.kernel for row in found.rows) == (plan == 4000)
+    assert any("a row" in row.kernel for row in found.rows) == (plan == 6000)
     assert all(row.tuned <= row.default for row in found.rows)
     options = {"update_scheme": "last-layer", "memory_plan": plan}
     plain, tuned = (tte.compile(model, schedules=s, **options) for s in (None, found.schedules))
     marks = [[a.report[call]["instructions"] for call in ("infer", "train_step")] for a in (plain, tuned)]
     gained = sum(row.default - row.tuned for row in found.rows)
-    assert gained > 0 or plan == 4000  # where the room leaves no choice
+    assert gained > 0 or plan == 6000  # where the room leaves no choice
     # evaluate runs the same kernels as a training step's forward; a few instructions lie between the calls.
     assert sum(marks[0]) - sum(marks[1]) == pytest.approx(gained * 2 / 3, rel=0.02)
     data = {"x": np.random.default_rng(0).standard_normal((2, 3, 13, 13)).astype(np.float32), "y": np.array([1, 4])}
@@ -82,14 +86,14 @@ def test_an_interrupted_search_goes_on(search: Any, monkeypatch: pytest.MonkeyPa
     whole = search("whole.json")
     count = 0
 
-    def limited(trial: Trial) -> int:
+    def limited(job: Job, counter: Path) -> Counts:
         nonlocal count
         count += 1
         if count > 6:
             raise KeyboardInterrupt
-        return measure(trial)
+        return run(job, counter)
 
-    monkeypatch.setattr(tuning, "measure", limited)
+    monkeypatch.setattr(tuning, "run", limited)
     with pytest.raises(KeyboardInterrupt):
         search("s.json")
     monkeypatch.undo()
@@ -115,13 +119,14 @@ FUNCTIONS = {
 }
 
 
-def test_a_trial_counts_exactly_and_compares_bits(tmp_path: Path) -> None:
+def make_trial() -> Trial:
+    """Of two functions of hand-written instructions."""
     text = "".join(
         f"void {name}(void *y);\n__attribute__((naked)) void {name}(__attribute__((unused)) void *y) {{\n"
         f'    __asm__("{body}");\n}}\n'
         for name, body in FUNCTIONS.items()
     )
-    trial = Trial(
+    return Trial(
         sources={"t.c": text},
         names=("three", "two"),
         places=((), ()),
@@ -130,12 +135,18 @@ def test_a_trial_counts_exactly_and_compares_bits(tmp_path: Path) -> None:
         scratch=0,
         target=CORTEX_M4,
         toolchain=find_toolchains()[0],
-        counter=build_counter(tmp_path),
     )
-    assert measure(trial) == 6
-    assert measure(replace(trial, names=("two", "three"))) == 4
+
+
+def test_a_trial_counts_exactly_and_compares_bits(tmp_path: Path) -> None:
+    job, counter = make_trial().build(), build_counter(tmp_path)
+    counts = run(job, counter)
+    assert counts.instructions == 6
+    assert [(size, n) for (_, size), n in counts.blocks.items()] == [(6, 2)]  # nothing of what it is compared with
+    assert job.read(counts.blocks) == {block: bytes.fromhex("0921 0070 7047") for block in counts.blocks}
+    assert run(replace(job, names=("two", "three")), counter).instructions == 4
     with pytest.raises(AssertionError, match="is not"):
-        measure(replace(trial, names=("two", "other")))
+        run(replace(job, names=("two", "other")), counter)
 
 
 # --- what a kernel becomes -------------------------------------------------------------------------------------------
@@ -268,7 +279,9 @@ def test_a_damaged_file_is_named_and_left_alone(text: str, tmp_path: Path, searc
     [
         ("TTE-E048", {"target": "cortex-m99"}),
         ("TTE-E058", {"target": "host"}),
-        ("TTE-E059", {"metric": "cycles"}),
+        ("TTE-E059", {"metric": "seconds"}),
+        ("TTE-E059", {"runner": "rpc://nowhere"}),
+        ("TTE-E051", {"runner": "rpc://127.0.0.1:1"}),
         ("TTE-E059", {"trials": -1}),
         ("TTE-E059", {"jobs": 0}),
         ("TTE-E045", {"name": "no/such/folder/s.json"}),
@@ -285,3 +298,75 @@ def test_another_core_has_its_own_measurements(search: Any) -> None:
     assert search(trials=0, target="stm32f746").measured == 0  # the same core
     assert search(trials=0, target=CORTEX_M4.name).measured == found.measured
     assert set(Database.read(found.schedules).cores) == {CORTEX_M4.cpu, CORTEX_M7.cpu}
+
+
+# --- on the command line ---------------------------------------------------------------------------------------------
+
+
+def test_a_table_with_layers(model: Path, tmp_path: Path) -> None:
+    given = ("-u", "last-layer", "--memory-plan", "fastest", "--trials", 0, "--schedules", tmp_path / "s.json")
+    table = succeed("tune", model, *given)
+    assert "stem" in table and "instructions, default" in table
+    assert json.loads(succeed("tune", model, *given, "--json"))["rows"][0]["layers"]
+
+
+def test_where_nothing_has_knobs_it_is_said(tmp_path: Path) -> None:
+    graph = networks.residual()
+    (tmp_path / "net.ir").write_text(str(graph))
+    np.savez(tmp_path / "net.npz", **{c.name: c.data for c in graph.consts})
+    printed = succeed("tune", tmp_path / "net.ir", "--schedules", tmp_path / "s.json")
+    assert printed.startswith("no kernel of this model has knobs, as it is compiled for cortex-m7")
+
+
+# --- cycles ----------------------------------------------------------------------------------------------------------
+
+
+def test_cycles_are_kept_beside_instructions(search: Any) -> None:
+    try:
+        estimator = find_estimator(CORTEX_M7)
+    except TTEError as problem:
+        pytest.skip(str(problem))
+    counted, found = search(trials=1), search(trials=2, metric="cycles")
+    assert (counted.metric, found.metric) == ("instructions", "estimated cycles")
+    assert found.compiler == f"{counted.compiler}, {estimator.version}"
+    assert all(row.tuned <= row.default for row in found.rows)
+    assert search(trials=2, metric="cycles").measured == 0 == search(trials=1).measured
+    kept = [m for shape in Database.read(found.schedules).of("cortex-m7").values() for m in shape.values()]
+    assert all(set(m.instructions) == {counted.compiler} and set(m.cycles) <= {found.compiler} for m in kept)
+    for measurement in kept:
+        for cycles in measurement.cycles.values():
+            assert 0.5 < cycles / measurement.instructions[counted.compiler] < 3
+
+
+def test_what_is_known_in_cycles_is_compared_in_cycles(kernel: Kernel) -> None:
+    forms = list(list_forms(kernel, ROOM).items())[:3]
+
+    def choose(*counts: tuple[int, int | None]) -> Kernel:
+        known = {
+            identify(made): Measurement(knobs, made.scratch, {"zig": n}, {"zig, mca": c} if c else {})
+            for (made, knobs), (n, c) in zip(forms, counts, strict=True)
+        }
+        return quicken(kernel, ROOM, {name_shape(kernel): known})
+
+    default, one, two = (made for made, _ in forms)
+    assert choose((9, 9), (10, 8), (8, 10)) == one
+    assert choose((9, 9), (7, None), (8, 9)) == default
+    assert choose((9, None), (8, 10), (7, 20)) == two
+
+
+def test_a_template_stands_for_those_that_it_is_made_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    texts = {"a": '{% from "b" import m %}', "b": '{% import "c" as c with context %}', "c": "1", "d": "2"}
+    for name, text in texts.items():
+        (tmp_path / "kernels" / name).write_text(text)
+    monkeypatch.setattr(measured, "HERE", tmp_path)
+    digest = measured._source.__wrapped__
+
+    def look() -> list[str]:
+        measured._source.cache_clear()
+        return [digest(name) for name in texts]
+
+    before = look()
+    (tmp_path / "kernels" / "c").write_text("3")
+    assert [old == new for old, new in zip(before, look(), strict=True)] == [False, False, False, True]
+    measured._source.cache_clear()

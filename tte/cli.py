@@ -35,6 +35,7 @@ Scheme = Annotated[
         "--update-scheme", "-u", help="YAML file, or full, last-layer, bias-only, last-k:N", show_default=True
     ),
 ]
+Metric = Annotated[str, typer.Option(help="what is counted: instructions, or cycles, which llvm-mca estimates")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
@@ -169,14 +170,20 @@ def tune(
     ] = Path("schedules.json"),
     trials: Annotated[int, typer.Option(min=0, help="how many kernels to measure beside the default ones")] = 200,
     seed: Annotated[int, typer.Option(help="of the order in which they are tried")] = 0,
-    metric: Annotated[str, typer.Option(help="what is to be small: instructions")] = "instructions",
-    jobs: Annotated[int | None, typer.Option(min=1, help="processes (default: one per processor)")] = None,
+    metric: Metric = "instructions",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="how many at a time here (default: one per processor)")
+    ] = None,
+    runner: Annotated[
+        str, typer.Option(help="where: local, or rpc://HOST:PORT/KEY, by the servers that an RPC tracker knows")
+    ] = "local",
     memory_plan: Annotated[str, typer.Option(help="as for `tte compile`: what room it leaves for kernels")] = "auto",
     json_: Json = False,
 ) -> None:
     """Measure what the kernels of a model may become, each alone on an emulated core, and keep the fastest.
 
-    May be interrupted at any time: called again, it goes on. Files are merged by `tte merge-schedules`.
+    May be interrupted at any time: called again, it goes on. Files are merged by `tte merge-schedules`; other machines
+    measure by `tte serve`.
     """
     import os
 
@@ -192,18 +199,43 @@ def tune(
             seed=seed,
             metric=metric,
             jobs=jobs or os.cpu_count() or 1,
+            runner=runner,
             progress=lambda done, count: show(done, count, ""),
             memory_plan=_memory_plan(memory_plan),
         )
     if json_:
         return _print_json(found.to_dict())
-    columns = ("kernel", "calls", "instructions, default", "tuned", "knobs")
+    if not found.rows:
+        print(f"no kernel of this model has knobs, as it is compiled for {target}: {schedules} is as before")
+        return
+    columns = ("kernel", "layers", "calls", f"{found.metric}, default", "tuned", "knobs")
     rows = [
-        (r.kernel, r.calls, r.default, r.tuned, " ".join(f"{k}={v}" for k, v in r.knobs.items())) for r in found.rows
+        (r.kernel, _shorten(r.layers), r.calls, r.default, r.tuned, " ".join(f"{k}={v}" for k, v in r.knobs.items()))
+        for r in found.rows
     ]
-    total = ("all", None, sum(r.default for r in found.rows), sum(r.tuned for r in found.rows), "")
+    total = ("all", "", None, sum(r.default for r in found.rows), sum(r.tuned for r in found.rows), "")
     title = f"{schedules}: {found.measured} measured, {found.known} known, {found.compiler}"
     _print_table(title, columns, [*rows, total])
+
+
+def _shorten(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+@app.command()
+def serve(
+    tracker: Annotated[str, typer.Option(help="HOST:PORT of a running `python -m tvm.exec.rpc_tracker`")],
+    key: Annotated[str, typer.Option(help="what `tte tune --runner rpc://HOST:PORT/KEY` asks for")],
+    host: Annotated[str, typer.Option(help="address to listen at")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen at; 0: any that is free")] = 0,
+) -> None:
+    """Measure kernels here, on an emulated core, for whoever tunes elsewhere. Only where the network is trusted.
+
+    Each serves one at a time: start one per processor. Ends by Ctrl-C.
+    """
+    from tte.runner.farm import serve
+
+    serve(tracker, key, host, port, lambda port: print(f"{key}: {host}:{port}, tracker {tracker}", flush=True))
 
 
 @app.command("merge-schedules")
@@ -306,35 +338,44 @@ def bench(
     optimize: Annotated[
         str | None, typer.Option("--optimize", "-O", help="of the C compiler: -O0 to -O3, -Os; else as compiled for")
     ] = None,
+    metric: Metric = "instructions",
     json_: Json = False,
 ) -> None:
-    """Count the instructions of an inference and of a training step on an emulated board, layer by layer."""
+    """Count the instructions of an inference and of a training step on an emulated board, layer by layer.
+
+    Cycles are an estimate: of each block of the program as LLVM knows the core, without memories, caches and branches.
+    """
     from tte.runner.profile import profile
 
-    profiled = profile(build, toolchain, optimize)
+    profiled = profile(build, toolchain, optimize, metric)
     if json_:
         return _print_json(profiled.to_dict())
     how = f"{profiled.target}, {profiled.toolchain} {profiled.optimize}, flash {profiled.flash_bytes:,} bytes"
+    how += f", cycles estimated by {profiled.estimator}" if profiled.estimator else ""
+    columns = ("layer", "operator", "MACs", "instructions", "per MAC", "share, %", "cycles, about")
     for name, program in profiled.programs.items():
-        _print_table(f"{profiled.model}, {name.replace('_', ' ')}: {how}", BENCH_COLUMNS, _list_costs(program))
-
-
-BENCH_COLUMNS = ("layer", "operator", "MACs", "instructions", "per MAC", "share, %")
+        rows = _list_costs(program)
+        shown = slice(None if profiled.estimator else -1)
+        _print_table(
+            f"{profiled.model}, {name.replace('_', ' ')}: {how}", columns[shown], [cells[shown] for cells in rows]
+        )
 
 
 def _list_costs(program: "Cost") -> Iterator[tuple[Any, ...]]:
     """The rows of a program, those of a region's members below it."""
 
-    def row(name: str, op: str, macs: int | None, instructions: int) -> tuple[Any, ...]:
+    def row(name: str, op: str, macs: int | None, instructions: int, cycles: int | None) -> tuple[Any, ...]:
         per_mac = Decimal(f"{instructions / macs:.2f}") if macs else None
-        return name, op, macs, instructions, per_mac, Decimal(f"{100 * instructions / program.instructions:.2f}")
+        share = Decimal(f"{100 * instructions / program.instructions:.2f}")
+        return name, op, macs, instructions, per_mac, share, cycles
 
     for call in program.parts:
-        yield row(call.layer, call.op, call.macs, call.instructions)
+        yield row(call.layer, call.op, call.macs, call.instructions, call.cycles)
         for part in call.parts:
-            yield row(f"  {part.layer}", part.op, part.macs, part.instructions)
-    yield row("", "checks, copies, harness", None, program.own)
-    yield row("all", "", program.macs, program.instructions)
+            yield row(f"  {part.layer}", part.op, part.macs, part.instructions, part.cycles)
+    rest = program.cycles and program.cycles - sum(call.cycles or 0 for call in program.parts)
+    yield row("", "checks, copies, harness", None, program.own, rest)
+    yield row("all", "", program.macs, program.instructions, program.cycles)
 
 
 @app.command()

@@ -5,9 +5,10 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from tte.codegen.kernel import Kernel
 from tte.codegen.measured import Database, Measured, Measurement, identify, name_shape
 from tte.codegen.schedule import Call
 from tte.errors import TTEError
-from tte.ir import Const, Param, Value
-from tte.runner.bare import Trial, measure
+from tte.ir import Const, Node, Param, Value
+from tte.runner.bare import Counts, Job, Trial, run
+from tte.runner.cycles import UNIT, Estimator, find_estimator
+from tte.runner.farm import Farm
 from tte.runner.toolchain import build_counter, find_toolchains, toolchain_version
 from tte.target import Target, find_target
 
@@ -31,9 +34,11 @@ Places = tuple[tuple[int, ...], ...]  # of calls of a kernel, the numbers before
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel before and after: how often the three programs call it, instructions of all calls, knobs of the best."""
+    """A kernel before and after: the layers that it serves, how often the three programs call it, what all calls cost,
+    knobs of the best."""
 
     kernel: str
+    layers: tuple[str, ...]
     calls: int
     default: int
     tuned: int
@@ -42,9 +47,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a search found. measured: how many kernels were measured now, known: that were before."""
+    """What a search found.
+
+    metric: "instructions", or "estimated cycles"; compiler: with what they were estimated by
+    measured: how many kernels were measured now, known: that were before
+    """
 
     schedules: Path
+    metric: str
     compiler: str
     rows: tuple[Row, ...]
     measured: int
@@ -65,39 +75,47 @@ def tune(
     seed: int = 0,
     metric: str = "instructions",
     jobs: int = 1,
+    runner: str = "local",
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Tuned:
-    """Search for the knobs by which the kernels of a model execute the fewest instructions.
+    """Search for the knobs by which the kernels of a model cost least.
 
     schedules: file for what is measured, written after each measurement; what it holds is not measured again. For
                ``tte.compile``.
     trials:    how many kernels to measure beside the default ones; each has as many as its share of the instructions
     seed:      of the order in which knobs are tried: the same gives the same file
-    metric:    "instructions"
-    jobs:      processes
+    metric:    "instructions", or "cycles", which llvm-mca estimates
+    jobs:      how many are measured at a time on this computer
+    runner:    "local", or "rpc://HOST:PORT/KEY": by all servers with that key (see ``tte.runner.farm.serve``; default:
+               the core's name) that the RPC tracker there knows
     progress:  called with (measured, all)
     options:   of ``tte.compile``: memory_plan, input ...
     Raises TTEError.
     """
     board = find_target(target)
     _require(board, trials, metric, jobs)
-    with tempfile.TemporaryDirectory() as folder:
-        bench = _Bench(Path(schedules), board, find_toolchains()[0], build_counter(Path(folder)), jobs, progress)
+    toolchain = find_toolchains()[0]
+    estimator = find_estimator(board) if metric == "cycles" else None
+    with _open_runner(runner, board, jobs) as (run, jobs):
         programs = compile(model, example_inputs, update_scheme, target, **options).compiled.programs
+        bench = _Bench(Path(schedules), board, toolchain, run, jobs, estimator, progress)
         subjects = _find_subjects(programs)
         bench.run([(subject, name) for subject in subjects for name in dict.fromkeys(subject.choose())])
         bench.run(_choose(subjects, bench, trials, seed))
-    return Tuned(bench.path, bench.compiler, tuple(map(bench.summarize, subjects)), bench.measured, bench.known)
+    rows = tuple(map(bench.summarize, subjects))
+    metric = "estimated cycles" if estimator else metric
+    return Tuned(bench.path, metric, bench.measure, rows, bench.measured, bench.known)
 
 
 def _require(board: Target, trials: int, metric: str, jobs: int) -> None:
+    no_kernels = "has no kernels with knobs" if not board.dsp else "is not known to unicorn, which counts instructions"
     if not (board.dsp and board.unicorn_cpu):
-        what = f"kernels for {board.name} have no knobs, or no emulator here knows the core"
-        raise TTEError("TTE-E058", what, where="--target", fix="choose a Cortex-M4, M7 or M33, or a board with one")
-    if metric != "instructions":
-        what = f"{metric!r} cannot be measured: only executed instructions are counted"
-        raise TTEError("TTE-E059", what, where="--metric", fix="--metric instructions")
+        fix = "choose a Cortex-M4, M7 or M33, or a board with one"
+        raise TTEError("TTE-E058", f"the {board.cpu} {no_kernels}", where="--target", fix=fix)
+    if metric not in ("instructions", "cycles"):
+        fix = "--metric instructions, or cycles"
+        raise TTEError("TTE-E059", f"there is no {metric!r}", where="--metric", fix=fix)
     for option, value, least in (("--trials", trials, 0), ("--jobs", jobs, 1)):
         if value < least:
             raise TTEError("TTE-E059", f"{value} is below {least}", where=option, fix="give a larger number")
@@ -106,11 +124,26 @@ def _require(board: Target, trials: int, metric: str, jobs: int) -> None:
         raise TTEError("TTE-E051", what, fix="pip install 'tte[emulate]'")
 
 
+Run = Callable[[Job], Counts]
+
+
+@contextmanager
+def _open_runner(address: str, board: Target, jobs: int) -> Iterator[tuple[Run, int]]:
+    """What runs jobs, and how many at a time."""
+    if address == "local":
+        with tempfile.TemporaryDirectory() as folder:
+            yield partial(run, counter=build_counter(Path(folder))), jobs
+    else:
+        with Farm(address, board.cpu) as farm:
+            yield farm.run, farm.servers
+
+
 @dataclass(frozen=True, eq=False)
 class _Subject:
     """A portable kernel that may become others.
 
     call, places  one of its calls, and the numbers that it passes: of rows or tiles
+    layers        that it serves
     forms         what it may become, by what identifies it: the kernel, its knobs
     uses          where it is called: the kernel, and the scratch there
     """
@@ -118,6 +151,7 @@ class _Subject:
     shape: str
     call: Call
     places: Places
+    layers: dict[str, None] = field(default_factory=dict)
     forms: dict[str, tuple[Kernel, Knobs]] = field(default_factory=dict)
     uses: list[tuple[Kernel, int]] = field(default_factory=list)
 
@@ -130,7 +164,7 @@ class _Subject:
         for made, knobs in list_forms(kernel, room).items():
             self.forms.setdefault(identify(made), (made, knobs))
 
-    def prepare(self, name: str, target: Target, toolchain: str, counter: Path) -> Trial:
+    def prepare(self, name: str, target: Target, toolchain: str) -> Trial:
         """The trial of a form, with random numbers where the model has none."""
         kernel, _ = self.forms[name]
         assert kernel.portable
@@ -146,7 +180,6 @@ class _Subject:
             scratch=kernel.scratch,
             target=target,
             toolchain=toolchain,
-            counter=counter,
         )
 
 
@@ -165,20 +198,27 @@ def _bytes(value: Value, rng: np.random.Generator) -> np.ndarray:
 def _find_subjects(programs: Sequence[Program]) -> list[_Subject]:
     found: dict[str, _Subject] = {}
     for program in programs:
-        for call, places in _walk(program.calls):
+        for call, places, layers in _walk(program):
             if (kernel := call.kernel.portable) and program.room:
                 subject = found.setdefault(name_shape(kernel), _Subject(name_shape(kernel), call, places))
                 subject.add(kernel, program.room[call.node])
+                subject.layers.update(dict.fromkeys(layers))
     return [subject for _, subject in sorted(found.items()) if len(subject.forms) > 1]
 
 
-def _walk(calls: Sequence[Call]) -> Iterator[tuple[Call, Places]]:
-    """Calls of kernels that call no others, with the numbers that are passed."""
-    for call in calls:
+def _walk(program: Program) -> Iterator[tuple[Call, Places, list[str]]]:
+    """Calls of kernels that call no others, with the numbers that are passed and the layers that are served."""
+    for call in program.calls:
         if call.parts:
-            yield from zip(call.parts, _list_places(call.kernel), strict=True)
+            for part, places, member in zip(call.parts, _list_places(call.kernel), call.members, strict=True):
+                yield part, places, _list_layers(member)
         else:
-            yield call, ((),)
+            yield call, ((),), _list_layers(program.graph.nodes[call.node])
+
+
+def _list_layers(node: Node) -> list[str]:
+    nodes = node.body.nodes if node.body else (node,)
+    return [node.layer for node in nodes if node.layer]
 
 
 def _list_places(driver: Kernel) -> Iterator[Places]:
@@ -195,65 +235,68 @@ def _list_places(driver: Kernel) -> Iterator[Places]:
 
 
 class _Bench:
-    """Measures what is not known yet. measured: how many kernels, known: that were before."""
+    """Measures what is not known yet. measure: what with; measured: how many kernels, known: that were before."""
 
     def __init__(
         self,
         path: Path,
         target: Target,
         toolchain: str,
-        counter: Path,
+        run: Run,
         jobs: int,
+        estimator: Estimator | None,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.path, self.target, self.toolchain, self.counter = path, target, toolchain, counter
-        self.jobs, self.progress = jobs, progress
+        self.path, self.target, self.toolchain, self.estimator = path, target, toolchain, estimator
+        self.run_job, self.jobs, self.progress = run, jobs, progress
         self.compiler = toolchain_version(toolchain)
+        self.measure = f"{self.compiler}, {estimator.version}" if estimator else self.compiler
         self.database = Database.read(path) if path.exists() else Database()
         self.database.write(path)  # before anything takes long
         self.measured = self.known = 0
 
     def count(self, subject: _Subject, name: str) -> int | None:
         found = self.database.of(self.target.cpu).get(subject.shape, {}).get(name)
-        return found.instructions.get(self.compiler) if found else None
+        if found is None:
+            return None
+        return (found.cycles if self.estimator else found.instructions).get(self.measure)
 
     def run(self, wanted: Sequence[tuple[_Subject, str]]) -> None:
         """Whatever is measured is on the disk, should the next not come to its end."""
         missing = [(subject, name) for subject, name in wanted if self.count(subject, name) is None]
         self.known += len(wanted) - len(missing)
-        trials = [s.prepare(name, self.target, self.toolchain, self.counter) for s, name in missing]
-        for done, (i, instructions) in enumerate(_measure(trials, self.jobs), 1):
-            subject, name = missing[i]
-            kernel, knobs = subject.forms[name]
-            found = Measurement(knobs, kernel.scratch, {self.compiler: instructions})
-            self.database.add(self.target.cpu, subject.shape, name, found)
-            self.database.write(self.path)
-            self.measured += 1
-            if self.progress:
-                self.progress(done, len(missing))
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = {pool.submit(self.try_out, *one): one for one in missing}
+            try:
+                for done, future in enumerate(as_completed(futures), 1):
+                    subject, name = futures[future]
+                    self.database.add(self.target.cpu, subject.shape, name, future.result())
+                    self.database.write(self.path)
+                    self.measured += 1
+                    if self.progress:
+                        self.progress(done, len(missing))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def try_out(self, subject: _Subject, name: str) -> Measurement:
+        kernel, knobs = subject.forms[name]
+        job = subject.prepare(name, self.target, self.toolchain).build()
+        counts = self.run_job(job)
+        cycles = {}
+        if self.estimator:
+            weights = self.estimator.estimate(job.read(counts.blocks))
+            cycles[self.measure] = sum(weights[block] * n for block, n in counts.blocks.items()) // UNIT
+        return Measurement(knobs, kernel.scratch, {self.compiler: counts.instructions}, cycles)
 
     def summarize(self, subject: _Subject) -> Row:
         tuned = subject.choose(self.database.of(self.target.cpu))
         default, best = (self.cost(subject, names) for names in (subject.choose(), tuned))
-        return Row(subject.shape, len(subject.uses), default, best, subject.forms[tuned[0]][1])
+        layers = tuple(subject.layers)
+        return Row(subject.shape, layers, len(subject.uses), default, best, subject.forms[tuned[0]][1])
 
     def cost(self, subject: _Subject, names: Sequence[str]) -> int:
-        """Instructions of all calls by these forms."""
+        """Of all calls by these forms."""
         return sum(self.count(subject, name) or 0 for name in names)
-
-
-def _measure(trials: Sequence[Trial], jobs: int) -> Iterator[tuple[int, int]]:
-    """(which trial, executed instructions), in the order in which they end."""
-    if jobs == 1:
-        yield from enumerate(map(measure, trials))
-        return
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
-    try:
-        numbers = {pool.submit(measure, trial): i for i, trial in enumerate(trials)}
-        for future in as_completed(numbers):
-            yield numbers[future], future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _choose(subjects: Sequence[_Subject], bench: _Bench, trials: int, seed: int) -> list[tuple[_Subject, str]]:

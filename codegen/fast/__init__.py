@@ -49,9 +49,11 @@ def quicken(kernel: Kernel, room: int, measured: Measured = NOTHING, optimize: s
         return kernel
     form, default = found
     known = measured.get(name_shape(kernel), {}) if measured else {}
-    base = known.get(identify(default))
-    better = [(name, m) for name, m in known.items() if base and m.improves(base)]
-    for name, one in sorted(better, key=lambda item: (item[1].cost, item[1].scratch, item[0])):
+    base = known.get(identify(default)) if known else None
+    if base is None:
+        return default
+    better = [(sum(m.as_of(base).values()), m.scratch, name, m) for name, m in known.items() if m.improves(base)]
+    for _, _, name, one in sorted(better, key=lambda entry: entry[:3]):
         made = _make(form, kernel, room, one.knobs) if form.takes(one.knobs) else None
         if made and identify(made) == name:
             return made

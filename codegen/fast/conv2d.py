@@ -13,7 +13,7 @@ DIRECT = ("const int8_t *a", "const int8_t *b", "int32_t *y", "int n", "uint32_t
 SIZES = {"int8": 1, "int16": 2, "int32": 4}
 
 
-@form(small={"unroll": 0}, block=(128, 512, 256, 64, 32, 16), unroll=(16, 24, 48, 12), thin=(8, 24, 0))
+@form(small={"unroll": 0}, block=(128, 256, 512), unroll=(16, 32, 64), thin=(8, 64))
 def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unroll: int, thin: int) -> Kernel | None:
     """Two pixels times two channels at a time: (H, W, C) int8 by (O, KH, KW, C) int8 or int16.
 
@@ -38,8 +38,7 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
         window = 0 if plain else 2 * kernel_size[0] * kernel_size[1] * depth
         return lay_out(list_parts(block, groups, channels, end) | {"window": window})
 
-    shares = [share_out(pixels, most) for most in (512, 256, 128, 64, 32, 16, 8, 4) if most <= block]
-    block = next((share for share in shares if place(share)["end"] <= room), 0)
+    block = next((share for share in list_shares(pixels, block) if place(share)["end"] <= room), 0)
     if not block:
         return None
     at = place(block)
@@ -78,10 +77,11 @@ def multiply(groups: int, channels: int, end: "End", unroll: int, pairs: int = 1
     return assembly("dsp/dot2x2", asdict(end) | own, DOT), ""
 
 
-def share_out(pixels: int, most: int) -> int:
-    """Pixels of a block, where blocks have about as many each: the last begins earlier, and makes some again."""
-    even = -(-pixels // -(-pixels // most))
-    return min(pixels, -(-even // 4) * 4)
+def list_shares(pixels: int, most: int) -> list[int]:
+    """How many pixels a block may have, where all have about as many: the last begins earlier, and makes some again."""
+    limits = [limit for limit in (512, 256, 128, 64, 32, 16, 8, 4) if limit <= most]
+    even = [-(-pixels // -(-pixels // limit)) for limit in limits]
+    return [min(pixels, -(-share // 4) * 4) for share in even]
 
 
 @form()

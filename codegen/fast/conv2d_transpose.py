@@ -3,14 +3,19 @@
 from dataclasses import asdict
 from typing import Any
 
-from tte.codegen.fast.conv2d import SIZES, find_gradient_end, find_pairs, list_parts, multiply
+from tte.codegen.fast.conv2d import SIZES, find_gradient_end, find_pairs, list_parts, list_shares, multiply
 from tte.codegen.fast.form import COLUMNS, WIDEN, form, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
 
-@form(small={"unroll": 0}, block=(128, 64, 32), unroll=(24, 48, 12))
-def multiply_columns(kernel: Kernel, context: dict[str, Any], room: int, block: int, unroll: int) -> Kernel | None:
-    """Two pixels times two channels at a time: (H, W, O) int8 by (O, 1, 1, C) int8, stride 1."""
+@form(small={"unroll": 0}, block=(128, 256, 512), unroll=(24, 64), thin=(8, 64))
+def multiply_columns(
+    kernel: Kernel, context: dict[str, Any], room: int, block: int, unroll: int, thin: int
+) -> Kernel | None:
+    """Two pixels times two channels at a time: (H, W, O) int8 by (O, 1, 1, C) int8, stride 1.
+
+    Knobs: see ``convolve``.
+    """
     out, attrs, (x, w, *start) = context["out"], context["attrs"], context["ins"]
     if context["tile"] or context["rows"] is not None or x["steps"] or start:
         return None
@@ -34,11 +39,11 @@ def multiply_columns(kernel: Kernel, context: dict[str, Any], room: int, block: 
     def place(block: int) -> dict[str, int]:
         return lay_out(list_parts(block, groups, channels, end))
 
-    blocks = [b for b in (pixels, 128, 64, 32, 16, 8, 4, 2) if b <= min(pixels, block) and place(b)["end"] <= room]
-    if not blocks:
+    block = next((share for share in list_shares(pixels, block) if place(share)["end"] <= room), 0)
+    if not block:
         return None
-    at = place(blocks[0])
-    pairs = find_pairs(blocks[0], groups, channels, end, thin=8)
+    at = place(block)
+    pairs = find_pairs(block, groups, channels, end, thin)
     dot, passed = multiply(groups, channels, end, unroll, pairs)
-    more = asdict(end) | {"block": blocks[0], "at": at, "passed": passed}
+    more = asdict(end) | {"block": block, "at": at, "passed": passed}
     return make_form(kernel, context | more, "dsp/conv2d_transpose", at["end"], dot, WIDEN, COLUMNS)

@@ -80,27 +80,34 @@ class Band:
 
     @property
     def cost(self) -> float:
-        """Instructions per row, about: packing and what is done once per band."""
-        width: int = self.context["ins"][0]["shape"][2]
-        return (self.lines * width * PACKING[self.lanes] + 50) / self.rows
+        """Instructions per row of all channels, about: packing, reading, and what is done once per band."""
+        (_, _, width, channels), (_, height, length, _) = (tensor["shape"] for tensor in self.context["ins"][:2])
+        packing = (self.lines * width * PACKING[self.lanes] + 50) / self.rows
+        reading = self.context["out"]["shape"][2] * (height * length / 2 + 5)
+        times = -(-channels // self.lanes)  # the last ones begin earlier: some channels are made twice
+        return float((packing + reading) * self.lanes * times)
 
 
-MOST = (8192, 16384, 32768, 4096)  # bytes of scratch, where more than one row is made at once
+KNOBS = {
+    "most": (8192, 16384, 32768, 65536),  # bytes of scratch, where more than one row is made at once
+    "lanes": (4, 2, 1),  # channels at a time, at the most
+    "unroll": (4,),  # pairs of outputs in a loop at the most; 0: functions for all shapes
+}
 
 
-@form(small={"unroll": 0}, most=MOST, unroll=(4,))
-def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int, most: int, unroll: int) -> Kernel | None:
-    """(H, W, C) int8 by (C, KH, KW, 1) int8 or int16; windows without holes.
-
-    most    see ``MOST``
-    unroll  pairs of outputs in a loop at the most; 0: functions for all shapes
-    """
+@form(small={"unroll": 0}, **KNOBS)
+def convolve_channels(
+    kernel: Kernel, context: dict[str, Any], room: int, most: int, lanes: int, unroll: int
+) -> Kernel | None:
+    """(H, W, C) int8 by (C, KH, KW, 1) int8 or int16; windows without holes. Knobs: see ``KNOBS``."""
     end = find_end(context, context["ins"][0]["shape"][3])
-    return _convolve(kernel, context | {"turned": False}, end, room, most, unroll)
+    return _convolve(kernel, context | {"turned": False}, end, room, most, lanes, unroll)
 
 
-@form(small={"unroll": 0}, most=MOST, unroll=(4,))
-def convolve_channels_back(kernel: Kernel, context: dict[str, Any], room: int, most: int, unroll: int) -> Kernel | None:
+@form(small={"unroll": 0}, **KNOBS)
+def convolve_channels_back(
+    kernel: Kernel, context: dict[str, Any], room: int, most: int, lanes: int, unroll: int
+) -> Kernel | None:
     """The input gradient for stride 1: the same with windows from their ends."""
     (_, height, width, channels), window = context["ins"][0]["shape"], context["ins"][1]["shape"][1:3]
     attrs, out = context["attrs"], context["out"]["shape"]
@@ -113,10 +120,12 @@ def convolve_channels_back(kernel: Kernel, context: dict[str, Any], room: int, m
     if min(padding) < 0:
         return None
     turned = context | {"attrs": attrs | {"padding": padding}, "turned": True}
-    return _convolve(kernel, turned, find_gradient_end(context), room, most, unroll)
+    return _convolve(kernel, turned, find_gradient_end(context), room, most, lanes, unroll)
 
 
-def _convolve(kernel: Kernel, context: dict[str, Any], end: End, room: int, most: int, unroll: int) -> Kernel | None:
+def _convolve(
+    kernel: Kernel, context: dict[str, Any], end: End, room: int, most: int, widest: int, unroll: int
+) -> Kernel | None:
     out, (x, w, *_), attrs, tile = context["out"], context["ins"], context["attrs"], context["tile"]
     channels, window = x["shape"][3], w["shape"][1:3]
     if x["steps"] or x["dtype"] != "int8" or context["acc"] != "int32_t" or w["shape"][0] != channels:
@@ -130,7 +139,12 @@ def _convolve(kernel: Kernel, context: dict[str, Any], end: End, room: int, most
         return None
     height = 1 if context["rows"] is not None else out["shape"][1]
     heights = {min(rows, height) for rows in (height, *BANDS)}
-    bands = [Band(context, planes, end, lanes, rows) for lanes in PACKING if lanes <= channels for rows in heights]
+    bands = [
+        Band(context, planes, end, lanes, rows)
+        for lanes in PACKING
+        if lanes <= min(channels, widest)
+        for rows in heights
+    ]
     fitting = [b for b in bands if b.at["end"] <= (room if b.rows == 1 else min(room, most))]
     if not fitting:
         return None

@@ -1,16 +1,18 @@
 """Calls C functions one by one on an emulated core: arguments by the procedure call standard, guards around memory."""
 
 import ctypes
+import io
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tte.runner.counter import Counter
+from tte.runner.counter import Block, Counter
 from tte.runner.toolchain import BARE_CODE, build_bare
-from tte.target import Target
+from tte.target import Target, find_target
 
 RAM, SIZE, GUARD = 0x2000_0000, 0x80_0000, 64
 
@@ -37,10 +39,8 @@ class Core:
         self.engine.reg_write(arm_const.UC_ARM_REG_FPEXC, 1 << 30)
         with elf.open("rb") as file:
             program = ELFFile(file)
-            for segment in program.iter_segments("PT_LOAD"):
-                at, data = segment["p_vaddr"] - BARE_CODE, segment.data()
-                if 0 <= at < SIZE:  # not the headers of the file
-                    self.code[at : at + len(data)] = data
+            for at, data in _list_segments(program):
+                ctypes.memmove(ctypes.addressof(self.code) + at, data, len(data))
             self.symbols = {s.name: s["st_value"] for s in program.get_section_by_name(".symtab").iter_symbols()}
         self.counter = Counter(self.engine, counter, self.code, BARE_CODE)
         self.instructions = 0
@@ -87,6 +87,13 @@ class Core:
         return result
 
 
+def _list_segments(program: Any) -> Iterator[tuple[int, bytes]]:
+    """Where in the code each lies, and its bytes."""
+    for segment in program.iter_segments("PT_LOAD"):
+        if 0 <= (at := segment["p_vaddr"] - BARE_CODE) < SIZE:  # not the headers of the file
+            yield at, segment.data()
+
+
 @dataclass(frozen=True)
 class Trial:
     """A function that is to be measured, and another that has to do the same.
@@ -96,7 +103,6 @@ class Trial:
     places     the numbers of each call; what is counted is their sum
     buffers    of each call; outputs: how many of them, from the last, are compared
     scratch    bytes that the function has to itself, by a last pointer
-    counter    see ``build_counter``
     """
 
     sources: Mapping[str, str]
@@ -107,19 +113,68 @@ class Trial:
     scratch: int
     target: Target
     toolchain: str
-    counter: Path
+
+    def build(self) -> "Job":
+        """Raises TTEError (E052) where the compiler refuses the code."""
+        with tempfile.TemporaryDirectory() as folder:
+            elf = build_bare(Path(folder), self.sources, self.target, self.toolchain).read_bytes()
+        buffers = tuple(buffer.tobytes() for buffer in self.buffers)
+        return Job(elf, self.target.cpu, self.names, self.places, buffers, self.outputs, self.scratch)
 
 
-def measure(trial: Trial) -> int:
-    """Executed instructions. Fails where the two functions do not leave the same bits."""
-    tested, reference = trial.names
-    own = [np.full(trial.scratch, 0xA5, np.uint8)] if trial.scratch else []
-    count, first = 0, len(trial.buffers) - trial.outputs
+@dataclass(frozen=True)
+class Job:
+    """A trial that is built: all that an emulator has to know. cpu: the name of a core, see ``tte targets``"""
+
+    elf: bytes
+    cpu: str
+    names: tuple[str, str]
+    places: tuple[tuple[int, ...], ...]
+    buffers: tuple[bytes, ...]
+    outputs: int
+    scratch: int
+
+    def read(self, blocks: Iterable[Block]) -> dict[Block, bytes]:
+        """The code of each block."""
+        from elftools.elf.elffile import ELFFile
+
+        segments = list(_list_segments(ELFFile(io.BytesIO(self.elf))))
+        found = {}
+        for address, size in blocks:
+            start = address - BARE_CODE
+            found[address, size] = next(
+                data[start - at : start - at + size] for at, data in segments if at <= start < at + len(data)
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the measured function executed in all places: instructions, and how often each block."""
+
+    instructions: int
+    blocks: Mapping[Block, int]
+
+
+def run(job: Job, counter: Path) -> Counts:
+    """On an emulator in this process. Fails where the two functions do not leave the same bits.
+
+    counter: see ``build_counter``
+    """
+    tested, reference = job.names
+    buffers = [np.frombuffer(buffer, np.uint8) for buffer in job.buffers]
+    own = [np.full(job.scratch, 0xA5, np.uint8)] if job.scratch else []
+    count, first = 0, len(buffers) - job.outputs
     with tempfile.TemporaryDirectory() as folder:
-        core = Core(build_bare(Path(folder), trial.sources, trial.target, trial.toolchain), trial.counter, trial.target)
-        for place in trial.places:
-            made = core.call(tested, place, [*trial.buffers, *own])
-            count += core.instructions
-            expected = core.call(reference, place, trial.buffers)
-            assert made[first : len(expected)] == expected[first:], f"{tested}{place} is not {reference}"
-    return count
+        elf = Path(folder) / "program.elf"
+        elf.write_bytes(job.elf)
+        core = Core(elf, counter, find_target(job.cpu))
+    made = []
+    for place in job.places:
+        made.append(core.call(tested, place, [*buffers, *own])[first : len(buffers)])
+        count += core.instructions
+    result = Counts(count, core.counter.blocks())
+    for place, outputs in zip(job.places, made, strict=True):
+        assert outputs == core.call(reference, place, buffers)[first:], f"{tested}{place} is not {reference}"
+    core.counter.close()
+    return result

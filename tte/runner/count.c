@@ -15,16 +15,19 @@ typedef struct {
     uint32_t begin, end;
 } function_t;
 
+/* weight: see count_weigh. executed: since count_blocks was called. */
 typedef struct {
-    uint32_t address, bytes, instructions;
+    uint32_t address, bytes, instructions, weight;
     int32_t function;
+    uint64_t executed;
 } block_t;
 
-/* function: its index, -1 for code that is in none. Nodes are numbered as they are first entered. */
+/* function: its index, -1 for code that is in none. Nodes are numbered as they are first entered. Counts are of
+ * instructions, and of weights. */
 typedef struct {
     int32_t parent, child, sibling, function;
     uint32_t from;
-    uint64_t counted, read;
+    uint64_t counted[2], read[2];
 } node_t;
 
 typedef struct {
@@ -47,7 +50,7 @@ counter_t *count_open(const uint8_t *flash, uint32_t origin, uint32_t size, cons
     counter_t *c = calloc(1, sizeof *c);
     if (!c)
         return c;
-    c->nodes[0] = (node_t){-1, -1, -1, -1, 0, 0, 0};
+    c->nodes[0] = (node_t){-1, -1, -1, -1, 0, {0}, {0}};
     c->used = 1;
     c->code = flash;
     c->origin = origin;
@@ -92,7 +95,7 @@ static int32_t call(counter_t *c, int32_t function) {
             return *link;
     if (c->used == NODES)
         return c->current;
-    c->nodes[c->used] = (node_t){c->current, -1, -1, function, c->last_end, 0, 0};
+    c->nodes[c->used] = (node_t){c->current, -1, -1, function, c->last_end, {0}, {0}};
     return *link = c->used++;
 }
 
@@ -105,24 +108,31 @@ static int32_t follow(counter_t *c, const block_t *block) {
     return call(c, block->function);
 }
 
-/* user: the counter */
-void count_block(void *engine, uint64_t address, uint32_t bytes, void *user) {
-    (void)engine;
-    counter_t *const c = user;
-    const uint32_t a = (uint32_t)address;
-    uint32_t slot = (a * 2654435761u ^ bytes * 40503u) >> (32 - SLOT_BITS);
+static block_t *find_block(counter_t *c, uint32_t address, uint32_t bytes) {
+    uint32_t slot = (address * 2654435761u ^ bytes * 40503u) >> (32 - SLOT_BITS);
     block_t *block = &c->blocks[slot];
-    while (block->bytes != bytes || block->address != a) {
+    while (block->bytes != bytes || block->address != address) {
         if (block->bytes == 0) {
-            *block = (block_t){a, bytes, count_instructions(c, a, bytes), find_function(c, a)};
+            *block = (block_t){address, bytes, count_instructions(c, address, bytes), 0, find_function(c, address), 0};
             break;
         }
         slot = (slot + 1) % SLOTS;
         block = &c->blocks[slot];
     }
+    return block;
+}
+
+/* user: the counter */
+void count_block(void *engine, uint64_t address, uint32_t bytes, void *user) {
+    (void)engine;
+    counter_t *const c = user;
+    const uint32_t a = (uint32_t)address;
+    block_t *const block = find_block(c, a, bytes);
+    block->executed++;
     if (block->function >= 0 && block->function != c->nodes[c->current].function)
         c->current = follow(c, block);
-    c->nodes[c->current].counted += block->instructions;
+    c->nodes[c->current].counted[0] += block->instructions;
+    c->nodes[c->current].counted[1] += block->weight;
     c->total += block->instructions;
     c->last_end = a + bytes;
 }
@@ -143,12 +153,31 @@ uint32_t count_unaligned(const counter_t *c) {
     return c->unaligned;
 }
 
+/* What an execution of this block adds to the second count, from now on; without, it adds nothing. */
+void count_weigh(counter_t *c, uint32_t address, uint32_t bytes, uint32_t weight) {
+    find_block(c, address, bytes)->weight = weight;
+}
+
+/* Which blocks were executed since the last call: as many as there are, of which to has the first room. */
+int32_t count_blocks(counter_t *c, block_t *to, int32_t room) {
+    int32_t n = 0;
+    for (uint32_t i = 0; i < SLOTS; i++)
+        if (c->blocks[i].executed) {
+            if (n < room)
+                to[n] = c->blocks[i];
+            n++;
+            c->blocks[i].executed = 0;
+        }
+    return n;
+}
+
 /* The total. Each node's "read" becomes what was counted in it since the last call. */
 uint64_t count_read(counter_t *c) {
-    for (int32_t i = 0; i < c->used; i++) {
-        c->nodes[i].read = c->nodes[i].counted;
-        c->nodes[i].counted = 0;
-    }
+    for (int32_t i = 0; i < c->used; i++)
+        for (int k = 0; k < 2; k++) {
+            c->nodes[i].read[k] = c->nodes[i].counted[k];
+            c->nodes[i].counted[k] = 0;
+        }
     return c->total;
 }
 

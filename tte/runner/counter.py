@@ -1,7 +1,7 @@
 """Counts what an emulated core executes, in C: hooks in Python would take most of the time."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,22 @@ class Node(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("parent", "child", "sibling", "function")),
         ("origin", ctypes.c_uint32),
-        ("counted", ctypes.c_uint64),
-        ("read", ctypes.c_uint64),
+        ("counted", ctypes.c_uint64 * 2),
+        ("read", ctypes.c_uint64 * 2),
     ]
+
+
+class BlockRecord(ctypes.Structure):
+    """block_t of count.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ("address", "bytes", "instructions", "weight")),
+        ("function", ctypes.c_int32),
+        ("executed", ctypes.c_uint64),
+    ]
+
+
+Block = tuple[int, int]  # instructions that are executed one after the other: address of the first, bytes of all
 
 
 class Counter:
@@ -73,6 +86,19 @@ class Counter:
         used = ctypes.c_int32()
         nodes = self._library.count_nodes(self._counter, ctypes.byref(used))
         return [nodes[i] for i in range(used.value)]
+
+    def blocks(self) -> dict[Block, int]:
+        """How often each block was executed since the last call, in the order of their addresses."""
+        room = 1 << 14
+        table = (BlockRecord * room)()
+        used = int(self._library.count_blocks(self._counter, table, room))
+        assert used <= room, f"a program of {used} blocks"
+        return {(b.address, b.bytes): b.executed for b in sorted(table[:used], key=lambda b: (b.address, b.bytes))}
+
+    def weigh(self, weights: Mapping[Block, int]) -> None:
+        """What an execution of each block adds to the second count of a node, from now on."""
+        for (address, size), weight in weights.items():
+            self._library.count_weigh(self._counter, *map(ctypes.c_uint32, (address, size, weight)))
 
     def find_unaligned(self) -> int:
         """The address of an access that is not aligned, or 0."""

@@ -1,6 +1,7 @@
 """Which layer takes how many instructions: a project's inference and training step, counted on the emulated board."""
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,13 @@ from typing import Any
 from tte.errors import TTEError
 from tte.runner.board import require_ok
 from tte.runner.build import Build, Call
+from tte.runner.counter import Block
+from tte.runner.cycles import UNIT, find_estimator
 from tte.runner.toolchain import build_firmware, find_toolchains
 from tte.runner.train import draw_samples, find_emulated
-from tte.runner.unicorn_board import Frame, UnicornBoard, open_unicorn
+from tte.runner.unicorn_board import Frame, UnicornBoard, add, open_unicorn
 
+METRICS = ("instructions", "cycles")
 OPTIMIZATIONS = ("-O0", "-O1", "-O2", "-O3", "-Os")
 
 
@@ -19,7 +23,7 @@ OPTIMIZATIONS = ("-O0", "-O1", "-O2", "-O3", "-Os")
 class Cost:
     """What a program costs, or a call in it, or a member of a region that runs by rows or by tiles.
 
-    instructions: with those of the parts
+    instructions, cycles: with those of the parts; cycles are estimated, if at all
     """
 
     layer: str
@@ -27,6 +31,7 @@ class Cost:
     macs: int
     instructions: int
     parts: tuple["Cost", ...] = ()
+    cycles: int | None = None
 
     @property
     def own(self) -> int:
@@ -49,7 +54,7 @@ class Cost:
             "instructions_per_mac": self.per_mac,
             "share": self.instructions / total,
             "parts": [part.to_dict(total) for part in self.parts],
-        }
+        } | ({} if self.cycles is None else {"estimated_cycles": self.cycles})
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Profile:
     """What an inference and a training step cost ("infer", "train_step"), and what the firmware was built with.
 
     ram_bytes: .data and .bss, without the stack
+    estimator: what cycles are estimated by, if they are
     """
 
     model: str
@@ -66,16 +72,20 @@ class Profile:
     flash_bytes: int
     ram_bytes: int
     programs: Mapping[str, Cost]
+    estimator: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return vars(self) | {"programs": {name: cost.to_dict() for name, cost in self.programs.items()}}
 
 
-def profile(folder: Path | str, toolchain: str = "auto", optimize: str | None = None) -> Profile:
+def profile(
+    folder: Path | str, toolchain: str = "auto", optimize: str | None = None, metric: str = "instructions"
+) -> Profile:
     """Count the instructions of the project in ``folder``, on made-up data.
 
     toolchain: "zig", "gcc", or "auto"; optimize: one of OPTIMIZATIONS, by default that of the project.
-    Raises TTEError: E050 no project, E051 nothing to compile or emulate with, E058 not for a board,
+    metric: one of METRICS; with "cycles" they are estimated, too.
+    Raises TTEError: E050 no project, E051 nothing to compile, emulate or estimate with, E058 not for a board,
     E059 no such option.
     """
     build = Build.open(folder)
@@ -84,6 +94,7 @@ def profile(folder: Path | str, toolchain: str = "auto", optimize: str | None = 
     for option, value, choices in (
         ("--toolchain", toolchain, ("auto", *find_toolchains())),
         ("--optimize", optimize, OPTIMIZATIONS),
+        ("--metric", metric, METRICS),
     ):
         if value not in choices:
             raise TTEError("TTE-E059", f"there is no {value!r}", where=option, fix=f"one of {', '.join(choices)}")
@@ -94,18 +105,23 @@ def profile(folder: Path | str, toolchain: str = "auto", optimize: str | None = 
             where=str(build.folder),
             fix=f"`tte run --emulator {target.emulators[0]}` counts whole steps; or compile for another core",
         )
+    estimator = find_estimator(target) if metric == "cycles" else None
     firmware = build_firmware(build, target, toolchain, optimize=optimize)
     programs = {}
     for name, role in (("infer", "infer"), ("train_step", "train")):
-        board = open_unicorn(build, firmware)
-        try:
+        weights: Mapping[Block, int] = {}
+        if estimator:  # once to see which blocks there are
+            with closing(open_unicorn(build, firmware)) as board:
+                _run_once(board, role)
+                weights = estimator.estimate(board.blocks())
+        with closing(open_unicorn(build, firmware)) as board:
+            board.weigh(weights)
             counted = _run_once(board, role)
             programs[name] = _attribute(name, build.calls[role], board.profile())
-        finally:
-            board.close()
         assert programs[name].instructions == counted
     ram = firmware.data + firmware.bss
-    return Profile(build.name, target.name, firmware.toolchain, optimize, firmware.flash_bytes, ram, programs)
+    version = estimator.version if estimator else None
+    return Profile(build.name, target.name, firmware.toolchain, optimize, firmware.flash_bytes, ram, programs, version)
 
 
 def _run_once(board: UnicornBoard, role: str) -> int:
@@ -124,8 +140,8 @@ def _attribute(name: str, calls: tuple[Call, ...], root: Frame) -> Cost:
     costs = []
     for call, frame in zip(calls, _find_calls(root, {call.kernel for call in calls}), strict=True):
         assert call.kernel in frame.names, f"{call.kernel} was expected, {frame.names} was called"
-        costs.append(_cost(call, frame.instructions, _split_region(call, frame)))
-    return Cost(name, "", sum(call.macs for call in calls), root.instructions, tuple(costs))
+        costs.append(_cost(call, frame.counts, _split_region(call, frame)))
+    return _cost(Call(name, "", sum(call.macs for call in calls), ""), root.counts, tuple(costs))
 
 
 def _find_calls(frame: Frame, kernels: set[str]) -> list[Frame]:
@@ -143,17 +159,18 @@ def _split_region(region: Call, frame: Frame) -> tuple[Cost, ...]:
     place, or put a kernel into the region's own function, the member's instructions stay the region's.
     """
     members = [replace(part, kernel="") for part in region.parts]
-    counts = dict.fromkeys(members, 0)
+    counts = {member: [(0, 0)] for member in members}
     for kernel in dict.fromkeys(part.kernel for part in region.parts):
         users = [m for m, part in zip(members, region.parts, strict=True) if part.kernel == kernel]
-        places = [call.instructions for call in frame.calls if kernel in call.names]
+        places = [call.counts for call in frame.calls if kernel in call.names]
         if len(set(users)) == 1:
-            users, places = users[:1], [sum(places)]
+            users, places = users[:1], [add(places)]
         if len(users) == len(places):
-            for member, instructions in zip(users, places, strict=True):
-                counts[member] += instructions
-    return tuple(_cost(member, count) for member, count in counts.items() if count)
+            for member, count in zip(users, places, strict=True):
+                counts[member].append(count)
+    return tuple(_cost(member, add(found)) for member, found in counts.items() if any(map(any, found)))
 
 
-def _cost(call: Call, instructions: int, parts: tuple[Cost, ...] = ()) -> Cost:
-    return Cost(call.layer, call.op, call.macs, instructions, parts)
+def _cost(call: Call, counts: tuple[int, int], parts: tuple[Cost, ...] = ()) -> Cost:
+    instructions, weight = counts
+    return Cost(call.layer, call.op, call.macs, instructions, parts, weight // UNIT if weight else None)

@@ -6,7 +6,7 @@ import signal
 import struct
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from tte.errors import TTEError
 from tte.runner.board import require_open
 from tte.runner.build import Build
-from tte.runner.counter import Counter
+from tte.runner.counter import Block, Counter
 from tte.runner.stream import StreamBoard
 from tte.runner.toolchain import Firmware, build_counter
 from tte.target import Target
@@ -33,19 +33,30 @@ def open_unicorn(build: Build, firmware: Firmware) -> "UnicornBoard":
 
 @dataclass(frozen=True)
 class Frame:
-    """A function, called from one place: executed instructions of its own, and its calls in the order of the first.
+    """A function, called from one place: what it executed itself, and its calls in the order of the first.
 
     names: of the function; compilers fold those that are equal
+    own: instructions, weight: see ``UnicornBoard.weigh``
     """
 
     names: tuple[str, ...]
-    own: int
+    own: tuple[int, int]
     calls: "tuple[Frame, ...]"
 
     @property
-    def instructions(self) -> int:
+    def counts(self) -> tuple[int, int]:
         """With all calls."""
-        return self.own + sum(call.instructions for call in self.calls)
+        return add([self.own, *(call.counts for call in self.calls)])
+
+    @property
+    def instructions(self) -> int:
+        return self.counts[0]
+
+
+def add(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Instructions and weights."""
+    instructions, weights = zip((0, 0), *counts, strict=True)
+    return sum(instructions), sum(weights)
 
 
 class UnicornBoard(StreamBoard):
@@ -118,10 +129,19 @@ class UnicornBoard(StreamBoard):
         calls: dict[int, list[Frame]] = {i: [] for i in range(-1, len(nodes))}
         for i, node in reversed(list(enumerate(nodes))):
             names = self._symbols[node.function][2] if node.function >= 0 else ()
-            frame = Frame(names, node.read, tuple(reversed(calls[i])))
+            frame = Frame(names, tuple(node.read), tuple(reversed(calls[i])))
             if frame.instructions:
                 calls[node.parent].append(frame)
         return calls[-1][0]
+
+    def blocks(self) -> dict[Block, bytes]:
+        """The code of each block that was executed until now."""
+        origin = self.firmware.board.flash.origin
+        return {(at, n): bytes(self._flash[at - origin : at - origin + n]) for at, n in self._counter.blocks()}
+
+    def weigh(self, weights: Mapping[Block, int]) -> None:
+        """What an execution of a block adds to the weight of its function, from now on."""
+        self._counter.weigh(weights)
 
     def _exchange(self, command: bytes, size: int) -> bytes:
         self._input += command
