@@ -137,7 +137,7 @@ def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: 
             ld = Path(scratch) / "link.ld"
             ld.write_text(script)
             made = Path(scratch) / "firmware.elf"
-            line = [*command, *flags, "-Wl,--gc-sections", f"-Wl,-T,{ld}", "-o", str(made), *map(str, sources)]
+            line = [*command, *flags, "-Wl,--gc-sections", "-T", str(ld), "-o", str(made), *map(str, sources)]
             if toolchain == "gcc":
                 line += ["-nostdlib", "-lc", "-lgcc"]
             elif board.fpu:  # else with zig's library for floats, which it makes when it is first asked for
@@ -203,7 +203,7 @@ def build_bare(
     flags = [*BOARD_FLAGS, optimize]  # not for the linker: it would drop what nothing calls
     objects = [str(folder / f"{toolchain}{optimize}-{file.name}.o") for file in files]
     lines = [[*command, *flags, "-c", "-o", made, str(file)] for made, file in zip(objects, files, strict=True)]
-    lines.append([*command, "-nostdlib", f"-Wl,-T,{script}", "-o", str(elf), *objects])
+    lines.append([*command, "-nostdlib", "-T", str(script), "-o", str(elf), *objects])
     for line in lines:
         result = _run(line if toolchain == "zig" or "-c" in line else [*line, "-lgcc"])
         if result.returncode:
