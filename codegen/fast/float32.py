@@ -104,7 +104,9 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     if attrs["groups"] > 1 or not _is_float(context) or _reads_result(tail):
         return None
     taps = w["shape"][1] * w["shape"][2]
-    if taps * depth == 1 or context["rows"] is not None:
+    if context["rows"] is not None:
+        return None
+    if taps * depth == 1 and not (context["tile"] and context["tile"]["sum"]):
         return None  # a product alone is no sum
     flat = taps == 1 and not any(attrs["padding"]) and attrs["strides"] == [1, 1] and (oh, ow) == (height, width)
     place = partial(_place, min(WIDTH, channels), made=oh * ow if x["steps"] else 0)
