@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from tte.codegen.fast import DSP, Forms
 from tte.codegen.kernel import CTYPES, Kernel
 from tte.codegen.measured import Measured
 from tte.codegen.plan import Plan
@@ -29,17 +30,18 @@ RUNTIME = HERE.parent / "runtime_c"
 
 @dataclass(frozen=True)
 class Program:
-    """One entry point: ``role`` is "infer", "evaluate" or "train"; ``room`` and ``measured``: see ``schedule``."""
+    """One entry point: ``role`` is "infer", "evaluate" or "train"; ``room``, ``measured``, ``forms``: see ``schedule``."""
 
     role: str
     graph: Graph
     plan: Plan
     room: Room | None = None
     measured: Measured = field(default_factory=dict)
+    forms: Forms = field(default_factory=lambda: DSP)
 
     @functools.cached_property
     def calls(self) -> list[Call]:
-        return schedule(self.graph, self.room, self.measured)
+        return schedule(self.graph, self.room, self.measured, self.forms)
 
     @property
     def input_offset(self) -> int | None:
@@ -402,6 +404,7 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -
             "assembly": [],
             "portable": "",
             "stack": 0,
+            "needs": "MVE" if kernel.template.startswith("mve/") else "DSP",
         } | kernel.arguments()
         function["parts"] = [kernels[part] for part in kernel.parts]
         function["body"] = _kernel_body(environment, function)

@@ -1,0 +1,121 @@
+"""Kernels for cores with vectors (MVE), alone on an emulated Cortex-M55, against the interpreter: every bit."""
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bare import EVERYTHING, Case, build_calls, run_calls
+from test_fast import chain, convolution, draw, pack
+
+from tte.codegen.fast import MVE
+from tte.codegen.kernel import Kernel
+from tte.ir import evaluate
+from tte.ir.tiles import scratch_bytes
+from tte.runner.qemu import find_qemu
+from tte.runner.toolchain import find_toolchains
+
+if not find_toolchains() or not find_qemu():
+    pytest.skip("no compiler for Cortex-M, or no qemu-system-arm", allow_module_level=True)
+
+
+def product_cases() -> Iterator[Case]:
+    """1 x 1: numbers of pixels, channels in and out, ends."""
+    for turn, ((h, w), c, o) in enumerate(product([(1, 2), (1, 3), (5, 5)], [1, 3, 15, 16, 17, 32, 40, 81], [4, 5, 7])):
+        scale = ("float", "fixed")[turn % 2]
+        yield Case(f"1x1 {h}x{w} {c}->{o} {scale}", convolution((h, w, c), o, (1, 1), scale))
+    for c, o in ((300, 6), (176, 7), (130, 132), (250, 16)):
+        yield Case(f"1x1 4x4 {c}->{o}", convolution((4, 4, c), o, (1, 1)))
+    for stride in ((2, 2), (1, 2), (3, 1)):
+        yield Case(f"1x1 7x6 5->4 stride {stride}", convolution((7, 6, 5), 4, (1, 1), strides=stride))
+    for o, limits, scale in product((8, 12), ((-128, 127), (-7, 60)), ("float", "fixed")):
+        yield Case(
+            f"1x1 6x5 8->{o} mask {limits} {scale}",
+            convolution((6, 5, 8), o, (1, 1), scale, mask=True, limits=limits),
+        )
+    for shift, mask in product((-1, -7, 2), (False, True)):
+        yield Case(
+            f"1x1 5x5 8->8 shift {shift} mask {mask}", convolution((5, 5, 8), 8, (1, 1), "fixed", shift=shift, mask=mask)
+        )
+    for scale, mask, room in product(("float", "fixed"), (False, True), (EVERYTHING, 400)):
+        graph = convolution((9, 15, 6), 5, (1, 1), scale, mask=mask, add=True)
+        yield Case(f"1x1 9x15 6->5 {scale} mask {mask} add in {room}", graph, room)
+    for weights, split, depth in product(
+        ("int8", "int16"), (None, (3, 4), (3, 5), (0, 3), (0, 4)), (12, 13)
+    ):
+        graph = convolution((4, 5, depth), 7, (1, 1), weights=weights, split=split)
+        yield Case(f"1x1 4x5 {depth}->7 {weights} split {split}", graph)
+
+
+def window_cases() -> Iterator[Case]:
+    """k x k: strides, paddings, dilations."""
+    sizes, kernels = [(5, 5), (8, 3), (9, 12)], [(3, 3), (1, 5), (2, 2), (5, 3)]
+    for (h, w), c, kernel in product(sizes, [1, 4, 6], kernels):
+        for stride, padding in (((1, 1), (1, 1, 1, 1)), ((2, 2), (0, 1, 1, 0)), ((1, 2), (0, 0, 0, 0))):
+            if kernel[0] <= h + padding[0] + padding[2] and kernel[1] <= w + padding[1] + padding[3]:
+                graph = convolution((h, w, c), 5, kernel, strides=stride, padding=padding)
+                pixels = graph.outputs[0].type.size // 5
+                if pixels > 1:
+                    yield Case(f"{kernel} {h}x{w} {c}->5 {stride} {padding}", graph)
+    graph = convolution((9, 9, 4), 6, (3, 3), dilation=(2, 3), padding=(2, 3, 2, 3))
+    yield Case("3x3 dilated", graph)
+    for split in ((3, 2), (0, 3)):
+        yield Case(f"3x3 split {split}", convolution((6, 6, 4), 6, (3, 3), padding=(1, 1, 1, 1), split=split))
+    graph = convolution((6, 6, 4), 8, (3, 3), "fixed", mask=True, padding=(1, 1, 1, 1), weights="int16")
+    yield Case("3x3 int16 mask", graph)
+    for room in (800, 2000):
+        yield Case(f"3x3 16x17 8->6 in {room} bytes", convolution((16, 17, 8), 6, (3, 3)), room)
+
+
+def piece_cases() -> Iterator[Case]:
+    """Layers that run row by row, from ring to ring."""
+    for c, scale in product((5, 8), ("fixed", "float")):
+        wide = {"channels": c, "kernel": (3, 3), "padding": (1, 1, 1, 1), "zero": -128, "scale": scale}
+        narrow = {"channels": 6, "kernel": (1, 1), "scale": scale}
+        layers = [wide, narrow, wide | {"strides": (2, 2)}, narrow | {"strides": (1, 2), "mask": True}]
+        yield Case(f"rows {c} {scale}", chain((13, 9, c), layers, strategy="rows"))
+
+
+CASES = [*product_cases(), *window_cases(), *piece_cases()]
+NAMES: dict[Kernel, str] = {}
+for _case in CASES:
+    for _kernel in _case.choose(MVE).kernel.family():
+        NAMES.setdefault(_kernel, f"t_k{len(NAMES)}")
+BUILDS = [(c, o) for c, o in [("zig", "-O2"), ("gcc", "-O2"), ("gcc", "-O0")] if c in find_toolchains()]
+SPREADS = ("all", "ends", "flat", "flat")
+
+
+def test_each_case_has_its_vectors() -> None:
+    kernels = {case.id: case.choose(MVE).kernel for case in CASES}
+    leaves = {name: k.parts if k.template in ("stream", "tiles") else (k,) for name, k in kernels.items()}
+    assert {name for name, parts in leaves.items() if not all(k.template.startswith("mve/") for k in parts)} == set()
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=" ".join)
+def test_every_bit(build: tuple[str, str], tmp_path: Path) -> None:
+    elf = build_calls(tmp_path, NAMES, *build)
+    requests, expected = [], []
+    for case in CASES:
+        call = case.choose(MVE)
+        assert call.kernel.scratch <= case.room + scratch_bytes(case.graph.nodes[0])
+        for seed, spread in enumerate(SPREADS):
+            arrays = draw(case.graph, seed, spread)
+            packed = [np.frombuffer(pack(a, v), np.uint8) for a, v in zip(arrays, case.graph.inputs, strict=True)]
+            values = dict(zip([v.name for v in case.graph.inputs], packed, strict=True))
+            taken = [case.graph.nodes[0].overwrites.get(v.name) for v in call.outputs]
+            made = [
+                values[old.name] if old else np.full(v.type.nbytes, 0 if v.type.dtype == "bit" else 0xA5, np.uint8)
+                for v, old in zip(call.outputs, taken, strict=True)
+            ]
+            scratch = [np.full(call.kernel.scratch, 0xA5, np.uint8)] if call.kernel.scratch else []
+            requests.append((NAMES[call.kernel], [], [values[v.name] for v in call.inputs] + made + scratch))
+            outputs = [pack(a, v) for a, v in zip(evaluate(case.graph, arrays).outputs, case.graph.outputs, strict=True)]
+            expected.append((f"{case.id}, {spread}", len(call.inputs), outputs))
+    found = run_calls(elf, NAMES, requests)
+    wrong = [
+        name
+        for (name, first, outputs), (memory, _) in zip(expected, found, strict=True)
+        if memory[first : first + len(outputs)] != outputs
+    ]
+    assert wrong == []
