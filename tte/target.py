@@ -128,7 +128,7 @@ CORTEX_M55 = Target(
         Region("ram", 0x31000000, 4 * MB, "rwx"),
     ),
     vectors="itcm",
-    machine=Machine("mps3-an547", 0x11000000, 0x31000000, counter=0x59302018, counter_hz=32_000_000),
+    machine=Machine("mps3-an547", 0x11000000, 0x31000000, counter=0x59302018, counter_hz=20_000_000),
     dsp=True,
     mve=True,
 )
