@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bare import EVERYTHING, Case, build_calls, run_calls
-from test_fast import chain, convolution, draw, pack
+from test_fast import chain, convolution, draw, matrix, pack
 
 from tte.codegen.fast import MVE
 from tte.codegen.kernel import Kernel
@@ -48,6 +48,17 @@ def product_cases() -> Iterator[Case]:
         yield Case(f"1x1 4x5 {depth}->7 {weights} split {split}", graph)
 
 
+def vector_cases() -> Iterator[Case]:
+    """Matrix times vector; pixels without scratch."""
+    for (n, depth), channels in product([(1, 1), (2, 15), (1, 16), (3, 23), (1, 640), (2, 48)], [4, 5, 12]):
+        yield Case(f"dense {n}x{depth}->{channels}", matrix(n, depth, channels))
+    for turn, (zero, mask) in enumerate(product((0, -128, 127, -1), (False, True))):
+        more = {"zero": zero, "mask": mask, "strides": (1 + mask, 1), "add": turn > 3}
+        graph = convolution((3, 5, 20), 6, (1, 1), ("float", "fixed")[turn % 2], **more)
+        yield Case(f"1x1 3x5 20->6 {more}, no room", graph, 0)
+    yield Case("1x1 1x1 9->8", convolution((1, 1, 9), 8, (1, 1)))
+
+
 def window_cases() -> Iterator[Case]:
     """k x k: strides, paddings, dilations."""
     sizes, kernels = [(5, 5), (8, 3), (9, 12)], [(3, 3), (1, 5), (2, 2), (5, 3)]
@@ -77,7 +88,7 @@ def piece_cases() -> Iterator[Case]:
         yield Case(f"rows {c} {scale}", chain((13, 9, c), layers, strategy="rows"))
 
 
-CASES = [*product_cases(), *window_cases(), *piece_cases()]
+CASES = [*product_cases(), *vector_cases(), *window_cases(), *piece_cases()]
 NAMES: dict[Kernel, str] = {}
 for _case in CASES:
     for _kernel in _case.choose(MVE).kernel.family():

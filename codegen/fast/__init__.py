@@ -36,7 +36,7 @@ DSP: Forms = {
     "sum": (sum_channels,),
     "observe_gradient": (observe,),
 }
-VECTORS: Forms = {"conv2d": (mve.convolve,)}
+VECTORS: Forms = {"conv2d": (mve.convolve, mve.multiply_rows), "dense": (mve.multiply_rows,)}
 MVE: Forms = {template: (*VECTORS.get(template, ()), *forms) for template, forms in DSP.items()}
 NOTHING: Measured = {}
 STACK = 1024  # bytes of scratch that lie on the stack where there is no other room

@@ -1,6 +1,6 @@
 """int8 kernels on vectors of 16 bytes, for cores with MVE (Cortex-M55)."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from tte.codegen.fast.conv2d import SIZES, End, find_end, share_out
@@ -60,3 +60,22 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int) -> 
 def find_zero(context: dict[str, Any], end: End) -> int:
     """The zero point of scaled sums."""
     return 0 if end.scale == "none" else int(context["tail"][0]["attrs"]["zero_point"])
+
+
+@form()
+def multiply_rows(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Four outputs at a time without scratch: (N, I) int8 by (O, I) int8 in one piece, or pixels by filters of 1 x 1."""
+    x, w, *_ = context["ins"]
+    channels, *kernel_size, depth = w["shape"]
+    if context["tile"] or x["steps"] or (x["dtype"], w["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
+        return None
+    attrs = context["attrs"]
+    if kernel_size and (kernel_size != [1, 1] or any(attrs["padding"]) or attrs["groups"] > 1):
+        return None
+    if len(w["segments"]) > 1 or channels < 4:
+        return None
+    end = replace(find_end(context, channels), bits=False)
+    less = attrs.get("zero_point", 0)
+    dot = asdict(end) | {"depth": depth, "less": less, "zero": find_zero(context, end)}
+    part = assembly("mve/dot1x4", dot, ("const int8_t *x", "const int32_t *stream", "void *y", "const int8_t *w"))
+    return make_form(kernel, context | asdict(end), "mve/direct", 0, part)
