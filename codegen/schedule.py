@@ -51,9 +51,7 @@ class _Choice:
         return replace(call, kernel=quicken(call.kernel, self.room, self.measured, self.forms))
 
 
-def schedule(
-    graph: Graph, room: Room | None = None, measured: Measured = NOTHING, forms: Forms = DSP
-) -> list[Call]:
+def schedule(graph: Graph, room: Room | None = None, measured: Measured = NOTHING, forms: Forms = DSP) -> list[Call]:
     """One call per node that does work; views (another shape for the same bytes) do none.
 
     room: where kernels for some cores may be chosen; None for portable ones

@@ -108,7 +108,9 @@ def run_calls(elf: Path, kernels: Mapping[Kernel, str], requests: Sequence[Reque
                 fenced.append((before, places, buffers))
         command = f"{find_qemu()} -M {machine.name} -display none -monitor none -serial none -icount shift=6".split()
         command += ["-semihosting-config", "enable=on,target=native", "-kernel", str(elf)]
-        ended = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        ended = subprocess.run(
+            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
         assert ended.returncode == 0, ended.stderr + ended.stdout
         data = (Path(folder) / "results").read_bytes()
     result, at = [], 0

@@ -36,14 +36,13 @@ def product_cases() -> Iterator[Case]:
         )
     for shift, mask in product((-1, -7, 2), (False, True)):
         yield Case(
-            f"1x1 5x5 8->8 shift {shift} mask {mask}", convolution((5, 5, 8), 8, (1, 1), "fixed", shift=shift, mask=mask)
+            f"1x1 5x5 8->8 shift {shift} mask {mask}",
+            convolution((5, 5, 8), 8, (1, 1), "fixed", shift=shift, mask=mask),
         )
     for scale, mask, room in product(("float", "fixed"), (False, True), (EVERYTHING, 400)):
         graph = convolution((9, 15, 6), 5, (1, 1), scale, mask=mask, add=True)
         yield Case(f"1x1 9x15 6->5 {scale} mask {mask} add in {room}", graph, room)
-    for weights, split, depth in product(
-        ("int8", "int16"), (None, (3, 4), (3, 5), (0, 3), (0, 4)), (12, 13)
-    ):
+    for weights, split, depth in product(("int8", "int16"), (None, (3, 4), (3, 5), (0, 3), (0, 4)), (12, 13)):
         graph = convolution((4, 5, depth), 7, (1, 1), weights=weights, split=split)
         yield Case(f"1x1 4x5 {depth}->7 {weights} split {split}", graph)
 
@@ -121,7 +120,9 @@ def test_every_bit(build: tuple[str, str], tmp_path: Path) -> None:
             ]
             scratch = [np.full(call.kernel.scratch, 0xA5, np.uint8)] if call.kernel.scratch else []
             requests.append((NAMES[call.kernel], [], [values[v.name] for v in call.inputs] + made + scratch))
-            outputs = [pack(a, v) for a, v in zip(evaluate(case.graph, arrays).outputs, case.graph.outputs, strict=True)]
+            outputs = [
+                pack(a, v) for a, v in zip(evaluate(case.graph, arrays).outputs, case.graph.outputs, strict=True)
+            ]
             expected.append((f"{case.id}, {spread}", len(call.inputs), outputs))
     found = run_calls(elf, NAMES, requests)
     wrong = [

@@ -36,7 +36,12 @@ DSP: Forms = {
     "sum": (sum_channels,),
     "observe_gradient": (observe,),
 }
-VECTORS: Forms = {"conv2d": (mve.convolve, mve.multiply_rows), "dense": (mve.multiply_rows,)}
+VECTORS: Forms = {
+    "conv2d": (mve.convolve, mve.multiply_rows),
+    "dense": (mve.multiply_rows,),
+    "depthwise_conv2d": (mve.convolve_channels,),
+    "depthwise_conv2d_transpose": (mve.convolve_channels_back,),
+}
 MVE: Forms = {template: (*VECTORS.get(template, ()), *forms) for template, forms in DSP.items()}
 NOTHING: Measured = {}
 STACK = 1024  # bytes of scratch that lie on the stack where there is no other room

@@ -95,6 +95,12 @@ def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int, most: 
 @form(most=MOST)
 def convolve_channels_back(kernel: Kernel, context: dict[str, Any], room: int, most: int) -> Kernel | None:
     """The input gradient for stride 1: the same with windows from their ends."""
+    turned = turn_windows(context)
+    return _convolve(kernel, turned, find_gradient_end(context), room, most) if turned else None
+
+
+def turn_windows(context: dict[str, Any]) -> dict[str, Any] | None:
+    """An input gradient as the convolution by windows from their ends that it is for stride 1."""
     (_, height, width, channels), window = context["ins"][0]["shape"], context["ins"][1]["shape"][1:3]
     attrs, out = context["attrs"], context["out"]["shape"]
     if attrs["strides"] != [1, 1] or len(context["ins"]) > 2 or out[3] != channels:
@@ -105,8 +111,7 @@ def convolve_channels_back(kernel: Kernel, context: dict[str, Any], room: int, m
     padding = [top, left, out[1] - height - top + window[0] - 1, out[2] - width - left + window[1] - 1]
     if min(padding) < 0:
         return None
-    turned = context | {"attrs": attrs | {"padding": padding}, "turned": True}
-    return _convolve(kernel, turned, find_gradient_end(context), room, most)
+    return context | {"attrs": attrs | {"padding": padding}, "turned": True}
 
 
 def _convolve(kernel: Kernel, context: dict[str, Any], end: End, room: int, most: int) -> Kernel | None:

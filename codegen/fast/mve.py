@@ -1,14 +1,17 @@
 """int8 kernels on vectors of 16 bytes, for cores with MVE (Cortex-M55)."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from tte.codegen.fast.conv2d import SIZES, End, find_end, share_out
+from tte.codegen.fast.conv2d import SIZES, End, find_end, find_gradient_end, share_out
+from tte.codegen.fast.depthwise import turn_windows
 from tte.codegen.fast.form import assembly, form, lay_out, limit, make_form
 from tte.codegen.kernel import Kernel
 
 DOT = ("const int8_t *a", "const uint8_t *stream", "void *y", "int pairs")
 PACK = ("int8_t *to", "const int8_t *from", "int32_t *bias", "int less")
+MOST = 8192  # bytes of scratch, where sums of more than one row are kept
 UNROLL = 8  # groups of 16 products in a loop at the most
 
 
@@ -79,3 +82,90 @@ def multiply_rows(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     dot = asdict(end) | {"depth": depth, "less": less, "zero": find_zero(context, end)}
     part = assembly("mve/dot1x4", dot, ("const int8_t *x", "const int32_t *stream", "void *y", "const int8_t *w"))
     return make_form(kernel, context | asdict(end), "mve/direct", 0, part)
+
+
+@form()
+def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """(H, W, C) int8 by (C, KH, KW, 1) int8 or int16, where a window has no more than 64 elements, holes among them."""
+    end = find_end(context, context["ins"][0]["shape"][3])
+    return _convolve_channels(kernel, context | {"turned": False}, end, room)
+
+
+@form()
+def convolve_channels_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """The input gradient for stride 1: the same with windows from their ends."""
+    turned = turn_windows(context)
+    return _convolve_channels(kernel, turned, find_gradient_end(context), room) if turned else None
+
+
+def _convolve_channels(kernel: Kernel, context: dict[str, Any], end: End, room: int) -> Kernel | None:
+    out, (x, w, *_), attrs, tile = context["out"], context["ins"], context["attrs"], context["tile"]
+    (_, _, width, channels), window = x["shape"], w["shape"][1:3]
+    if x["steps"] or x["dtype"] != "int8" or context["acc"] != "int32_t" or w["shape"][0] != channels:
+        return None
+    if tile and (tile["sum"] or len(context["outs"]) > 1):
+        return None
+    high, wide = ((k - 1) * d + 1 for k, d in zip(window, attrs["dilation"], strict=True))
+    (sh, sw), (_, left, _, right), count = attrs["strides"], attrs["padding"], out["shape"][2]
+    vectors = -(-high * wide // 16)
+    if vectors > 4 or 3 * sw * high + 16 * (vectors - 1) > 127 or 7 * x["strides"][2] > 65535:
+        return None
+    lanes = 1 if end.result == "int8" else 8 if end.bits else min(4, channels)
+    pixel = out["strides"][2] if end.result == "int8" else lanes
+    size = max((width + left + right) * high, ((count + 3) // 4 * 4 - 1) * sw * high + 16 * vectors)
+
+    def place(band: int) -> dict[str, int]:
+        return lay_out(
+            {
+                "lines": 4 * ((band - 1) * sh + high),
+                "plane": size,
+                "weights": window[0] * window[1] + 1,
+                "vectors": 16 * vectors,
+                "sums": 0 if end.result == "int8" else band * count * lanes * SIZES[end.result],
+            }
+        )
+
+    height = 1 if context["rows"] is not None else out["shape"][1]
+    bands = [height, *(n for n in (64, 32, 16, 8, 4, 2, 1) if n < height)]
+    most = MOST if end.result != "int8" else room
+    band = next((n for n in bands if place(n)["end"] <= (room if n == 1 else min(room, most))), 0)
+    if not band:
+        return None
+    first, turn = spread_weights(window, attrs["dilation"], sh, 16 * vectors)
+    plane = asdict(end) | {
+        "window": (high, wide),
+        "strides": (sh, sw),
+        "vectors": vectors,
+        "width": width,
+        "count": count,
+        "step": x["strides"][2],
+        "pixel": pixel,
+        "line": out["strides"][1] if end.result == "int8" else count * pixel,
+        "padding": left,
+        "less": attrs.get("zero_point", 0),
+        "zero": find_zero(context, end),
+        "turning": sh % high > 0,
+        "first": first,
+        "turn": turn,
+    }
+    parameters = ("const int8_t *const *lines", "uint32_t *stream", "void *y")
+    parts = [assembly("mve/plane", plane, parameters), *([limit(channels)] if end.bits else [])]
+    more = asdict(end) | {"band": band, "lanes": lanes, "pixel": pixel, "high": high, "size": size}
+    at = place(band)
+    return make_form(kernel, context | more | {"inner": left * high, "at": at}, "mve/depthwise", at["end"], *parts)
+
+
+def spread_weights(
+    window: Sequence[int], dilation: Sequence[int], stride: int, size: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Which weight each of ``size`` lanes begins with, one place before those of the first row, and which lane it takes
+    its next one from. Where there is none, that behind the last weight."""
+    high, wide = ((k - 1) * d + 1 for k, d in zip(window, dilation, strict=True))
+    first, turn = [], []
+    for lane in range(size):
+        column, slot = divmod(lane, high)
+        row = (slot + stride) % high  # turned once before the first row
+        known = column < wide and column % dilation[1] == 0 == row % dilation[0]
+        first.append(row // dilation[0] * window[1] + column // dilation[1] if known else window[0] * window[1])
+        turn.append(column * high + (slot - stride) % high if column < wide else lane)
+    return [first[i : i + 16] for i in range(0, size, 16)], [turn[i : i + 16] for i in range(0, size, 16)]
