@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bare import EVERYTHING, Case, build_calls, run_calls
-from test_fast import chain, convolution, draw, matrix, pack
+from test_fast import backward, chain, convolution, depthwise, draw, matrix, pack
 
 from tte.codegen.fast import MVE
 from tte.codegen.kernel import Kernel
@@ -78,8 +78,56 @@ def window_cases() -> Iterator[Case]:
         yield Case(f"3x3 16x17 8->6 in {room} bytes", convolution((16, 17, 8), 6, (3, 3)), room)
 
 
+def depthwise_cases() -> Iterator[Case]:
+    """One filter per channel: windows, strides, paddings of each side, holes, numbers of channels."""
+    sizes = [(1, 1), (1, 4), (4, 1), (2, 3), (5, 5), (6, 7), (9, 12)]
+    kernels = [(3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (2, 2), (1, 1), (4, 4), (1, 8), (9, 2), (8, 8), (2, 11)]
+    paddings = [(0, 0, 0, 0), (1, 1, 1, 1), (2, 0, 1, 2), (0, 3, 3, 0)]
+    strides = [(1, 1), (2, 2), (1, 2), (2, 1), (3, 3)]
+    fitting = [
+        (x, kernel, padding, stride)
+        for x, kernel, padding, stride in product(sizes, kernels, paddings, strides)
+        if kernel[0] <= x[0] + padding[0] + padding[2] and kernel[1] <= x[1] + padding[1] + padding[3]
+    ]
+    for turn, ((h, w), kernel, padding, stride) in enumerate(fitting[::7]):
+        scale, zero, c = ("float", "fixed")[turn % 2], (3, -128, 127)[turn % 3], (2, 3, 5, 8)[turn // 5 % 4]
+        yield depthwise((h, w, c), kernel, scale, strides=stride, padding=padding, zero=zero)
+    for size, stride in product((3, 5, 7), ((1, 1), (2, 2))):
+        more = {"padding": (size // 2,) * 4, "strides": stride}
+        yield depthwise((25, 5, 12), (size, size), "fixed", zero=-128, shift=-size, **more)
+        yield depthwise((11, 31, 6), (size, size), "float", zero=127, **more)
+        for mask, limits in ((True, (-128, 127)), (True, (-7, 60)), (False, (-7, 60))):
+            more |= {"mask": mask, "limits": limits, "weights": "int16", "split": (0, 3)}
+            yield depthwise((7, 6, 8), (size, size), "fixed", **more)
+            yield depthwise((14, 13, 8), (size, size), "float", 700, **more)
+        yield depthwise((15, 13, 6), (size, size), "fixed", 700, padding=(size // 2,) * 4, add=True)
+        yield depthwise((6, 6, 5), (size, size), "fixed", padding=(size // 2,) * 4, shift=2)
+    for dilation in ((2, 2), (1, 2), (3, 1)):
+        yield depthwise((9, 9, 4), (3, 3), dilation=dilation, padding=(2, 1, 0, 2))
+
+
+def backward_cases() -> Iterator[Case]:
+    """Input gradients of depthwise convolutions, in integers."""
+    for (h, w), kernel, (turn, padding) in product(
+        [(4, 4), (5, 7)], [(3, 3), (5, 5), (2, 3), (1, 1)], enumerate([(0, 0, 0, 0), (1, 1, 1, 1), (2, 0, 1, 2)])
+    ):
+        if max(padding[:2]) < min(kernel):
+            more = {"padding": padding, "kernel": kernel, "weights": ("int8", "int16")[turn % 2]}
+            end = ("masked", "added", "sums")[turn]
+            graph = backward((h, w), 3 + 5 * (h % 2), 1, end, bool(turn % 2), groups=3 + 5 * (h % 2), **more)
+            yield Case(f"back {h}x{w} depthwise {kernel} {padding} {end}", graph)
+
+
 def piece_cases() -> Iterator[Case]:
-    """Layers that run row by row, from ring to ring."""
+    """Layers that run row by row, from ring to ring, or by tiles of channels."""
+    for width in (4, 2):
+        first = {"channels": 8, "kernel": (3, 3), "padding": (1, 1, 1, 1), "groups": 8}
+        layers = [first, first | {"kernel": (5, 5)}, first | {"kernel": (5, 3)}]
+        yield Case(f"tiles of {width}", chain((7, 6, 8), layers, strategy="tiles", width=width))
+    for c, size, scale in product((5, 8), (3, 5), ("fixed", "float")):
+        first = {"channels": c, "groups": c, "kernel": (size, size), "padding": (size // 2,) * 4, "scale": scale}
+        layers = [first, first | {"strides": (2, 2)}, first | {"mask": True}]
+        yield Case(f"rows {c} channels {size} {scale}", chain((13, 9, c), layers, strategy="rows"))
     for c, scale in product((5, 8), ("fixed", "float")):
         wide = {"channels": c, "kernel": (3, 3), "padding": (1, 1, 1, 1), "zero": -128, "scale": scale}
         narrow = {"channels": 6, "kernel": (1, 1), "scale": scale}
@@ -87,7 +135,7 @@ def piece_cases() -> Iterator[Case]:
         yield Case(f"rows {c} {scale}", chain((13, 9, c), layers, strategy="rows"))
 
 
-CASES = [*product_cases(), *vector_cases(), *window_cases(), *piece_cases()]
+CASES = [*product_cases(), *vector_cases(), *window_cases(), *depthwise_cases(), *backward_cases(), *piece_cases()]
 NAMES: dict[Kernel, str] = {}
 for _case in CASES:
     for _kernel in _case.choose(MVE).kernel.family():

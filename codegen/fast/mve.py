@@ -62,7 +62,7 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int) -> 
 
 def find_zero(context: dict[str, Any], end: End) -> int:
     """The zero point of scaled sums."""
-    return 0 if end.scale == "none" else int(context["tail"][0]["attrs"]["zero_point"])
+    return 0 if end.scale == "none" else int(context["tail"][0]["attrs"].get("zero_point", 0))
 
 
 @form()
@@ -131,7 +131,8 @@ def _convolve_channels(kernel: Kernel, context: dict[str, Any], end: End, room: 
     band = next((n for n in bands if place(n)["end"] <= (room if n == 1 else min(room, most))), 0)
     if not band:
         return None
-    first, turn = spread_weights(window, attrs["dilation"], sh, 16 * vectors)
+    new = min(sh, high)  # rows of the plane per row of the result
+    first, turn = spread_weights(window, attrs["dilation"], new, 16 * vectors)
     plane = asdict(end) | {
         "window": (high, wide),
         "strides": (sh, sw),
@@ -144,7 +145,7 @@ def _convolve_channels(kernel: Kernel, context: dict[str, Any], end: End, room: 
         "padding": left,
         "less": attrs.get("zero_point", 0),
         "zero": find_zero(context, end),
-        "turning": sh % high > 0,
+        "turning": new < high,
         "first": first,
         "turn": turn,
     }
@@ -156,16 +157,16 @@ def _convolve_channels(kernel: Kernel, context: dict[str, Any], end: End, room: 
 
 
 def spread_weights(
-    window: Sequence[int], dilation: Sequence[int], stride: int, size: int
+    window: Sequence[int], dilation: Sequence[int], new: int, size: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Which weight each of ``size`` lanes begins with, one place before those of the first row, and which lane it takes
-    its next one from. Where there is none, that behind the last weight."""
+    """Which weight each of ``size`` lanes begins with, and which lane it takes that for the next row of the result from:
+    once before the first. Where there is none, that behind the last weight. new: rows that take the place of others"""
     high, wide = ((k - 1) * d + 1 for k, d in zip(window, dilation, strict=True))
     first, turn = [], []
     for lane in range(size):
         column, slot = divmod(lane, high)
-        row = (slot + stride) % high  # turned once before the first row
+        row = (slot + new) % high  # turned once before the first row
         known = column < wide and column % dilation[1] == 0 == row % dilation[0]
         first.append(row // dilation[0] * window[1] + column // dilation[1] if known else window[0] * window[1])
-        turn.append(column * high + (slot - stride) % high if column < wide else lane)
+        turn.append(column * high + (slot - new) % high if column < wide else lane)
     return [first[i : i + 16] for i in range(0, size, 16)], [turn[i : i + 16] for i in range(0, size, 16)]
