@@ -30,7 +30,7 @@ RUNTIME = HERE.parent / "runtime_c"
 
 @dataclass(frozen=True)
 class Program:
-    """One entry point: ``role`` is "infer", "evaluate" or "train"; ``room``, ``measured``, ``forms``: see ``schedule``."""
+    """One entry point: ``role`` is "infer", "evaluate" or "train"; ``room`` and so on: see ``schedule``."""
 
     role: str
     graph: Graph

@@ -1,6 +1,7 @@
 """Kernels for cores with vectors (MVE), alone on an emulated Cortex-M55, against the interpreter: every bit."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from test_fast import backward, chain, convolution, depthwise, draw, matrix, pac
 
 from tte.codegen.fast import MVE
 from tte.codegen.kernel import Kernel
-from tte.ir import evaluate
+from tte.ir import Builder, Graph, TensorType, Value, evaluate
 from tte.ir.tiles import scratch_bytes
 from tte.runner.qemu import find_qemu
 from tte.runner.toolchain import find_toolchains
@@ -106,6 +107,23 @@ def depthwise_cases() -> Iterator[Case]:
         yield depthwise((9, 9, 4), (3, 3), dilation=dilation, padding=(2, 1, 0, 2))
 
 
+def sum_cases() -> Iterator[Case]:
+    """Two int8 of different scales, alone and behind a convolution."""
+    ways = {
+        "fixed": {"bits": 19},
+        "float": {"bits": 0},
+        "unsigned": {"bits": 0, "unsigned": True},
+        "tflite": {"tflite": True},
+    }
+    for (name, way), shape, mine in product(ways.items(), [(1, 1, 1, 1), (1, 3, 5, 7), (1, 4, 4, 16)], (None, 0, 1)):
+        builder = Builder()
+        a, b = (Value(name, TensorType(shape, "int8")) for name in "xy")
+        terms = {"a_scale": 0.1, "a_zero": -7, "b_scale": 0.083, "b_zero": 127, "scale": 0.14, "zero_point": -128}
+        y = builder.call("qnn.add", a, b, **terms, **({"bits": 0} | way))
+        node = replace(builder.nodes[0], inplace=() if mine is None else (mine,))
+        yield Case(f"add {name} {shape} {mine}", Graph("main", (a, b), nodes=(node,), outputs=(y,)).renumbered())
+
+
 def backward_cases() -> Iterator[Case]:
     """Input gradients of depthwise convolutions, in integers."""
     for (h, w), kernel, (turn, padding) in product(
@@ -135,7 +153,15 @@ def piece_cases() -> Iterator[Case]:
         yield Case(f"rows {c} {scale}", chain((13, 9, c), layers, strategy="rows"))
 
 
-CASES = [*product_cases(), *vector_cases(), *window_cases(), *depthwise_cases(), *backward_cases(), *piece_cases()]
+CASES = [
+    *product_cases(),
+    *vector_cases(),
+    *window_cases(),
+    *depthwise_cases(),
+    *sum_cases(),
+    *backward_cases(),
+    *piece_cases(),
+]
 NAMES: dict[Kernel, str] = {}
 for _case in CASES:
     for _kernel in _case.choose(MVE).kernel.family():

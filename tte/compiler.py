@@ -374,7 +374,7 @@ SHARES = (1.0, 0.75, 0.5, 0.25)  # of what is free: the buffers round about may 
 
 
 def make_room(programs: Sequence[Program], arena: Arena, measured: Measured, target: Target) -> list[Program]:
-    """The programs with scratch for the target's faster kernels, where it makes the arena no larger than it is or may be.
+    """The programs with scratch for the target's faster kernels, where the arena then is no larger than it may be.
 
     What was measured decides only where its kernels find as much room as the default ones.
     """

@@ -1,4 +1,5 @@
-"""Faster forms of kernels, for cores with the DSP extension (Cortex-M4, M7, M33) or with vectors (M55): the bits of the portable ones.
+"""Faster forms of kernels, with the bits of the portable ones: for cores with the DSP extension (Cortex-M4, M7, M33), and
+for those with vectors (M55).
 
 A form says by None what it does not serve, or for what there is no room.
 """
@@ -41,8 +42,9 @@ VECTORS: Forms = {
     "dense": (mve.multiply_rows,),
     "depthwise_conv2d": (mve.convolve_channels,),
     "depthwise_conv2d_transpose": (mve.convolve_channels_back,),
+    "elementwise_loop": (mve.add,),
 }
-MVE: Forms = {template: (*VECTORS.get(template, ()), *forms) for template, forms in DSP.items()}
+MVE: Forms = {template: (*VECTORS.get(template, ()), *DSP.get(template, ())) for template in {**DSP, **VECTORS}}
 NOTHING: Measured = {}
 STACK = 1024  # bytes of scratch that lie on the stack where there is no other room
 

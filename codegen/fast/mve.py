@@ -1,13 +1,16 @@
 """int8 kernels on vectors of 16 bytes, for cores with MVE (Cortex-M55)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
+
+import numpy as np
 
 from tte.codegen.fast.conv2d import SIZES, End, find_end, find_gradient_end, share_out
 from tte.codegen.fast.depthwise import turn_windows
 from tte.codegen.fast.form import assembly, form, lay_out, limit, make_form
 from tte.codegen.kernel import Kernel
+from tte.ops.quantized import add_terms, tflite_terms
 
 DOT = ("const int8_t *a", "const uint8_t *stream", "void *y", "int pairs")
 PACK = ("int8_t *to", "const int8_t *from", "int32_t *bias", "int less")
@@ -31,6 +34,8 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int) -> 
         return None
     taps = kernel_size[0] * kernel_size[1] * depth
     end = find_end(context, channels)
+    added = add_result(context, end)
+    end = added[0] if added else end
     plain = kernel_size == [1, 1] and not any(attrs["padding"]) and (single_row or attrs["strides"] == [1, 1])
     gathered = w["dtype"] != "int8" or (len(w["segments"]) > 1 and w["axis"] != 0)
 
@@ -40,11 +45,12 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int) -> 
                 "stream": (16 if end.scale == "none" else 32) + -(-taps // 16) * 64,
                 "row": taps * gathered,
                 "windows": 0 if plain else block * taps,
-                "sums": 0 if end.result == "int8" else block * channels * SIZES[end.result],
+                "sums": 0 if direct else block * channels * SIZES[end.result],
             }
         )
 
-    free = plain and end.result == "int8"
+    direct = end.result == "int8" and added is None
+    free = plain and direct
     shares = [pixels] if free else [share_out(pixels, n) for n in (512, 256, 128, 64, 32, 16, 8, 4) if n <= block]
     share = next((share for share in shares if place(share)["end"] <= room), 0)
     if not share:
@@ -55,9 +61,21 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int) -> 
         assembly("mve/dot4x2", dot | {"unroll": UNROLL}, DOT),
         assembly("mve/pack", {"depth": taps}, PACK),
         *([limit(8)] if end.bits else []),
+        *([added[1]] if added else []),
     ]
     more = asdict(end) | {"block": share, "at": at, "plain": plain, "step": step, "gathered": gathered}
+    more |= {"direct": direct}
     return make_form(kernel, context | more, "mve/conv2d", at["end"], *parts)
+
+
+def add_result(context: Mapping[str, Any], end: End) -> tuple[End, Kernel] | None:
+    """How sums leave, and what adds, where all that follows is the addition of an int8 of the result's shape."""
+    first, *rest = context["tail"] or (None,)
+    if end.scale == "none" or len(rest) != 1 or (first["attrs"]["low"], first["attrs"]["high"]) != (-128, 127):
+        return None
+    kinds = sorted(operand["kind"] for operand in rest[0]["operands"])
+    part = add_vectors(rest[0]) if kinds == ["flat", "register"] and not first["attrs"]["mask"] else None
+    return (replace(end, result="int8", bits=False), part) if part else None
 
 
 def find_zero(context: dict[str, Any], end: End) -> int:
@@ -67,7 +85,7 @@ def find_zero(context: dict[str, Any], end: End) -> int:
 
 @form()
 def multiply_rows(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
-    """Four outputs at a time without scratch: (N, I) int8 by (O, I) int8 in one piece, or pixels by filters of 1 x 1."""
+    """Four outputs at a time without scratch: (N, I) int8 by (O, I) int8 in one piece, or filters of 1 x 1."""
     x, w, *_ = context["ins"]
     channels, *kernel_size, depth = w["shape"]
     if context["tile"] or x["steps"] or (x["dtype"], w["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
@@ -170,3 +188,41 @@ def spread_weights(
         first.append(row // dilation[0] * window[1] + column // dilation[1] if known else window[0] * window[1])
         turn.append(column * high + (slot - new) % high if column < wide else lane)
     return [first[i : i + 16] for i in range(0, size, 16)], [turn[i : i + 16] for i in range(0, size, 16)]
+
+
+@form()
+def add(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Sums of two int8 of the same shape."""
+    part = add_vectors(context["tail"][0]) if len(context["tail"]) == 1 else None
+    if part is None or context["tile"] or any(operand["kind"] != "flat" for operand in context["tail"][0]["operands"]):
+        return None
+    return make_form(kernel, context, "mve/elementwise", 0, part)
+
+
+ADD = ("const int8_t *a", "const int8_t *b", "int8_t *y", "int n")
+NORMAL = 2.0**-40  # floats from there on make no sum that is too small to be normal
+
+
+def add_vectors(step: Mapping[str, Any]) -> Kernel | None:
+    """What computes an elementwise step, if that is a sum of int8 that is limited to int8."""
+    attrs = step["attrs"]
+    if step["op"] != "qnn_add" or attrs["mask"] or (attrs["low"], attrs["high"]) != (-128, 127):
+        return None
+    a_zero, b_zero, zero = (attrs[name] for name in ("a_zero", "b_zero", "zero_point"))
+    scales = {name: attrs[name] for name in ("a_scale", "b_scale", "scale")}
+    if attrs["tflite"]:
+        (a, a_exponent), (b, b_exponent), (both, exponent) = tflite_terms(**scales)
+        exponents = (a_exponent, b_exponent, exponent)
+        if max(exponents) > 0 or min(exponents) < -31:
+            return None
+        own: dict[str, Any] = {"words": (a, b, -a_zero, -b_zero, both, zero), "exponents": exponents}
+        return assembly("mve/add", own | {"kind": "tflite"}, ADD)
+    if bits := attrs["bits"]:
+        a, b = (round(attrs[name] / attrs["scale"] * 2**bits) for name in ("a_scale", "b_scale"))
+        words = (a, b, 2**bits // 2 - a_zero * a - b_zero * b, 0, 0, zero)
+        return assembly("mve/add", {"words": words, "bits": bits, "kind": "fixed"}, ADD)
+    ra, rb, c, offset = add_terms(a_zero=a_zero, b_zero=b_zero, zero_point=zero, unsigned=attrs["unsigned"], **scales)
+    if min(ra, rb) < NORMAL or 0 < abs(c) < NORMAL:
+        return None
+    words = (*(int(np.float32(real).view(np.int32)) for real in (ra, rb)), offset, int(np.float32(c).view(np.int32)))
+    return assembly("mve/add", {"words": (*words, 0, -offset), "kind": "float"}, ADD)
