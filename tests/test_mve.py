@@ -7,15 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bare import EVERYTHING, Case, build_calls, run_calls
+from bare import EVERYTHING, Case
 from test_fast import backward, chain, convolution, depthwise, draw, matrix, pack
 
+from tte.codegen.emit import emit_kernels
 from tte.codegen.fast import MVE
 from tte.codegen.kernel import Kernel
 from tte.ir import Builder, Graph, TensorType, Value, evaluate
 from tte.ir.tiles import scratch_bytes
+from tte.runner.calls import CalledCore, Request
 from tte.runner.qemu import find_qemu
 from tte.runner.toolchain import find_toolchains
+from tte.target import CORTEX_M55
 
 if not find_toolchains() or not find_qemu():
     pytest.skip("no compiler for Cortex-M, or no qemu-system-arm", allow_module_level=True)
@@ -178,8 +181,9 @@ def test_each_case_has_its_vectors() -> None:
 
 @pytest.mark.parametrize("build", BUILDS, ids=" ".join)
 def test_every_bit(build: tuple[str, str], tmp_path: Path) -> None:
-    elf = build_calls(tmp_path, NAMES, *build)
-    requests, expected = [], []
+    core = CalledCore(tmp_path, emit_kernels(NAMES, "t"), [*NAMES.values()], CORTEX_M55, *build)
+    requests: list[Request] = []
+    expected: list[tuple[str, int, list[bytes]]] = []
     for case in CASES:
         call = case.choose(MVE)
         assert call.kernel.scratch <= case.room + scratch_bytes(case.graph.nodes[0])
@@ -198,10 +202,9 @@ def test_every_bit(build: tuple[str, str], tmp_path: Path) -> None:
                 pack(a, v) for a, v in zip(evaluate(case.graph, arrays).outputs, case.graph.outputs, strict=True)
             ]
             expected.append((f"{case.id}, {spread}", len(call.inputs), outputs))
-    found = run_calls(elf, NAMES, requests)
     wrong = [
         name
-        for (name, first, outputs), (memory, _) in zip(expected, found, strict=True)
+        for (name, first, outputs), (memory, _) in zip(expected, core.call(requests), strict=True)
         if memory[first : first + len(outputs)] != outputs
     ]
     assert wrong == []

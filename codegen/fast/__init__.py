@@ -1,5 +1,5 @@
-"""Faster forms of kernels, with the bits of the portable ones: for cores with the DSP extension (Cortex-M4, M7, M33), and
-for those with vectors (M55).
+"""Faster forms of kernels, with the bits of the portable ones: for cores with the DSP extension (Cortex-M4, M7, M33),
+and for those with vectors (M55).
 
 A form says by None what it does not serve, or for what there is no room.
 """

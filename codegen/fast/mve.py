@@ -70,11 +70,13 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int) -> 
 
 def add_result(context: Mapping[str, Any], end: End) -> tuple[End, Kernel] | None:
     """How sums leave, and what adds, where all that follows is the addition of an int8 of the result's shape."""
-    first, *rest = context["tail"] or (None,)
-    if end.scale == "none" or len(rest) != 1 or (first["attrs"]["low"], first["attrs"]["high"]) != (-128, 127):
+    if end.scale == "none" or len(context["tail"]) != 2:
         return None
-    kinds = sorted(operand["kind"] for operand in rest[0]["operands"])
-    part = add_vectors(rest[0]) if kinds == ["flat", "register"] and not first["attrs"]["mask"] else None
+    first, last = context["tail"]
+    if (first["attrs"]["low"], first["attrs"]["high"]) != (-128, 127):
+        return None
+    kinds = sorted(operand["kind"] for operand in last["operands"])
+    part = add_vectors(last) if kinds == ["flat", "register"] and not first["attrs"]["mask"] else None
     return (replace(end, result="int8", bits=False), part) if part else None
 
 
@@ -177,8 +179,8 @@ def _convolve_channels(kernel: Kernel, context: dict[str, Any], end: End, room: 
 def spread_weights(
     window: Sequence[int], dilation: Sequence[int], new: int, size: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Which weight each of ``size`` lanes begins with, and which lane it takes that for the next row of the result from:
-    once before the first. Where there is none, that behind the last weight. new: rows that take the place of others"""
+    """Which weight each of ``size`` lanes begins with (where there is none, what is behind the last), and from which
+    lane it takes that for the next row of the result, once before the first. new: rows that take the place of others"""
     high, wide = ((k - 1) * d + 1 for k, d in zip(window, dilation, strict=True))
     first, turn = [], []
     for lane in range(size):
@@ -224,5 +226,5 @@ def add_vectors(step: Mapping[str, Any]) -> Kernel | None:
     ra, rb, c, offset = add_terms(a_zero=a_zero, b_zero=b_zero, zero_point=zero, unsigned=attrs["unsigned"], **scales)
     if min(ra, rb) < NORMAL or 0 < abs(c) < NORMAL:
         return None
-    words = (*(int(np.float32(real).view(np.int32)) for real in (ra, rb)), offset, int(np.float32(c).view(np.int32)))
-    return assembly("mve/add", {"words": (*words, 0, -offset), "kind": "float"}, ADD)
+    ra, rb, c = (int(np.float32(real).view(np.int32)) for real in (ra, rb, c))
+    return assembly("mve/add", {"words": (ra, rb, offset, c, 0, -offset), "kind": "float"}, ADD)
