@@ -128,7 +128,14 @@ def sum_cases() -> Iterator[Case]:
 
 
 def backward_cases() -> Iterator[Case]:
-    """Input gradients of depthwise convolutions, in integers."""
+    """Input gradients of pointwise and depthwise convolutions, in integers."""
+    for pixels, depth, channels in product([(1, 2), (1, 3), (5, 5)], [1, 15, 16, 17, 40], [4, 7, 8]):
+        yield Case(f"back {pixels} {depth}->{channels}", backward(pixels, depth, channels, "masked"))
+    for end, single, (depth, channels) in product(("sums", "added", "rescaled"), (False, True), [(6, 8), (97, 10)]):
+        yield Case(f"back 4x5 {depth}->{channels} {end} {single}", backward((4, 5), depth, channels, end, single))
+    for split in ((3, 2), (3, 5), (0, 4), (0, 1)):
+        yield Case(f"back 4x4 9->7 split {split}", backward((4, 4), 9, 7, "masked", split=split))
+    yield Case("back 16x17 8->6 in 700 bytes", backward((16, 17), 8, 6, "added"), 700)
     for (h, w), kernel, (turn, padding) in product(
         [(4, 4), (5, 7)], [(3, 3), (5, 5), (2, 3), (1, 1)], enumerate([(0, 0, 0, 0), (1, 1, 1, 1), (2, 0, 1, 2)])
     ):

@@ -42,6 +42,7 @@ VECTORS: Forms = {
     "dense": (mve.multiply_rows,),
     "depthwise_conv2d": (mve.convolve_channels,),
     "depthwise_conv2d_transpose": (mve.convolve_channels_back,),
+    "conv2d_transpose": (mve.multiply_columns,),
     "elementwise_loop": (mve.add,),
 }
 MVE: Forms = {template: (*VECTORS.get(template, ()), *DSP.get(template, ())) for template in {**DSP, **VECTORS}}

@@ -15,6 +15,8 @@ from tte.ops.quantized import add_terms, tflite_terms
 DOT = ("const int8_t *a", "const uint8_t *stream", "void *y", "int pairs")
 PACK = ("int8_t *to", "const int8_t *from", "int32_t *bias", "int less")
 MOST = 8192  # bytes of scratch, where sums of more than one row are kept
+COLUMN = assembly("mve/column", {}, ("int8_t *to", "const int8_t *from", "int stride", "int n"))
+FARTHEST = 8191  # bytes from an element to the next of a column
 UNROLL = 8  # groups of 16 products in a loop at the most
 
 
@@ -85,6 +87,43 @@ def find_zero(context: dict[str, Any], end: End) -> int:
     return 0 if end.scale == "none" else int(context["tail"][0]["attrs"].get("zero_point", 0))
 
 
+@form(block=(128, 64, 32))
+def multiply_columns(kernel: Kernel, context: dict[str, Any], room: int, block: int) -> Kernel | None:
+    """Input gradients of 1 x 1 convolutions, as above: (H, W, O) int8 by (O, 1, 1, C) int8, stride 1, 4 <= C."""
+    out, attrs, (x, w, *start) = context["out"], context["attrs"], context["ins"]
+    if context["tile"] or context["rows"] is not None or x["steps"] or start:
+        return None
+    if (x["dtype"], w["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
+        return None
+    depth, *kernel_size, _ = w["shape"]
+    pixels, channels = out["shape"][1] * out["shape"][2], out["shape"][3]
+    if kernel_size != [1, 1] or attrs["groups"] > 1 or x["shape"][1:3] != out["shape"][1:3] or pixels < 2:
+        return None
+    if any(attrs["padding"]) or attrs["strides"] != [1, 1] or not 4 <= channels <= FARTHEST:
+        return None
+    end = find_gradient_end(context)
+
+    def place(block: int) -> dict[str, int]:
+        return lay_out(
+            {
+                "stream": (16 if end.scale == "none" else 32) + -(-depth // 16) * 64,
+                "row": depth,
+                "sums": 0 if end.result == "int8" else block * channels * SIZES[end.result],
+            }
+        )
+
+    shares = [pixels] if end.result == "int8" else [share_out(pixels, n) for n in (128, 64, 32, 16, 8, 4) if n <= block]
+    share = next((share for share in shares if place(share)["end"] <= room), 0)
+    if not share:
+        return None
+    at = place(share)
+    dot = asdict(end) | {"depth": depth, "step": depth, "stride": channels, "zero": 0, "unroll": UNROLL}
+    parts = assembly("mve/dot4x2", dot, DOT), assembly("mve/pack", {"depth": depth}, PACK), COLUMN
+    return make_form(
+        kernel, context | asdict(end) | {"block": share, "at": at}, "mve/conv2d_transpose", at["end"], *parts
+    )
+
+
 @form()
 def multiply_rows(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Four outputs at a time without scratch: (N, I) int8 by (O, I) int8 in one piece, or filters of 1 x 1."""
@@ -128,7 +167,7 @@ def _convolve_channels(kernel: Kernel, context: dict[str, Any], end: End, room: 
     high, wide = ((k - 1) * d + 1 for k, d in zip(window, attrs["dilation"], strict=True))
     (sh, sw), (_, left, _, right), count = attrs["strides"], attrs["padding"], out["shape"][2]
     vectors = -(-high * wide // 16)
-    if vectors > 4 or 3 * sw * high + 16 * (vectors - 1) > 127 or 7 * x["strides"][2] > 65535:
+    if vectors > 4 or 3 * sw * high + 16 * (vectors - 1) > 127 or x["strides"][2] > FARTHEST:
         return None
     lanes = 1 if end.result == "int8" else 8 if end.bits else min(4, channels)
     pixel = out["strides"][2] if end.result == "int8" else lanes
