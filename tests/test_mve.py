@@ -144,6 +144,10 @@ def backward_cases() -> Iterator[Case]:
             end = ("masked", "added", "sums")[turn]
             graph = backward((h, w), 3 + 5 * (h % 2), 1, end, bool(turn % 2), groups=3 + 5 * (h % 2), **more)
             yield Case(f"back {h}x{w} depthwise {kernel} {padding} {end}", graph)
+    for kernel, strides, dilation in product([(3, 3), (5, 5)], [(2, 2), (3, 1), (1, 2)], [(1, 1), (1, 2)]):
+        more = {"groups": 5, "kernel": kernel, "strides": strides, "dilation": dilation, "padding": (1, 1, 1, 1)}
+        graph = backward((4, 7), 5, 1, "masked", **more)
+        yield Case(f"back 4x7 depthwise {kernel} {strides} {dilation}", graph)
 
 
 def piece_cases() -> Iterator[Case]:

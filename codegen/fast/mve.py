@@ -147,12 +147,12 @@ def multiply_rows(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
 def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """(H, W, C) int8 by (C, KH, KW, 1) int8 or int16, where a window has no more than 64 elements, holes among them."""
     end = find_end(context, context["ins"][0]["shape"][3])
-    return _convolve_channels(kernel, context | {"turned": False}, end, room)
+    return _convolve_channels(kernel, context | {"turned": False, "spread": [1, 1]}, end, room)
 
 
 @form()
 def convolve_channels_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
-    """The input gradient for stride 1: the same with windows from their ends."""
+    """The input gradient: the same with windows from their ends."""
     turned = turn_windows(context)
     return _convolve_channels(kernel, turned, find_gradient_end(context), room) if turned else None
 
@@ -171,7 +171,10 @@ def _convolve_channels(kernel: Kernel, context: dict[str, Any], end: End, room: 
         return None
     lanes = 1 if end.result == "int8" else 8 if end.bits else min(4, channels)
     pixel = out["strides"][2] if end.result == "int8" else lanes
-    size = max((width + left + right) * high, ((count + 3) // 4 * 4 - 1) * sw * high + 16 * vectors)
+    size = max(
+        (left + (width - 1) * context["spread"][1] + 1 + right) * high,
+        ((count + 3) // 4 * 4 - 1) * sw * high + 16 * vectors,
+    )
 
     def place(band: int) -> dict[str, int]:
         return lay_out(
@@ -202,6 +205,7 @@ def _convolve_channels(kernel: Kernel, context: dict[str, Any], end: End, room: 
         "pixel": pixel,
         "line": out["strides"][1] if end.result == "int8" else count * pixel,
         "padding": left,
+        "spread": context["spread"][1],
         "less": attrs.get("zero_point", 0),
         "zero": find_zero(context, end),
         "turning": new < high,
