@@ -110,6 +110,17 @@ def depthwise_cases() -> Iterator[Case]:
         yield depthwise((9, 9, 4), (3, 3), dilation=dilation, padding=(2, 1, 0, 2))
 
 
+def exponent_cases() -> Iterator[Case]:
+    """Results scaled as CMSIS-NN does."""
+    for depth, mask, limits in product((3, 16, 40, 300), (False, True), ((-128, 127), (-7, 60))):
+        for room in (EVERYTHING, 0):
+            graph = convolution((3, 5, depth), 8, (1, 1), "tflite", mask=mask, limits=limits)
+            yield Case(f"1x1 3x5 {depth}->8 tflite {mask} {limits} in {room}", graph, room)
+    for size, mask in product((3, 5, 7), (False, True)):
+        yield depthwise((8, 7, 8), (size, size), "tflite", mask=mask, padding=(size // 2,) * 4)
+    yield Case("3x3 tflite add", convolution((9, 15, 6), 5, (3, 3), "tflite", add=True))
+
+
 def sum_cases() -> Iterator[Case]:
     """Two int8 of different scales, alone and behind a convolution."""
     ways = {
@@ -172,6 +183,7 @@ CASES = [
     *vector_cases(),
     *window_cases(),
     *depthwise_cases(),
+    *exponent_cases(),
     *sum_cases(),
     *backward_cases(),
     *piece_cases(),

@@ -17,6 +17,7 @@ PACK = ("int8_t *to", "const int8_t *from", "int32_t *bias", "int less")
 MOST = 8192  # bytes of scratch, where sums of more than one row are kept
 COLUMN = assembly("mve/column", {}, ("int8_t *to", "const int8_t *from", "int stride", "int n"))
 FARTHEST = 8191  # bytes from an element to the next of a column
+HEADS = {"none": 16, "tflite": 48}  # bytes of biases, multipliers, exponents
 UNROLL = 8  # groups of 16 products in a loop at the most
 
 
@@ -35,7 +36,7 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int) -> 
     if attrs["groups"] > 1 or channels < 4 or pixels < 2:
         return None
     taps = kernel_size[0] * kernel_size[1] * depth
-    end = find_end(context, channels)
+    end = find_vector_end(context, channels)
     added = add_result(context, end)
     end = added[0] if added else end
     plain = kernel_size == [1, 1] and not any(attrs["padding"]) and (single_row or attrs["strides"] == [1, 1])
@@ -44,7 +45,7 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int) -> 
     def place(block: int) -> dict[str, int]:
         return lay_out(
             {
-                "stream": (16 if end.scale == "none" else 32) + -(-taps // 16) * 64,
+                "stream": HEADS.get(end.scale, 32) + -(-taps // 16) * 64,
                 "row": taps * gathered,
                 "windows": 0 if plain else block * taps,
                 "sums": 0 if direct else block * channels * SIZES[end.result],
@@ -68,6 +69,16 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int) -> 
     more = asdict(end) | {"block": share, "at": at, "plain": plain, "step": step, "gathered": gathered}
     more |= {"direct": direct}
     return make_form(kernel, context | more, "mve/conv2d", at["end"], *parts)
+
+
+def find_vector_end(context: Mapping[str, Any], channels: int) -> End:
+    """What of the tail can be done at once; scale: "tflite", too."""
+    tail = context["tail"]
+    if not tail or tail[0]["op"] != "qnn_requantize" or len(tail[0]["operands"]) != 3:
+        return find_end(context, channels)
+    first = tail[0] | {"operands": tail[0]["operands"][:2]}
+    end = find_end({**context, "tail": [first, *tail[1:]]}, channels)
+    return end if end.scale == "none" else replace(end, scale="tflite")
 
 
 def add_result(context: Mapping[str, Any], end: End) -> tuple[End, Kernel] | None:
@@ -106,7 +117,7 @@ def multiply_columns(kernel: Kernel, context: dict[str, Any], room: int, block: 
     def place(block: int) -> dict[str, int]:
         return lay_out(
             {
-                "stream": (16 if end.scale == "none" else 32) + -(-depth // 16) * 64,
+                "stream": HEADS.get(end.scale, 32) + -(-depth // 16) * 64,
                 "row": depth,
                 "sums": 0 if end.result == "int8" else block * channels * SIZES[end.result],
             }
@@ -136,7 +147,7 @@ def multiply_rows(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
         return None
     if len(w["segments"]) > 1 or channels < 4:
         return None
-    end = replace(find_end(context, channels), bits=False)
+    end = replace(find_vector_end(context, channels), bits=False)
     less = attrs.get("zero_point", 0)
     dot = asdict(end) | {"depth": depth, "less": less, "zero": find_zero(context, end)}
     part = assembly("mve/dot1x4", dot, ("const int8_t *x", "const int32_t *stream", "void *y", "const int8_t *w"))
@@ -146,7 +157,7 @@ def multiply_rows(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
 @form()
 def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """(H, W, C) int8 by (C, KH, KW, 1) int8 or int16, where a window has no more than 64 elements, holes among them."""
-    end = find_end(context, context["ins"][0]["shape"][3])
+    end = find_vector_end(context, context["ins"][0]["shape"][3])
     return _convolve_channels(kernel, context | {"turned": False, "spread": [1, 1]}, end, room)
 
 
