@@ -155,6 +155,13 @@ def backward_cases() -> Iterator[Case]:
             end = ("masked", "added", "sums")[turn]
             graph = backward((h, w), 3 + 5 * (h % 2), 1, end, bool(turn % 2), groups=3 + 5 * (h % 2), **more)
             yield Case(f"back {h}x{w} depthwise {kernel} {padding} {end}", graph)
+    for (h, w), c, o, part in product([(1, 1), (1, 3), (5, 5), (4, 8)], [2, 3, 8], [6, 12], (0, 1)):
+        builder = Builder()
+        inputs = [Value("x", TensorType((1, h, w, c), "int8")), Value("g", TensorType((1, h, w, o), "int8"))]
+        options = {"kernel_size": (1, 1), "zero_point": -5, "out_channels": o - part}
+        y = builder.call("qnn.conv2d_weight_grad", *inputs, **options)
+        graph = Graph("main", tuple(inputs), nodes=tuple(builder.nodes), outputs=(y,)).renumbered()
+        yield Case(f"weight gradient {h}x{w} {c}x{o - part} of {o}", graph, (EVERYTHING, 600)[part])
     for kernel, strides, dilation in product([(3, 3), (5, 5)], [(2, 2), (3, 1), (1, 2)], [(1, 1), (1, 2)]):
         more = {"groups": 5, "kernel": kernel, "strides": strides, "dilation": dilation, "padding": (1, 1, 1, 1)}
         graph = backward((4, 7), 5, 1, "masked", **more)

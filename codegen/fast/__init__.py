@@ -43,6 +43,7 @@ VECTORS: Forms = {
     "depthwise_conv2d": (mve.convolve_channels,),
     "depthwise_conv2d_transpose": (mve.convolve_channels_back,),
     "conv2d_transpose": (mve.multiply_columns,),
+    "conv2d_weight_grad": (mve.correlate,),
     "elementwise_loop": (mve.add,),
 }
 MVE: Forms = {template: (*VECTORS.get(template, ()), *DSP.get(template, ())) for template in {**DSP, **VECTORS}}

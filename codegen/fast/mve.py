@@ -136,6 +136,35 @@ def multiply_columns(kernel: Kernel, context: dict[str, Any], room: int, block: 
 
 
 @form()
+def correlate(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Weight gradients of 1 x 1 convolutions: (H, W, C) int8 by (H, W, O) int8, stride 1, 4 <= O."""
+    attrs, (x, g), out = context["attrs"], context["ins"], context["out"]
+    if context["tile"] or context["rows"] is not None or g["steps"]:
+        return None
+    if (x["dtype"], g["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
+        return None
+    outputs, *window, channels = out["shape"]
+    if window != [1, 1] or attrs["groups"] > 1 or any(attrs["padding"]) or attrs["strides"] != [1, 1]:
+        return None
+    if outputs < 4 or channels < 2 or max(channels, g["shape"][3]) > FARTHEST:
+        return None
+    pixels = x["shape"][1] * x["shape"][2]
+
+    def place(block: int) -> dict[str, int]:
+        head = HEADS["none"] + -(-pixels // 16) * 64
+        return lay_out({"stream": head, "row": pixels, "panel": block * pixels, "sums": block * 16})
+
+    blocks = (channels - channels % 2, *(n for n in (128, 64, 32, 16, 8, 4, 2) if n < channels))
+    block = next((n for n in blocks if place(n)["end"] <= room), 0)
+    if not block:
+        return None
+    at = place(block)
+    dot = asdict(End()) | {"depth": pixels, "step": pixels, "stride": 4, "zero": 0, "unroll": UNROLL}
+    parts = assembly("mve/dot4x2", dot, DOT), assembly("mve/pack", {"depth": pixels}, PACK), COLUMN
+    return make_form(kernel, context | {"block": block, "at": at}, "mve/conv2d_weight_grad", at["end"], *parts)
+
+
+@form()
 def multiply_rows(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Four outputs at a time without scratch: (N, I) int8 by (O, I) int8 in one piece, or filters of 1 x 1."""
     x, w, *_ = context["ins"]
