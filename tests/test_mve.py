@@ -26,7 +26,7 @@ if not find_toolchains() or not find_qemu():
 
 def product_cases() -> Iterator[Case]:
     """1 x 1: numbers of pixels, channels in and out, ends."""
-    for turn, ((h, w), c, o) in enumerate(product([(1, 2), (1, 3), (5, 5)], [1, 3, 15, 16, 17, 32, 40, 81], [4, 5, 7])):
+    for turn, ((h, w), c, o) in enumerate(product([(1, 2), (5, 5)], [1, 3, 15, 16, 17, 32, 40, 81], [4, 5, 7])):
         scale = ("float", "fixed")[turn % 2]
         yield Case(f"1x1 {h}x{w} {c}->{o} {scale}", convolution((h, w, c), o, (1, 1), scale))
     for c, o in ((300, 6), (176, 7), (130, 132), (250, 16)):
@@ -65,7 +65,7 @@ def vector_cases() -> Iterator[Case]:
 def window_cases() -> Iterator[Case]:
     """k x k: strides, paddings, dilations."""
     sizes, kernels = [(5, 5), (8, 3), (9, 12)], [(3, 3), (1, 5), (2, 2), (5, 3)]
-    for (h, w), c, kernel in product(sizes, [1, 4, 6], kernels):
+    for (h, w), c, kernel in product(sizes, [1, 6], kernels):
         for stride, padding in (((1, 1), (1, 1, 1, 1)), ((2, 2), (0, 1, 1, 0)), ((1, 2), (0, 0, 0, 0))):
             if kernel[0] <= h + padding[0] + padding[2] and kernel[1] <= w + padding[1] + padding[3]:
                 graph = convolution((h, w, c), 5, kernel, strides=stride, padding=padding)
@@ -93,7 +93,7 @@ def depthwise_cases() -> Iterator[Case]:
         for x, kernel, padding, stride in product(sizes, kernels, paddings, strides)
         if kernel[0] <= x[0] + padding[0] + padding[2] and kernel[1] <= x[1] + padding[1] + padding[3]
     ]
-    for turn, ((h, w), kernel, padding, stride) in enumerate(fitting[::7]):
+    for turn, ((h, w), kernel, padding, stride) in enumerate(fitting[::17]):
         scale, zero, c = ("float", "fixed")[turn % 2], (3, -128, 127)[turn % 3], (2, 3, 5, 8)[turn // 5 % 4]
         yield depthwise((h, w, c), kernel, scale, strides=stride, padding=padding, zero=zero)
     for size, stride in product((3, 5, 7), ((1, 1), (2, 2))):
@@ -102,8 +102,10 @@ def depthwise_cases() -> Iterator[Case]:
         yield depthwise((11, 31, 6), (size, size), "float", zero=127, **more)
         for mask, limits in ((True, (-128, 127)), (True, (-7, 60)), (False, (-7, 60))):
             more |= {"mask": mask, "limits": limits, "weights": "int16", "split": (0, 3)}
-            yield depthwise((7, 6, 8), (size, size), "fixed", **more)
-            yield depthwise((14, 13, 8), (size, size), "float", 700, **more)
+            yield depthwise(
+                (14, 13, 8), (size, size), *(("fixed", EVERYTHING) if stride == (1, 1) else ("float", 700)), **more
+            )
+    for size in (3, 5, 7):
         yield depthwise((15, 13, 6), (size, size), "fixed", 700, padding=(size // 2,) * 4, add=True)
         yield depthwise((6, 6, 5), (size, size), "fixed", padding=(size // 2,) * 4, shift=2)
     for dilation in ((2, 2), (1, 2), (3, 1)):
@@ -129,7 +131,7 @@ def sum_cases() -> Iterator[Case]:
         "unsigned": {"bits": 0, "unsigned": True},
         "tflite": {"tflite": True},
     }
-    for (name, way), shape, mine in product(ways.items(), [(1, 1, 1, 1), (1, 3, 5, 7), (1, 4, 4, 16)], (None, 0, 1)):
+    for (name, way), shape, mine in product(ways.items(), [(1, 1, 1, 1), (1, 3, 5, 7)], (None, 0, 1)):
         builder = Builder()
         a, b = (Value(name, TensorType(shape, "int8")) for name in "xy")
         terms = {"a_scale": 0.1, "a_zero": -7, "b_scale": 0.083, "b_zero": 127, "scale": 0.14, "zero_point": -128}
@@ -140,7 +142,7 @@ def sum_cases() -> Iterator[Case]:
 
 def backward_cases() -> Iterator[Case]:
     """Input gradients of pointwise and depthwise convolutions, in integers."""
-    for pixels, depth, channels in product([(1, 2), (1, 3), (5, 5)], [1, 15, 16, 17, 40], [4, 7, 8]):
+    for pixels, depth, channels in product([(1, 3), (5, 5)], [1, 16, 17, 40], [4, 7]):
         yield Case(f"back {pixels} {depth}->{channels}", backward(pixels, depth, channels, "masked"))
     for end, single, (depth, channels) in product(("sums", "added", "rescaled"), (False, True), [(6, 8), (97, 10)]):
         yield Case(f"back 4x5 {depth}->{channels} {end} {single}", backward((4, 5), depth, channels, end, single))
@@ -155,7 +157,7 @@ def backward_cases() -> Iterator[Case]:
             end = ("masked", "added", "sums")[turn]
             graph = backward((h, w), 3 + 5 * (h % 2), 1, end, bool(turn % 2), groups=3 + 5 * (h % 2), **more)
             yield Case(f"back {h}x{w} depthwise {kernel} {padding} {end}", graph)
-    for (h, w), c, o, part in product([(1, 1), (1, 3), (5, 5), (4, 8)], [2, 3, 8], [6, 12], (0, 1)):
+    for (h, w), c, o, part in product([(1, 3), (5, 5)], [2, 3, 8], [6, 12], (0, 1)):
         builder = Builder()
         inputs = [Value("x", TensorType((1, h, w, c), "int8")), Value("g", TensorType((1, h, w, o), "int8"))]
         options = {"kernel_size": (1, 1), "zero_point": -5, "out_channels": o - part}
@@ -209,32 +211,36 @@ def test_each_case_has_its_vectors() -> None:
     assert {name for name, parts in leaves.items() if not all(k.template.startswith("mve/") for k in parts)} == set()
 
 
-@pytest.mark.parametrize("build", BUILDS, ids=" ".join)
-def test_every_bit(build: tuple[str, str], tmp_path: Path) -> None:
-    core = CalledCore(tmp_path, emit_kernels(NAMES, "t"), [*NAMES.values()], CORTEX_M55, *build)
-    requests: list[Request] = []
-    expected: list[tuple[str, int, list[bytes]]] = []
-    for case in CASES:
+@pytest.fixture(scope="module")
+def requests() -> list[tuple[str, Request, slice, list[bytes]]]:
+    """Of each case, with several data: its call, which buffers are its results, and what they are to hold."""
+    result = []
+    for case, (seed, spread) in product(CASES, enumerate(SPREADS)):
         call = case.choose(MVE)
         assert call.kernel.scratch <= case.room + scratch_bytes(case.graph.nodes[0])
-        for seed, spread in enumerate(SPREADS):
-            arrays = draw(case.graph, seed, spread)
-            packed = [np.frombuffer(pack(a, v), np.uint8) for a, v in zip(arrays, case.graph.inputs, strict=True)]
-            values = dict(zip([v.name for v in case.graph.inputs], packed, strict=True))
-            taken = [case.graph.nodes[0].overwrites.get(v.name) for v in call.outputs]
-            made = [
-                values[old.name] if old else np.full(v.type.nbytes, 0 if v.type.dtype == "bit" else 0xA5, np.uint8)
-                for v, old in zip(call.outputs, taken, strict=True)
-            ]
-            scratch = [np.full(call.kernel.scratch, 0xA5, np.uint8)] if call.kernel.scratch else []
-            requests.append((NAMES[call.kernel], [], [values[v.name] for v in call.inputs] + made + scratch))
-            outputs = [
-                pack(a, v) for a, v in zip(evaluate(case.graph, arrays).outputs, case.graph.outputs, strict=True)
-            ]
-            expected.append((f"{case.id}, {spread}", len(call.inputs), outputs))
+        arrays = draw(case.graph, seed, spread)
+        packed = [np.frombuffer(pack(a, v), np.uint8) for a, v in zip(arrays, case.graph.inputs, strict=True)]
+        values = dict(zip([v.name for v in case.graph.inputs], packed, strict=True))
+        taken = [case.graph.nodes[0].overwrites.get(v.name) for v in call.outputs]
+        made = [
+            values[old.name] if old else np.full(v.type.nbytes, 0 if v.type.dtype == "bit" else 0xA5, np.uint8)
+            for v, old in zip(call.outputs, taken, strict=True)
+        ]
+        scratch = [np.full(call.kernel.scratch, 0xA5, np.uint8)] if call.kernel.scratch else []
+        request = (NAMES[call.kernel], [], [values[v.name] for v in call.inputs] + made + scratch)
+        outputs = [pack(a, v) for a, v in zip(evaluate(case.graph, arrays).outputs, case.graph.outputs, strict=True)]
+        first = len(call.inputs)
+        result.append((f"{case.id}, {spread}", request, slice(first, first + len(outputs)), outputs))
+    return result
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=" ".join)
+def test_every_bit(build: tuple[str, str], requests, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    core = CalledCore(tmp_path, emit_kernels(NAMES, "t"), [*NAMES.values()], CORTEX_M55, *build)
+    found = core.call([request for _, request, _, _ in requests])
     wrong = [
         name
-        for (name, first, outputs), (memory, _) in zip(expected, core.call(requests), strict=True)
-        if memory[first : first + len(outputs)] != outputs
+        for (name, _, results, outputs), (memory, _) in zip(requests, found, strict=True)
+        if memory[results] != outputs
     ]
     assert wrong == []
