@@ -57,8 +57,8 @@ def vector_cases() -> Iterator[Case]:
         yield Case(f"dense {n}x{depth}->{channels}", matrix(n, depth, channels))
     for turn, (zero, mask) in enumerate(product((0, -128, 127, -1), (False, True))):
         more = {"zero": zero, "mask": mask, "strides": (1 + mask, 1), "add": turn > 3}
-        graph = convolution((3, 5, 20), 6, (1, 1), ("float", "fixed")[turn % 2], **more)
-        yield Case(f"1x1 3x5 20->6 {more}, no room", graph, 0)
+        graph = convolution((3, 5, 300), 6, (1, 1), ("float", "fixed")[turn % 2], **more)
+        yield Case(f"1x1 3x5 300->6 {more}, no room", graph, 0)
     yield Case("1x1 1x1 9->8", convolution((1, 1, 9), 8, (1, 1)))
 
 
