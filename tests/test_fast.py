@@ -259,7 +259,7 @@ def piece_cases() -> Iterator[Case]:
             more = [wide, wide | {"strides": stride}, wide | {"mask": True}]
             yield Case(f"rows {c} channels {stride} {scale} {size}", chain((13, 9, c), more, strategy="rows"))
     wide = {"channels": 40, "kernel": (3, 3), "padding": (1, 1, 1, 1), "zero": -128}
-    graph = chain((7, 5, 6), [wide, {"channels": 5, "kernel": (1, 1)}], strategy="rows")
+    graph = chain((7, 5, 60), [wide, {"channels": 5, "kernel": (1, 1)}], strategy="rows")
     yield Case("rows of 1x1 behind 3x3, no room", graph, 0, fast=False)  # the window has none
     for width in (4, 2):
         first = {"channels": 8, "kernel": (3, 3), "padding": (1, 1, 1, 1), "groups": 8}
