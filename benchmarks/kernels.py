@@ -98,7 +98,7 @@ def _export(artifact: tte.Artifact, folder: Path) -> Measured:
 
 
 @cache
-def published(scheme: str, plan: str | int, folder: Path) -> Measured:
+def published(scheme: str, plan: str | int, folder: Path, target: str = "cortex-m7") -> Measured:
     """One of MIT's int8 models; but for the fastest plan the picture comes row by row."""
     name, _, more = scheme.partition(", ")
     rules = load_scheme(name)
@@ -107,8 +107,8 @@ def published(scheme: str, plan: str | int, folder: Path) -> Measured:
         rules["quantized"] = rules.get("quantized", {}) | {"gradients": "int8"}
     model = import_published(name.rpartition("-")[0], CLASSES)
     place = "caller" if plan == "fastest" else "rows"
-    artifact = tte.compile(model, update_scheme=rules, memory_plan=plan, input=place)
-    return _export(artifact, folder / f"{scheme}-{plan}".replace(", ", "-").replace(" ", "-"))
+    artifact = tte.compile(model, update_scheme=rules, target=target, memory_plan=plan, input=place)
+    return _export(artifact, folder / f"{scheme}-{plan}-{target}".replace(", ", "-").replace(" ", "-"))
 
 
 def list_training(folder: Path) -> Iterator[Figure]:
@@ -178,16 +178,15 @@ def list_vectors(folder: Path) -> Iterator[Figure]:
     def compile_network(name: str, target: str) -> tte.Artifact:
         if name in CMSIS_NN:
             return mlperf.compile_int8(name, folder, target)
-        model = import_published(name.rpartition("-")[0], CLASSES)
-        return tte.compile(model, update_scheme=load_scheme(name), target=target, memory_plan="fastest")
+        return published(name, "fastest", folder, target).artifact
 
-    for name in ("mcunet-5fps-49kb", *CMSIS_NN):
+    for name in ("mcunet-5fps-49kb", "mcunet-5fps-49kb, int8 gradients", *CMSIS_NN):
         artifact, before = (compile_network(name, target) for target in ("cortex-m55", "cortex-m33"))
         counts = {toolchain: layers.count_network(artifact, toolchain) for toolchain in TOOLCHAINS}
         anchors = layers.count_network(before, TOOLCHAINS[0])
         for i, program in enumerate(("inference", "step")):
             values = {toolchain: counts[toolchain][i] for toolchain in TOOLCHAINS}
-            yield Figure(f"{name}, Cortex-M55", f"{program}, instructions", values, anchors[i], "without vectors")
+            yield Figure(f"Cortex-M55, {name}", f"{program}, instructions", values, anchors[i], "without vectors")
 
 
 TABLES = {
