@@ -43,6 +43,7 @@ FLASH = {"mcunet-5fps-49kb": 640 * 1024}
 INFERENCE = {"resnet8": 0.5, "mobilenet": 0.5, "dscnn": 0.5, "autoencoder": 0.6}  # of CMSIS-NN
 FLOAT_STEP = 2.2
 PLANS = {"smallest": None, "auto": None, 40 * 1024: None, 48 * 1024: 1.08, 64 * 1024: None}
+LEAST_FLASH = 560 * 1024  # bytes of flash, for size
 FLAGS = {"-O0": 1.5, "-Os": 1.1, "-O3": None}  # times the instructions of -O2
 
 NOTE = (
@@ -74,9 +75,9 @@ class Measured:
 
     artifact: tte.Artifact
     folder: Path
-    known: dict[tuple[str, str], Profile] = field(default_factory=dict)
+    known: dict[tuple[str, str | None], Profile] = field(default_factory=dict)
 
-    def profile(self, toolchain: str, optimize: str = "-O2") -> Profile:
+    def profile(self, toolchain: str, optimize: str | None = None) -> Profile:
         key = toolchain, optimize
         if key not in self.known:
             self.known[key] = profile(self.folder, toolchain, optimize)
@@ -98,7 +99,7 @@ def _export(artifact: tte.Artifact, folder: Path) -> Measured:
 
 
 @cache
-def published(scheme: str, plan: str | int, folder: Path, target: str = "cortex-m7") -> Measured:
+def published(scheme: str, plan: str | int, folder: Path, code: str = "speed", target: str = "cortex-m7") -> Measured:
     """One of MIT's int8 models; but for the fastest plan the picture comes row by row."""
     name, _, more = scheme.partition(", ")
     rules = load_scheme(name)
@@ -107,8 +108,8 @@ def published(scheme: str, plan: str | int, folder: Path, target: str = "cortex-
         rules["quantized"] = rules.get("quantized", {}) | {"gradients": "int8"}
     model = import_published(name.rpartition("-")[0], CLASSES)
     place = "caller" if plan == "fastest" else "rows"
-    artifact = tte.compile(model, update_scheme=rules, target=target, memory_plan=plan, input=place)
-    return _export(artifact, folder / f"{scheme}-{plan}-{target}".replace(", ", "-").replace(" ", "-"))
+    artifact = tte.compile(model, update_scheme=rules, target=target, memory_plan=plan, input=place, optimize=code)
+    return _export(artifact, folder / f"{scheme}-{plan}-{code}-{target}".replace(", ", "-").replace(" ", "-"))
 
 
 def list_training(folder: Path) -> Iterator[Figure]:
@@ -178,7 +179,7 @@ def list_vectors(folder: Path) -> Iterator[Figure]:
     def compile_network(name: str, target: str) -> tte.Artifact:
         if name in CMSIS_NN:
             return mlperf.compile_int8(name, folder, target)
-        return published(name, "fastest", folder, target).artifact
+        return published(name, "fastest", folder, target=target).artifact
 
     for name in ("mcunet-5fps-49kb", "mcunet-5fps-49kb, int8 gradients", *CMSIS_NN):
         artifact, before = (compile_network(name, target) for target in ("cortex-m55", "cortex-m33"))
@@ -189,8 +190,21 @@ def list_vectors(folder: Path) -> Iterator[Figure]:
             yield Figure(f"Cortex-M55, {name}", f"{program}, instructions", values, anchors[i], "without vectors")
 
 
+def list_size(folder: Path) -> Iterator[Figure]:
+    """What least code takes, and what it costs."""
+    scheme = "mcunet-5fps-49kb"
+    network = f"{scheme}, fastest plan, --optimize size"
+    small, fast = (published(scheme, "fastest", folder, code) for code in ("size", "speed"))
+    yield Figure(network, "flash, bytes", small.each(lambda p: p.flash_bytes), goal=LEAST_FLASH)
+    for program, name in (("infer", "forward"), ("train_step", "step")):
+        counts = zip(small.instructions(program).items(), fast.instructions(program).values(), strict=True)
+        ratios = {toolchain: round(small / fast, 3) for (toolchain, small), fast in counts}
+        yield Figure(network, f"{name}, instructions / those for speed", ratios)
+
+
 TABLES = {
     "training": list_training,
+    "size": list_size,
     "inference": list_inference,
     "float": list_float,
     "flags": list_flags,

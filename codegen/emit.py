@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from tte.codegen.kernel import CTYPES, Kernel
 from tte.codegen.measured import Measured
 from tte.codegen.plan import Plan
 from tte.codegen.schedule import Call, Room, schedule
+from tte.codegen.share import share
 from tte.ir import Const, Graph, Node, Param, TensorType, Value
 from tte.ir.rows import STRATEGIES, expand, in_pieces
 from tte.ops.quantized import add_terms, tflite_terms
+from tte.target import FLAG
 
 # What makes integers of floats: a NaN would not reach the loss.
 NAN_ENDS = ("qnn_quantize", "qnn_round")
+
+INTEGER_LOSS = "qnn.integer_cross_entropy"  # of logits, labels, factors of exponentials
 
 HERE = Path(__file__).parent
 RUNTIME = HERE.parent / "runtime_c"
@@ -30,18 +35,19 @@ RUNTIME = HERE.parent / "runtime_c"
 
 @dataclass(frozen=True)
 class Program:
-    """One entry point: ``role`` is "infer", "evaluate" or "train"; ``room`` and so on: see ``schedule``."""
+    """One entry point: ``role`` is "infer", "evaluate" or "train"; the rest: see ``schedule``."""
 
     role: str
     graph: Graph
     plan: Plan
     room: Room | None = None
     measured: Measured = field(default_factory=dict)
+    optimize: str = "speed"
     forms: Forms = field(default_factory=lambda: DSP)
 
     @functools.cached_property
     def calls(self) -> list[Call]:
-        return schedule(self.graph, self.room, self.measured, self.forms)
+        return schedule(self.graph, self.room, self.measured, self.optimize, self.forms)
 
     @property
     def input_offset(self) -> int | None:
@@ -71,6 +77,7 @@ class Interface:
     version: str
     arena: str = "static"
     input_place: str = "caller"
+    optimize: str = "speed"
     selftest: bool = True
     notes: tuple[str, ...] = field(default=())
 
@@ -82,14 +89,16 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     constants = _constants(programs)
     names = _c_names(interface.name, constants)
     kernels: dict[Kernel, str] = {}
+    for kernel in (k for program in programs for call in program.calls for k in call.kernel.family()):
+        if kernel not in kernels:
+            kernels[kernel] = f"{interface.name}_k{len(kernels):02d}_{kernel.template.rpartition('/')[2]}"
+    functions = _functions(environment, kernels, interface.optimize == "size")
+    instead = {f["name"]: f["instead"] for f in functions["functions"] if f["instead"]}
+    symbols = {kernel: instead.get(name, name) for kernel, name in kernels.items()}
     bodies, listed = [], {}
     for program in programs:
-        calls = program.calls
-        for kernel in (k for call in calls for k in call.kernel.family()):
-            if kernel not in kernels:
-                kernels[kernel] = f"{interface.name}_k{len(kernels):02d}_{kernel.template.rpartition('/')[2]}"
-        bodies.append(_program(program, calls, kernels, layout, names))
-        listed[program.role] = [_list_call(program.graph.nodes[c.node], c, kernels) for c in calls]
+        bodies.append(_program(program, program.calls, kernels, layout, names))
+        listed[program.role] = [_list_call(program.graph.nodes[c.node], c, symbols) for c in program.calls]
     used = {call for body in bodies for call in body["constants"]}
     slots = []
     for i, (param, offset) in enumerate(layout.slots):
@@ -98,14 +107,17 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     context = {
         "api": interface,
         "programs": bodies,
-        **_functions(environment, kernels),
+        "forward": _find_forward({body["role"]: body["calls"] for body in bodies}),
+        **functions,
         "weights": [_array(names[c.name], c) for c in constants if names[c.name] in used] + slots,
         "state": layout,
         "slots": slots,
         "hash_bytes": [str(b) for b in bytes.fromhex(interface.model_hash)[:16]],
+        "integer_logits": any(node.op == INTEGER_LOSS for program in programs for node in program.graph.nodes),
         "macs": {program.role: sum(node.macs for node in program.graph.nodes) for program in programs},
         "arena_bytes": max(1, *(program.plan.arena_bytes for program in programs)),
         "input_offset": programs[0].input_offset,
+        "flag": FLAG[interface.optimize],
         "ctype": CTYPES,
     }
     paths = {template: path.format(m=interface.name) for template, path in FILES.items()}
@@ -187,8 +199,7 @@ def _program(
                 "comment": _comment(node, updated),
                 "takes_rows": any(member.op == "source" for member in expand(node)),
                 "is_loss": bool(graph.updates or program.role == "evaluate") and node.output == graph.outputs[0],
-                "logits": storage.pointer(node.inputs[0]),
-                "logits_size": node.inputs[0].type.shape[-1] if node.inputs[0].type.rank else 1,
+                "logits": [storage.pointer(v) for v in (node.inputs if node.op == INTEGER_LOSS else node.inputs[:1])],
                 "loss": storage.pointer(node.output),
                 "op": node.op,
             }
@@ -206,6 +217,12 @@ def _program(
         "constants": list(storage.used),
         "reads_target": any("target" in row["arguments"] for row in rows),
     }
+
+
+def _find_forward(calls: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The calls that inference and evaluation begin with."""
+    both = zip(calls["infer"], calls["evaluate"], strict=False)
+    return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], both)]
 
 
 class _Storage:
@@ -376,6 +393,7 @@ def _description(interface: Interface, layout: StateLayout, programs: Sequence[P
         "loss": interface.loss,
         "learning_rate": interface.learning_rate,
         "arena": interface.arena,
+        "optimize": interface.optimize,
         "arena_bytes": max(p.plan.arena_bytes for p in programs),
         "state_bytes": layout.nbytes,
         "state": [{"name": p.name, "offset": at} | tensor(p.type) for p, at in layout.slots],
@@ -394,7 +412,7 @@ def emit_kernels(kernels: Mapping[Kernel, str], prefix: str) -> dict[str, str]:
     return {Path(path).name: text for path, text in files.items()}
 
 
-def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -> dict[str, Any]:
+def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str], shared: bool = False) -> dict[str, Any]:
     """What the templates print of each kernel: its name, arguments and body; and whether any looks for NaN."""
     result: list[dict[str, Any]] = []
     for kernel, name in kernels.items():
@@ -405,6 +423,8 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -
             "portable": "",
             "stack": 0,
             "needs": "MVE" if kernel.template.startswith("mve/") else "DSP",
+            "numbers": "",
+            "instead": "",
         } | kernel.arguments()
         function["parts"] = [kernels[part] for part in kernel.parts]
         function["body"] = _kernel_body(environment, function)
@@ -413,6 +433,7 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str]) -
             function["portable"] = _kernel_body(environment, portable)
         result.append(function)
     finds_nan = any(s["op"] in NAN_ENDS for f in result for s in f["tail"])
+    result = share(result) if shared else result
     return {"functions": result, "finds_nan": finds_nan, "takes_rows": any(f["template"] == "source" for f in result)}
 
 

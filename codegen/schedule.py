@@ -38,30 +38,38 @@ Room = Mapping[int, int]  # node -> bytes of scratch that faster kernels may use
 
 @dataclass(frozen=True)
 class _Choice:
-    """How a call is made faster: bytes of scratch that there is room for, or None; what was measured; the forms."""
+    """How a call is made faster: bytes of scratch that there is room for, or None; by what is chosen."""
 
     room: int | None
     measured: Measured
+    optimize: str
     forms: Forms
 
     def quicken(self, call: Call) -> Call:
-        """The same by the fastest kernel whose scratch there is room for."""
+        """The same by the best kernel whose scratch there is room for."""
         if self.room is None:
             return call
-        return replace(call, kernel=quicken(call.kernel, self.room, self.measured, self.forms))
+        return replace(call, kernel=quicken(call.kernel, self.room, self.measured, self.optimize, self.forms))
 
 
-def schedule(graph: Graph, room: Room | None = None, measured: Measured = NOTHING, forms: Forms = DSP) -> list[Call]:
+def schedule(
+    graph: Graph,
+    room: Room | None = None,
+    measured: Measured = NOTHING,
+    optimize: str = "speed",
+    forms: Forms = DSP,
+) -> list[Call]:
     """One call per node that does work; views (another shape for the same bytes) do none.
 
     room: where kernels for some cores may be chosen; None for portable ones
     measured: by what they are chosen
+    optimize: "speed", or "size" for kernels whose code serves many shapes
     forms: among which
     """
     views: dict[str, str] = {}  # name of a view -> name of the value whose bytes it shows
     calls = []
     for i, node in enumerate(graph.nodes):
-        choice = _Choice(room.get(i, 0) if room is not None else None, measured, forms)
+        choice = _Choice(room.get(i, 0) if room is not None else None, measured, optimize, forms)
         if node.body is None and OPS[node.op].kind == "view":
             views[node.output.name] = views.get(node.inputs[0].name, node.inputs[0].name)
         elif stream := find_stream(node):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from tte.ir import OPS, Builder, Const, Graph, Node, Param, Value, find_anchor, rewrite
 from tte.passes.regions import wrap
 
-UPDATES = ("nn.sgd", "qnn.sgd")
+UPDATES = ("nn.sgd", "qnn.sgd", "qnn.integer_sgd")
 
 
 def fuse_updates(graph: Graph) -> Graph:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value, rewrite
+from tte.ops.gradients import integer_multiplier
 from tte.passes.quantized import bias_limit
 
 LEARNING_RATE = "learning_rate"
@@ -36,14 +37,13 @@ def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: s
         attrs: dict[str, Any] = {"layer": reader.layer}
         if param.type.quant is not None:
             factor, gradient = _fold_factor(_integer_factor(param, reader, qas), gradient, producer)
-            const = builder.const(factor.astype(np.float32))
             if param.type.dtype != "float32":
                 attrs["rounding"] = rounding
                 if param.type.dtype == "int32":
                     attrs["limit"] = bias_limit(reader.inputs[1], producer)
-                updates.append((param, builder.call("qnn.sgd", param, gradient, rate, const, **attrs)))
+                updates.append((param, _step(builder, param, gradient, rate, factor, producer, attrs)))
                 continue
-            gradient = builder.call("multiply", gradient, const, **attrs)
+            gradient = builder.call("multiply", gradient, builder.const(factor.astype(np.float32)), **attrs)
         elif (scale := _user_scale(param, qas)) is not None:
             square = _squeeze_uniform(scale) ** 2
             gradient = builder.call("multiply", gradient, builder.const(square.astype(np.float32)), **attrs)
@@ -58,6 +58,29 @@ def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: s
         ),
         builder.nodes,
     )
+
+
+def _step(
+    builder: Builder,
+    param: Param,
+    gradient: Value,
+    rate: Param,
+    factor: np.ndarray,
+    producer: Mapping[str, Node],
+    attrs: dict[str, Any],
+) -> Value:
+    """A step of stored integers: without floats where their gradient is integers."""
+    made = producer.get(gradient.name)
+    if made is None or made.op != "qnn.dequantize_gradient":
+        return builder.call("qnn.sgd", param, gradient, rate, builder.const(factor.astype(np.float32)), **attrs)
+    value, scale, *factors = made.inputs
+    for const in factors:
+        assert isinstance(const, Const)
+        factor = factor * const.data
+    multiplier, bits = integer_multiplier(factor * (256 if param.type.dtype == "int16" else 1))
+    steps = builder.call("qnn.gradient_scale", *producer[scale.name].inputs, rate, layer=attrs["layer"])
+    attrs |= {"room": made.attrs["room"], "bits": bits}
+    return builder.call("qnn.integer_sgd", param, value, steps, builder.const(multiplier), **attrs)
 
 
 def _user_scale(param: Param, qas: bool) -> np.ndarray | None:

@@ -1,5 +1,6 @@
 """Integers in place of floats that are rounded to integers anyway: a quantised model as the device computes it."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,7 @@ from tte.passes.simplify import eliminate_dead_code
 LOW, HIGH = -128, 127
 ACTIVATIONS = ("nn.relu", "clip")
 LAYERS = ("nn.conv2d", "nn.dense", "nn.conv2d_transpose", "matmul")
+NORMALISING = ("cast", "subtract", "multiply")  # what an input format puts in front of a model
 MOVES = ("reshape", "transpose", "slice", "pad", "concatenate")
 FRACTION = 20  # bits of fraction in integer additions
 NO_INPUT = "its input is not quantised"
@@ -175,7 +177,7 @@ class _State:
         rules: dict[str, Callable[[Node, _Target], Value | str]]
         rules = {"nn.conv2d": self.linear, "nn.dense": self.linear, "add": self.add, "mean": self.mean}
         rules |= {"nn.avg_pool2d": self.average, "nn.max_pool2d": self.maximum, "qnn.dequantize": self.rescale}
-        rules |= dict.fromkeys(MOVES, self.move)
+        rules |= dict.fromkeys(MOVES, self.move) | dict.fromkeys(NORMALISING, self.normalised)
         if not self.read_once(value):
             while source.op in ACTIVATIONS and source.inputs[0].name in self.producer:
                 source = self.producer[source.inputs[0].name]
@@ -263,6 +265,31 @@ class _State:
         attrs.pop("count_include_pad")
         count = int(np.prod(attrs["pool_size"]))  # type: ignore[arg-type]
         return self.averaged("qnn.sum_pool2d", x, attrs, count, target)
+
+    def normalised(self, node: Node, target: "_Target") -> Value | str:
+        """(x - mean) / std of an input that is bytes."""
+        factor, offset, x = np.ones(1), np.zeros(1), node.output
+        while (source := self.producer.get(x.name)) and source.op != "cast":
+            constant = source.inputs[1] if source.op in NORMALISING else x
+            if not isinstance(constant, Const) or not self.read_once(x):
+                return NO_INPUT
+            by = constant.data.astype(np.float64)
+            if source.op == "multiply":
+                factor = factor * by
+            else:
+                offset = offset - by * factor
+            x = source.inputs[0]
+        if source is None or source.inputs[0].type.dtype not in ("uint8", "int8"):
+            return NO_INPUT
+        if self.as_onnxruntime:
+            return "onnxruntime's bits are wanted"
+        factor, offset = factor / target.scale, offset / target.scale
+        largest = 255 * float(np.abs(factor).max()) + float(np.abs(offset).max()) + 1
+        bits = 30 - math.ceil(math.log2(largest))
+        if bits < 8:
+            return "its result is too fine for bytes"
+        constants = [self.builder.const(np.rint(v * 2.0**bits).astype(np.int32)) for v in (factor, offset)]
+        return self.call("qnn.affine", source.inputs[0], *constants, **target.attrs, bits=bits)
 
     def maximum(self, node: Node, target: "_Target") -> Value | str:
         x = self.integers(node.inputs[0])

@@ -17,6 +17,14 @@
 #define TTE_MVE 0
 #endif
 
+/* Before a loop that is worth it: other loops are not unrolled. */
+#ifdef __OPTIMIZE_SIZE__
+#define tte_unroll(n)
+#else
+#define TTE_PRAGMA(words) _Pragma(#words)
+#define tte_unroll(n) TTE_PRAGMA(GCC unroll n)
+#endif
+
 #if TTE_DSP
 #define TTE_INLINE static inline __attribute__((always_inline, unused))
 
@@ -47,8 +55,10 @@ TTE_INLINE void tte_copy(int8_t *to, const int8_t *from, int n) {
                      : "r"(n)
                      : "lr", "q0", "memory");
 #else
+    tte_unroll(4)
     for (; n >= 4; n -= 4, to += 4, from += 4)
         tte_store4(to, tte_load4(from));
+    tte_unroll(3)
     for (; n > 0; n--)
         *to++ = *from++;
 #endif

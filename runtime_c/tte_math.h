@@ -242,12 +242,143 @@ static inline int32_t tte_saturate(int64_t v, int32_t low, int32_t high) {
     return v < low ? low : v > high ? high : (int32_t)v;
 }
 
+/* --- floats made and taken apart by integer instructions, with the bits that an FPU gives --- */
+
+/* m * 2^e with the sign of ``sign``, rounded once, halves to even. */
+static inline float tte_real(uint64_t m, int32_t e, uint32_t sign) {
+    uint32_t bits = 0;
+    if (m) {
+        const int by = __builtin_clzll(m);
+        m <<= by;
+        const int32_t field = e - by + 190, lost = 40 + (field > 0 ? 0 : field < -24 ? 25 : 1 - field);
+        if (field > 254)
+            bits = 0x7f800000u;
+        else if (lost < 65) {
+            const uint64_t rest = m << (64 - lost), half = (uint64_t)1 << 63;
+            bits = lost < 64 ? (uint32_t)(m >> lost) : 0;
+            bits += rest > half || (rest == half && (bits & 1));
+            bits += field > 0 ? (uint32_t)(field - 1) << 23 : 0;
+        }
+    }
+    return tte_from_bits((int32_t)(bits | (sign & 0x80000000u)));
+}
+
+/* f = mantissa * 2^exponent, sign aside; the mantissa has 24 bits but for subnormal numbers. */
+static inline uint32_t tte_significand(float f) {
+    const uint32_t bits = (uint32_t)tte_to_bits(f);
+    return (bits & 0x7fffff) | (bits & 0x7f800000 ? 0x800000u : 0u);
+}
+
+static inline int32_t tte_exponent(float f) {
+    const int32_t field = tte_to_bits(f) >> 23 & 255;
+    return (field ? field : 1) - 150;
+}
+
+/* x * y * 2^e, rounded once. */
+static inline float tte_multiply(float x, float y, int32_t e) {
+    const uint32_t sign = (uint32_t)(tte_to_bits(x) ^ tte_to_bits(y));
+    return tte_real((uint64_t)tte_significand(x) * tte_significand(y), tte_exponent(x) + tte_exponent(y) + e, sign);
+}
+
+/* v * scale, |v| <= 2^24 */
+static inline float tte_times(int32_t v, float scale) {
+#if TTE_SOFT_FMA
+    const uint32_t sign = (uint32_t)(v ^ tte_to_bits(scale)), size = v < 0 ? 0u - (uint32_t)v : (uint32_t)v;
+    return tte_real((uint64_t)size * tte_significand(scale), tte_exponent(scale), sign);
+#else
+    return (float)v * scale;
+#endif
+}
+
+/* exp(-scale * z) in 2^-30: the product of factor[k] = exp(-scale * 2^k) for the bits k of z. */
+static inline uint32_t tte_exp_integer(const int32_t *factor, int32_t z) {
+    uint32_t e = 1u << 30;
+    for (int k = 0; z >> k; k++)
+        if (z >> k & 1)
+            e = (uint32_t)(((uint64_t)e * (uint32_t)factor[k] + (1u << 29)) >> 30);
+    return e;
+}
+
+/* The first of the largest. */
+static inline int tte_find_largest(const int8_t *q, int n) {
+    int best = 0;
+    for (int c = 1; c < n; c++)
+        best = q[c] > q[best] ? c : best;
+    return best;
+}
+
+/* sum_c exp(scale * (q[c] - top)) as a number from 2^30 to 2^31 times 2^whole, in 2^-30. */
+static inline uint32_t tte_sum_exponentials(const int8_t *q, int n, const int32_t *factor, int32_t top, int32_t *whole) {
+    uint64_t sum = 0;
+    for (int c = 0; c < n; c++)
+        sum += tte_exp_integer(factor, top - q[c]);
+    for (*whole = 0; sum >> 31; ++*whole)
+        sum >>= 1;
+    return (uint32_t)sum;
+}
+
+/* 2^61 / v rounded down, bit by bit, 2^30 <= v < 2^31: not every core has a library that divides 64 bits. */
+static inline uint32_t tte_inverse(uint32_t v) {
+    uint32_t rest = 1u << 30, q = 0;
+    for (int bit = 0; bit < 32; bit++) {
+        const uint32_t one = rest >= v;
+        rest = (rest - (one ? v : 0)) << 1;
+        q = q << 1 | one;
+    }
+    return q;
+}
+
 /* --- gradients as integers, see tte/ops/gradients.py --- */
 
 /* g / unit, halves to even, inside of 127; 0 where the unit is. */
 static inline int32_t tte_quotient(float g, float unit) {
     const float v = unit > 0.0f ? g / unit : 0.0f;
     return tte_round(v > -127.0f ? (v < 127.0f ? v : 127.0f) : -127.0f);
+}
+
+/* The upper half of a product. */
+static inline int32_t tte_upper(int32_t x, int32_t y) {
+    return (int32_t)(((int64_t)x * y) >> 32);
+}
+
+/* f * 2^e, a whole number below 2^24. */
+static inline int32_t tte_whole(float f, int32_t e) {
+    const int32_t shift = -(tte_exponent(f) + e);
+    return shift > 31 ? 0 : (int32_t)(tte_significand(f) >> shift);
+}
+
+/* v / whole, halves away from zero; 0 where whole is. |v| <= 127 whole */
+static inline int32_t tte_share(int32_t v, int32_t whole) {
+    const uint32_t n = (uint32_t)whole, size = v < 0 ? 0u - (uint32_t)v : (uint32_t)v;
+    const int32_t q = n ? (int32_t)((size + n / 2) / n) : 0;
+    return v < 0 ? -q : q;
+}
+
+/* scale = mantissa * 2^(bits - fraction), the fraction 0 to 30: see take_apart. */
+static inline int32_t tte_fraction_of(float scale, int32_t bits) {
+    const int32_t fraction = bits - tte_exponent(scale) + 7;
+    return fraction < 0 ? 0 : fraction > 30 ? 30 : fraction;
+}
+
+static inline int32_t tte_mantissa_of(float scale, int32_t bits) {
+    const int32_t fraction = bits - tte_exponent(scale) + 7, sign = tte_to_bits(scale) >> 31;
+    uint32_t size = tte_significand(scale) << 7;
+    size = fraction < 0 && size ? (uint32_t)INT32_MAX : size;
+    return ((int32_t)(size ^ (uint32_t)sign) - sign) >> (fraction < 30 ? 0 : fraction > 61 ? 31 : fraction - 30);
+}
+
+/* -v * rate, of which ``fraction`` bits of the upper half are fraction: to nearest ... */
+static inline int32_t tte_step(int32_t v, int32_t rate, int32_t fraction) {
+    return (((1 << fraction) >> 1) - tte_upper(v, rate)) >> fraction;
+}
+
+/* ... or up with the probability of the fraction, by a hash of the product and of w. */
+static inline int32_t tte_step_at_random(int32_t v, int32_t rate, int32_t fraction, int32_t w) {
+    const int64_t product = (int64_t)v * rate;
+    const int32_t upper = (int32_t)(product >> 32);
+    uint32_t h = ((uint32_t)product ^ (uint32_t)upper ^ (uint32_t)w) * 0x9e3779b9u;
+    h = (h ^ (h >> 15 | (h >> 31 ? 0xfffe0000u : 0u))) * 0x85ebca6bu;
+    return ((int32_t)(h >> 2 >> (30 - fraction)) - upper) >> fraction;
 }
 
 /* round(v * multiplier / 2^shift), halves up, shift from 32: what is more is first taken from the multiplier. */

@@ -28,13 +28,14 @@ class Case:
     graph: Graph = field(repr=False)
     room: int = EVERYTHING
     fast: bool = True  # there is a faster form
+    optimize: str = "speed"
 
     @property
     def call(self) -> Call:
         return self.choose(DSP)
 
     def choose(self, forms: Forms) -> Call:
-        (call,) = schedule(self.graph, {0: self.room}, forms=forms)
+        (call,) = schedule(self.graph, {0: self.room}, optimize=self.optimize, forms=forms)
         return call
 
     @property

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import tte.ops  # noqa: F401  fills the table
 from tte.ir import OPS
+from tte.ops.loss import exponentials
 
 Tensor = torch.Tensor
 
@@ -37,7 +38,7 @@ class Operand:
             return rng.integers(0, self.high, self.shape).astype(np.uint8)
         if self.kind == "integer":
             return rng.integers(-9, 10, self.shape).astype(np.int32)
-        if self.kind in ("int8", "int16"):
+        if self.kind in ("int8", "uint8", "int16"):
             limits = np.iinfo(self.kind)
             return rng.integers(limits.min, limits.max + 1, self.shape).astype(self.kind)
         if self.kind == "int32":  # accumulators and biases, a few of them huge
@@ -46,6 +47,10 @@ class Operand:
             return rng.integers(2**20, 2**30, self.shape).astype(np.int32)
         if self.kind == "exponent":
             return rng.integers(-10, 3, self.shape).astype(np.int32)
+        if self.kind == "unit":  # as many 2^-20
+            return np.asarray(rng.integers(2**21, 2**24) * 2.0**-20, np.float32)
+        if self.kind == "exponentials":
+            return exponentials(self.high / 64)
         if self.kind == "scale":
             return np.asarray(rng.random(self.shape) * 0.01 + 1e-4, np.float32)
         normal = rng.standard_normal(self.shape)
@@ -311,6 +316,12 @@ def max_index(pool_size, strides=(1, 1), padding=(0, 0, 0, 0)):  # type: ignore[
     return run
 
 
+def added_up(f: Callable[..., Tensor], window: dict[str, Any]) -> Callable[..., Tensor]:
+    """As f computes of float64, in integers: wider ones where windows overlap."""
+    overlap = any(size > stride for size, stride in zip(window["pool_size"], window["strides"], strict=True))
+    return lambda g, *rest: f(g.double(), *rest).round().to(torch.int16 if overlap else torch.int8)
+
+
 def max_scatter(pool_size, input_size, strides=(1, 1), padding=(0, 0, 0, 0)):  # type: ignore[no-untyped-def]
     def run(g: Tensor, index: Tensor) -> Tensor:
         y = torch.zeros((1, input_size[0] + 99, input_size[1] + 99, g.shape[3]), dtype=g.dtype)
@@ -357,6 +368,11 @@ for window in (
             input_size=(7, 6),
             **window,
         )
+        add("nn.max_pool2d_grad", Operand(y_shape, "int8"), Operand(y_shape, "index", high),
+            torch=added_up(max_scatter(input_size=(7, 6), **window), window), input_size=(7, 6), **window)  # fmt: skip
+    share, n = input_gradient(avg_pool(**window, count_include_pad=True), x_shape), math.prod(window["pool_size"])
+    add("qnn.sum_pool2d_grad", Operand(y_shape, "int8"), input_size=(7, 6),
+        torch=added_up(lambda g, share=share, n=n: share(g) * n, window), **window)  # fmt: skip
     for include in (False, True):
         run = avg_pool(**window, count_include_pad=include)
         add("nn.avg_pool2d", x_shape, torch=run, **window, count_include_pad=include)
@@ -574,6 +590,10 @@ add("qnn.quantize", Operand((3, 50), "wide"), torch=lambda x: rounded(x.float() 
 add("qnn.quantize", Operand((3, 50), "wide"), torch=lambda x: rounded(x.float() / 0.02, -128, -128, 60), scale=0.02,
     zero_point=-128, high=60)  # fmt: skip
 add("qnn.round", Operand((3, 50), "wide"), torch=lambda w: rounded(w, 0))
+for kind in (INT8, "uint8"):
+    add("qnn.affine", Operand((4, 9, 3), kind), Operand((3,), "integer"), Operand((4, 1, 1), "integer"), bits=3,
+        torch=lambda x, m, b: (torch.floor((x.double() * m + b) / 8 + 0.5) + 5).clamp(-99, 90).to(torch.int8),
+        scale=0.1, zero_point=5, low=-99, high=90)  # fmt: skip
 add("qnn.dequantize", Operand((3, 50), INT8), torch=lambda q: (q.double() + 7) * 0.05, scale=0.05, zero_point=-7)
 for channels in (1, 6):
     add("qnn.requantize", Operand((1, 9, 6), INT32), Operand((channels,), "scale"), torch=lambda acc, m: rounded(
@@ -662,11 +682,90 @@ add("qnn.matmul", Operand((2, 5), INT8), Operand((5, 8), INT16), torch=lambda a,
 add("qnn.gradient_unit", (3, 50), torch=lambda g: g.float().abs().max() / 127)
 add("qnn.quantize_gradient", Operand((3, 50), "wide"), Operand((), "scale"), torch=lambda g, unit: rounded(
     g.float() / unit.float(), 0, -127))  # fmt: skip
+
+
+def upper(v: Tensor, m: Tensor) -> Tensor:
+    """The upper half of a product."""
+    return torch.div(v.long() * m.long(), 2**32, rounding_mode="floor")
+
+
 RANGE = Operand((2,), "integer")  # of an exponent of -7 or -6
 add("qnn.gradient_exponent", RANGE, torch=lambda r: torch.div(r[0] + 319, 256, rounding_mode="floor").int() - 7)
 add("qnn.gradient_exponent", RANGE, Operand((), "exponent"), Operand((), "exponent"), torch=lambda r, a, b: torch.stack(
     [torch.div(r[0] + 319, 256, rounding_mode="floor").int() - 7, a - 3, b + 4]).max(), least=(-3, 4))  # fmt: skip
 add("qnn.gradient_scale", Operand((), "scale"), Operand((), "exponent"), torch=lambda unit, e: unit * 2.0**e)
+add("qnn.gradient_scale", Operand((), "scale"), Operand((), "exponent"), Operand(()), torch=lambda unit, e, rate:
+    unit * rate * 2.0**e)  # fmt: skip
+for channels in (1, 6):
+    fixed = Operand((5, 6), INT32), Operand((channels,), "fraction")
+    add("qnn.gradient_unit", *fixed, torch=lambda g, m: -(-upper(g, m).abs().max() // 127) * 2.0**-20, bits=52)
+    add("qnn.quantize_gradient", fixed[0], Operand((), "unit"), fixed[1], torch=lambda g, unit, m: (
+        upper(g, m).sign() * ((upper(g, m).abs() / (unit * 2**20)) + 0.5).floor()).clamp(-127, 127).to(torch.int8),
+        bits=52)  # fmt: skip
+    add("qnn.dequantize_gradient", *fixed[:1], Operand((), "scale"), Operand((channels,)), torch=lambda v, unit, f:
+        v * unit.double() * f)  # fmt: skip
+for kind in (INT8, INT16):
+    add("qnn.dequantize_gradient", Operand((5, 6), kind), Operand((), "scale"), torch=lambda v, unit: v * unit.double())
+
+
+def integer_step(rounding: str, room: int, bits: int, limit: int = 2**31 - 1) -> Callable[..., Tensor]:
+    """qnn.integer_sgd with Python integers, whose scale is mantissa / 2^exponent."""
+
+    def run(w: Tensor, v: Tensor, scale: Tensor, m: Tensor) -> Tensor:
+        exponent = 31 - math.frexp(float(scale))[1]
+        mantissa, fraction = int(float(scale) * 2**exponent), exponent + bits + room - 64
+        if fraction < 0:
+            mantissa, fraction = 2**31 - 1, 0
+        mantissa, fraction = mantissa // 2 ** max(0, fraction - 30), min(fraction, 30)
+        stepped = []
+        for a, b, c in zip(
+            w.flatten().tolist(), v.flatten().tolist(), m.expand(w.shape).flatten().tolist(), strict=True
+        ):
+            product = b * 2**room * (mantissa * c // 2**32)
+            u = 2**fraction // 2
+            if rounding == "stochastic" and w.dtype != torch.int16:
+                h = (product ^ product // 2**32 ^ a) % 2**32 * 0x9E3779B9 % 2**32
+                u = (h ^ (h >> 15 | (0xFFFE0000 if h >> 31 else 0))) * 0x85EBCA6B % 2**32 >> 32 - fraction
+            stepped.append(a + (u - product // 2**32) // 2**fraction)
+        info = torch.iinfo(w.dtype)
+        low, high = (-limit, limit) if w.dtype == torch.int32 else (info.min, info.max)
+        return torch.tensor(stepped).clamp(low, high).to(w.dtype).reshape(w.shape)
+
+    return run
+
+
+for kind in (INT8, INT16, INT32):
+    for rounding in ("stochastic", "nearest"):
+        for of, room, bits in ((INT8, 24, 24), (INT8, 24, -30), (INT32, 0, 32), (INT32, 0, 70)):
+            add("qnn.integer_sgd", Operand((4, 3, 3, 5), kind), Operand((4, 3, 3, 5), of), Operand((), "scale"),
+                Operand((4, 1, 1, 1), "fraction"), torch=integer_step(rounding, room, bits), rounding=rounding,
+                room=room, bits=bits)  # fmt: skip
+add("qnn.integer_sgd", Operand((4,), INT32), Operand((4,), INT8), Operand((), "scale"), Operand((4,), "fraction"),
+    torch=integer_step("stochastic", 24, 24, 9), room=24, bits=24, limit=9)  # fmt: skip
+
+
+def integer_softmax(q: Tensor, label: Tensor, factors: Tensor) -> Tensor:
+    """qnn.integer_cross_entropy_grad with Python integers."""
+    rows = []
+    for row, at in zip(q.reshape(-1, q.shape[-1]).tolist(), label.flatten().tolist(), strict=True):
+        e = [2**30] * len(row)
+        for k, factor in enumerate(factors.tolist()):
+            e = [(x * factor + 2**29) // 2**30 if (max(row) - v) >> k & 1 else x for x, v in zip(e, row, strict=True)]
+        whole = sum(e).bit_length() - 31
+        p = [x * (2**61 // (sum(e) >> whole)) >> 31 + whole for x in e]
+        p[at] -= sum(p)
+        rows.append(p)
+    return torch.tensor(rows, dtype=torch.int32).reshape(q.shape)
+
+
+for rows in ((1,), (3,), (2, 2)):
+    for steps in (1, 3, 64):  # of 64ths: the scale of logits
+        logits = Operand((*rows, 7), INT8), Operand(rows, "label", 7), Operand((8,), "exponentials", steps)
+        add("qnn.integer_cross_entropy_grad", *logits, torch=integer_softmax)
+        for reduction in ("mean", "sum"):
+            add("qnn.integer_cross_entropy", *logits, torch=lambda q, label, _, scale=steps / 64, reduction=reduction: (
+                cross_entropy(reduction=reduction)(q.double() * scale, label)), scale=steps / 64,
+                reduction=reduction)  # fmt: skip
 
 
 def following(r: Tensor, q: Tensor, e: Tensor, unit: Tensor) -> Tensor:
@@ -704,4 +803,5 @@ add("qnn.add_gradients", Operand((1, 9, 6), INT32), Operand((6,), "fraction"), O
     torch=lambda a, ma, ea, b, mb, eb, to: torch.round((shifted(a, ma, 46 + int(to - ea)) + shifted(
         b.int() * 65536, mb, 46 + int(to - eb))).double() / 8).clamp(-128, 127).to(torch.int8),
     a_bits=49, b_bits=33)  # fmt: skip
-add("nn.apply_mask", Operand((3, 50), INT8), Operand((3, 50), "bits"), torch=lambda g, m: g * m)
+for kind in (INT8, INT16, INT32):
+    add("nn.apply_mask", Operand((3, 50), kind), Operand((3, 50), "bits"), torch=lambda g, m: g * m)

@@ -86,15 +86,30 @@ def chain(shape: tuple[int, int, int], layers: Sequence[dict[str, object]], **st
     return verify(Graph("main", tuple(inputs), nodes=(whole,), outputs=nodes[-1].outputs).renumbered())
 
 
-def matrix(n: int, depth: int, channels: int) -> Graph:
-    """int8 (n, depth) by (channels, depth), as int8 again."""
+def matrix(
+    n: int,
+    depth: int,
+    channels: int,
+    scale: str = "float",
+    single: bool = False,
+    shift: int = 0,
+    mask: bool = False,
+    sums: bool = False,
+) -> Graph:
+    """int8 (n, depth) by (channels, depth), as int8 again, or sums. single: one multiplier for all channels"""
     builder = Builder()
     types = {"x": ((n, depth), "int8"), "w": ((channels, depth), "int8"), "b": ((channels,), "int32")}
-    inputs = [Value(name, TensorType(*of)) for name, of in (types | {"m": ((channels,), "float32")}).items()]
-    acc = builder.call("qnn.dense", *inputs[:3], zero_point=-9)
-    made = builder.call("qnn.requantize", acc, inputs[3], scale=0.1, zero_point=4)
-    whole = wrap(builder.nodes, [made], {"strategy": "fused"}, "layer")
-    return verify(Graph("main", tuple(inputs), nodes=(whole,), outputs=(made,)).renumbered())
+    types["m"] = ((1 if single else channels,), "float32" if scale == "float" else "int32")
+    inputs = [Value(name, TensorType(*of)) for name, of in types.items()]
+    made = builder.calls("qnn.dense", *inputs[:3], zero_point=-9)
+    if sums:
+        inputs.pop()
+    else:
+        made = builder.calls(
+            "qnn.requantize", *made, inputs[3], scale=0.1, zero_point=4, shift=shift, mask=mask, low=-128, high=127
+        )
+    whole = wrap(builder.nodes, made, {"strategy": "fused"}, "layer")
+    return verify(Graph("main", tuple(inputs), nodes=(whole,), outputs=made).renumbered())
 
 
 def draw(graph: Graph, seed: int, spread: str) -> list[np.ndarray]:
@@ -194,6 +209,12 @@ def vector_cases() -> Iterator[Case]:
     """Matrix times vector."""
     for n, depth, channels in product([1, 2], [4, 5, 10, 16, 23, 640], [4, 5, 7, 12]):
         yield Case(f"dense {n}x{depth}->{channels}", matrix(n, depth, channels))
+    for depth, channels, shift in product([8, 23, 1028], [4, 7], [0, -7]):
+        yield Case(f"dense 1x{depth}->{channels} shift {shift}", matrix(1, depth, channels, "fixed", shift=shift))
+    for n, single, scale, mask in product([1, 2], [False, True], ["float", "fixed"], [False, True]):
+        graph = matrix(n, 40, 6, scale, single, mask=mask)
+        yield Case(f"dense {n}x40->6 {scale} single {single} mask {mask}", graph)
+    yield Case("dense 2x9->5 sums", matrix(2, 9, 5, sums=True))
     yield Case("dense 1x3->4", matrix(1, 3, 4), fast=False)
     yield Case("dense 1x8->3", matrix(1, 8, 3), fast=False)
 
@@ -259,7 +280,7 @@ def piece_cases() -> Iterator[Case]:
             more = [wide, wide | {"strides": stride}, wide | {"mask": True}]
             yield Case(f"rows {c} channels {stride} {scale} {size}", chain((13, 9, c), more, strategy="rows"))
     wide = {"channels": 40, "kernel": (3, 3), "padding": (1, 1, 1, 1), "zero": -128}
-    graph = chain((7, 5, 60), [wide, {"channels": 5, "kernel": (1, 1)}], strategy="rows")
+    graph = chain((7, 5, 30), [wide, {"channels": 5, "kernel": (1, 1)}], strategy="rows")
     yield Case("rows of 1x1 behind 3x3, no room", graph, 0, fast=False)  # the window has none
     for width in (4, 2):
         first = {"channels": 8, "kernel": (3, 3), "padding": (1, 1, 1, 1), "groups": 8}
@@ -365,7 +386,10 @@ def backward_cases() -> Iterator[Case]:
             yield Case(f"range of {n} {place}", graph)
 
 
+EACH = 8  # of the cases, how many are one whose small code is tried, too
+
 CASES = [*depthwise_cases(), *piece_cases(), *product_cases(), *window_cases(), *vector_cases(), *backward_cases()]
+CASES += [replace(case, id=f"{case.id}, small", optimize="size") for case in CASES[::EACH]]
 NAMES: dict[Kernel, str] = {}
 for _case in CASES:
     for _kernel in _case.call.kernel.family():

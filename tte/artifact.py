@@ -29,7 +29,7 @@ from tte.runner.toolchain import Firmware, build_firmware, find_toolchains, host
 from tte.runner.train import Data, RunResult, draw_samples, find_emulator, open_board, train
 from tte.saved import pack_weights
 from tte.scheme import UpdateScheme
-from tte.target import Target, find_target
+from tte.target import FLAG, Target, find_target
 
 SELFTEST_STEPS = 3
 
@@ -45,6 +45,7 @@ def compile(
     input: str = "caller",
     memory_plan: str | int = "auto",
     schedules: Path | str | None = None,
+    optimize: str = "speed",
     clock: str | float | None = None,
     disable_passes: Sequence[str] = (),
     dump_ir: Path | str | None = None,
@@ -65,6 +66,7 @@ def compile(
                     number, whose cheapest plan is taken; "auto": so that the scheme's budget of SRAM is met; without
                     one smallest, or up to a sixteenth more where that makes kernels faster
     schedules:      file that ``tte.tune`` wrote: which kernels are fastest, beside what comes with tte
+    optimize:       "speed", or "size" for least code: kernels that serve many shapes, compiled with -Os
     clock:          core clock for time estimates, "216MHz" or a number in Hz; by default the board's
     disable_passes: passes to leave out, see ``tte.compiler.OPTIONAL``
     dump_ir:        folder for the program after every pass
@@ -80,6 +82,8 @@ def compile(
             raise TTEError(
                 "TTE-E044", f"no {option} placement {value!r}", where=f"--{option}", fix=" or ".join(choices)
             )
+    if optimize not in FLAG:
+        raise TTEError("TTE-E044", f"nothing optimizes for {optimize!r}", where="--optimize", fix=" or ".join(FLAG))
     plans = ("auto", "fastest", "smallest")
     if memory_plan not in plans and (type(memory_plan) is not int or memory_plan < 1):
         fix = f"{', '.join(plans)}, or how many bytes the arena may have"
@@ -98,6 +102,7 @@ def compile(
         input,
         memory_plan,
         _known(schedules).of(board.cpu),
+        optimize,
     )
     artifact = Artifact(compiled, scheme, board, clock_hz, _find_module(model))
     artifact.require_budget()
@@ -179,6 +184,7 @@ class Artifact:
             clock_hz=self.clock_hz,
             analytic_extra=extra_memory(self.compiled.source, self.compiled.resolved),
             unfused_macs=sum(node.macs for node in self.compiled.gradients.nodes),
+            optimize=self.compiled.interface.optimize,
         )
 
     def export(self, folder: Path | str) -> None:

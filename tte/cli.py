@@ -123,6 +123,7 @@ def compile_model(
         str, typer.Option(help="fastest, smallest, or how large the arena may be: 96KB; auto: by the scheme's budget")
     ] = "auto",
     schedules: Annotated[Path | None, typer.Option(help="what `tte tune` found: kernels are chosen by it")] = None,
+    optimize: Annotated[str, typer.Option(help="speed; size: least code, for some more instructions")] = "speed",
     clock: Annotated[str | None, typer.Option(help="core clock for time estimates, e.g. 216MHz")] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(help="leave out a pass (again for more)")] = None,
     dump_ir: Annotated[Path | None, typer.Option(help="write the program after every pass into this folder")] = None,
@@ -140,6 +141,7 @@ def compile_model(
         input=input_,
         memory_plan=_memory_plan(memory_plan),
         schedules=schedules,
+        optimize=optimize,
         clock=clock,
         disable_passes=disable_pass or (),
         dump_ir=dump_ir,
@@ -302,8 +304,8 @@ def bench(
     build: Annotated[Path, typer.Argument(help="folder written by `tte compile`")],
     toolchain: Annotated[str, typer.Option(help="zig or gcc; auto: as for `tte run`")] = "auto",
     optimize: Annotated[
-        str, typer.Option("--optimize", "-O", help="of the C compiler: -O0, -O1, -O2, -O3, -Os")
-    ] = "-O2",
+        str | None, typer.Option("--optimize", "-O", help="of the C compiler: -O0 to -O3, -Os; else as compiled for")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Count the instructions of an inference and of a training step on an emulated board, layer by layer."""

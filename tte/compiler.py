@@ -30,7 +30,7 @@ from tte.passes.cover import cover_backward
 from tte.passes.fuse import fuse_elementwise, fuse_updates, transpose_first
 from tte.passes.head import replace_head
 from tte.passes.inplace import work_in_place
-from tte.passes.integer_gradients import quantize_gradients
+from tte.passes.integer_gradients import quantize_gradients, quantize_loss
 from tte.passes.io import apply_input_format, own_layout, prepare, require_rows, take_rows
 from tte.passes.layout import to_nhwc
 from tte.passes.loss import append_loss
@@ -214,7 +214,8 @@ def lower_programs(
     pipeline.write(gradients, "3-gradients")
     stepped = verify(quantize_gradients(gradients)) if scheme.quantized.gradients == "int8" else gradients
     train = verify(attach_sgd(stepped, scheme.optimizer.lr, scheme.quantized.qas, scheme.quantized.rounding))
-    roles = {"train": train, "infer": forward, "evaluate": with_loss}
+    evaluated = verify(quantize_loss(with_loss)) if scheme.quantized.gradients == "int8" else with_loss
+    roles = {"train": train, "infer": forward, "evaluate": evaluated}
     if input_place == "rows":
         roles = {role: verify(take_rows(graph)) for role, graph in roles.items()}
     return Lowered(
@@ -242,6 +243,7 @@ def compile_graphs(
     input_place: str = "caller",
     memory_plan: str | int = "auto",
     measured: Measured | None = None,
+    optimize: str = "speed",
 ) -> Compiled:
     """Everything up to the C: the three programs, planned and checked."""
     lowered = lower_programs(model, example_inputs, scheme, pipeline, input_place)
@@ -252,8 +254,9 @@ def compile_graphs(
     programs = _fit_programs(lowered.roles, pipeline, room)
     if target.dsp:
         spare = SPARE if memory_plan == "auto" and limit == 0 else 0.0
-        tried = replace(pipeline, dump=None)
-        programs = _quicken(programs, lowered.roles, tried, room, measured or {}, spare, target)
+        known = measured if measured and optimize == "speed" else {}
+        quiet = replace(pipeline, dump=None)
+        programs = _quicken(programs, lowered.roles, quiet, room, known, optimize, spare, target)
     check_input([p.graph for p in programs], [p.plan for p in programs])
     needed = _arena_bytes(programs)
     if isinstance(memory_plan, int) and needed > memory_plan:
@@ -281,6 +284,7 @@ def compile_graphs(
         version=version,
         arena=arena,
         input_place=input_place,
+        optimize=optimize,
         notes=lowered.notes,
     )
     notes = (*lowered.notes, *_note_floats(programs, target))
@@ -308,9 +312,9 @@ def compile_graphs(
 
 def _note_floats(programs: Sequence[Program], target: Target) -> list[str]:
     """What a core without FPU computes in software."""
-    if target.fpu:
-        return []
     soft = {p.role: list_soft(p.graph) for p in programs}
+    if target.fpu or not any(soft.values()):
+        return []
     infer = ", ".join(soft["infer"]) or "none"
     what = f"of inference these layers: {infer}; of a training step {len(soft['train'])} (soft_float in report.json)"
     return [f"{target.name} has no FPU and computes floats in software, slowly: {what}"]
@@ -373,7 +377,9 @@ def plan_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of what is free: the buffers round about may leave gaps
 
 
-def make_room(programs: Sequence[Program], arena: Arena, measured: Measured, target: Target) -> list[Program]:
+def make_room(
+    programs: Sequence[Program], arena: Arena, measured: Measured, target: Target, optimize: str = "speed"
+) -> list[Program]:
     """The programs with scratch for the target's faster kernels, where the arena then is no larger than it may be.
 
     What was measured decides only where its kernels find as much room as the default ones.
@@ -384,7 +390,7 @@ def make_room(programs: Sequence[Program], arena: Arena, measured: Measured, tar
         graph = program.graph
         for share, known in product(SHARES, (measured, {}) if measured else ({},)):
             room = {i: int((height - live) * share) for i, live in enumerate(program.plan.live)}
-            tried = replace(program, room=room, measured=known, forms=MVE if target.mve else DSP)
+            tried = replace(program, room=room, measured=known, optimize=optimize, forms=MVE if target.mve else DSP)
             scratch = {c.node: c.kernel.scratch for c in tried.calls if c.kernel.scratch}
             plan = plan_memory(graph, scratch, hold_input=arena.holds_input, input_offset=program.input_offset)
             if plan.arena_bytes <= height:
@@ -401,6 +407,7 @@ def _quicken(
     pipeline: Pipeline,
     arena: Arena,
     measured: Measured,
+    optimize: str,
     spare: float,
     target: Target,
 ) -> list[Program]:
@@ -408,17 +415,17 @@ def _quicken(
 
     spare: by how much the arena may be larger than that of ``programs``, of it, where that makes kernels faster
     """
-    best = make_room(programs, arena, measured, target)
+    best = make_room(programs, arena, measured, target, optimize)
     shares: tuple[float, ...] = (0.75, 0)
     if spare and _estimate(best) > (1 + spare) * _estimate(best, ideal=True):
         arena = replace(arena, limit=int(_arena_bytes(programs) * (1 + spare)))
-        best = make_room(programs, arena, measured, target)
+        best = make_room(programs, arena, measured, target, optimize)
         shares = (1, 1 - spare / 2)
     if 0 < arena.limit < UNLIMITED:
         for share in shares:
             others = plan_programs(roles, pipeline, replace(arena, limit=int(arena.limit * share)))
             if _arena_bytes(others) <= arena.limit:
-                best = min(best, make_room(others, arena, measured, target), key=_estimate)
+                best = min(best, make_room(others, arena, measured, target, optimize), key=_estimate)
     return best
 
 

@@ -377,6 +377,9 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "sum": _call("sum", "axis", "keepdims"),
     "mean": _call("mean", "axis", "keepdims"),
     "qnn.quantize": lambda node, x: x / node.attrs["scale"],
+    "qnn.affine": lambda node, x, m, b: (
+        ((x * m + b) / 2 ** node.attrs["bits"] + 0.5).floor() + node.attrs["zero_point"]
+    ).clamp(node.attrs["low"], node.attrs["high"]),
     "qnn.dequantize": lambda node, q: (q - node.attrs["zero_point"]) * node.attrs["scale"],
     "qnn.conv2d": lambda node, x, w, b=None: _conv2d(node, x - node.attrs["zero_point"], w, b),
     "qnn.dense": lambda node, x, w, b=None: (x - node.attrs["zero_point"]) @ w.mT + (0.0 if b is None else b),

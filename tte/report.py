@@ -48,6 +48,7 @@ def make_report(
     clock_hz: int | None = None,
     analytic_extra: int | None = None,
     unfused_macs: int | None = None,
+    optimize: str = "speed",
 ) -> dict[str, Any]:
     """The content of report.json. Keys are stable; ``schema_version`` counts changes of their meaning.
 
@@ -56,6 +57,7 @@ def make_report(
     input_bytes: of the caller's input; 0 where it comes by rows and is nowhere as a whole
     analytic_extra: no size of this project, but what a published formula says; see tte.analysis.extra_memory
     unfused_macs:   multiply-accumulates of a training step before it was made small
+    optimize:       what code is chosen for
     """
     train = find_program(programs, "train")
     graph = train.graph
@@ -80,6 +82,7 @@ def make_report(
         "model": model,
         "target": target.name,
         "scheme": dict(scheme),
+        "optimize": optimize,
         "toolchain": firmware.toolchain if firmware else None,
         "emulator": measured.emulator,
         "source": "linked" if firmware else "planned",
@@ -154,7 +157,7 @@ def list_steps(program: Program) -> list[dict[str, Any]]:
 def list_soft(graph: Graph) -> list[str]:
     """The layers of the nodes that compute floats: on a core without FPU the compiler's library does that."""
     floats = (node for node in graph.nodes if any(map(computes_floats, expand(node))))
-    return list(dict.fromkeys(map(name_layer, floats)))
+    return list(dict.fromkeys(name_layer(node) or name_op(node) for node in floats))
 
 
 def list_peak(program: Program) -> list[dict[str, Any]]:

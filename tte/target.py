@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from tte.errors import TTEError
 
 KB = 1024
+FLAG = {"speed": "-O2", "size": "-Os"}  # what a project may be made for: the option its C compiler gets
 MB = 1024 * KB
 
 

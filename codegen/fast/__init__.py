@@ -51,13 +51,16 @@ NOTHING: Measured = {}
 STACK = 1024  # bytes of scratch that lie on the stack where there is no other room
 
 
-def quicken(kernel: Kernel, room: int, measured: Measured = NOTHING, forms: Forms = DSP) -> Kernel:
+def quicken(
+    kernel: Kernel, room: int, measured: Measured = NOTHING, optimize: str = "speed", forms: Forms = DSP
+) -> Kernel:
     """What computes the same faster with at most ``room`` bytes of scratch; ``kernel`` itself where nothing does.
 
     measured: which knobs are better than the default ones; what the default gives has to be among it, so that nothing
               slower is chosen
+    optimize: "speed", or "size" for forms whose code serves many shapes
     """
-    found = _find_form(kernel, room, forms)
+    found = _find_form(kernel, room, forms, optimize == "size")
     if found is None:
         return kernel
     form, default = found
@@ -85,11 +88,13 @@ def list_forms(kernel: Kernel, room: int) -> dict[Kernel, Knobs]:
     return result
 
 
-def _find_form(kernel: Kernel, room: int, forms: Forms) -> tuple[Form, Kernel] | None:
-    """The first that serves a kernel by its default knobs, and what it makes."""
+def _find_form(kernel: Kernel, room: int, forms: Forms, small: bool = False) -> tuple[Form, Kernel] | None:
+    """The first that serves a kernel by its default knobs, or those for small code, and what it makes."""
     if kernel.arguments()["columns"]:  # a few pixels are not worth the call
         return None
-    tried = ((form, _make(form, kernel, room)) for form in forms.get(kernel.template, ()))
+    tried = (
+        (form, _make(form, kernel, room, form.small if small else None)) for form in forms.get(kernel.template, ())
+    )
     return next(((form, made) for form, made in tried if made), None)
 
 

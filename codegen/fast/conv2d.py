@@ -4,20 +4,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tte.codegen.fast.form import WIDEN, assembly, form, lay_out, limit, make_form
+from tte.codegen.fast.form import LIMIT, WIDEN, assembly, form, lay_out, make_form, pass_on
 from tte.codegen.kernel import Kernel
 
 DOT = ("const uint32_t *a", "const uint32_t *b", "void *y", "int pairs")
+ANY_DOT = (*DOT, "int groups", "int next", "int shift")
 DIRECT = ("const int8_t *a", "const int8_t *b", "int32_t *y", "int n", "uint32_t add")
 SIZES = {"int8": 1, "int16": 2, "int32": 4}
 
 
-@form(block=(128, 512, 256, 64, 32, 16), unroll=(16, 24, 48, 12), thin=(8, 24, 0))
+@form(small={"unroll": 0}, block=(128, 512, 256, 64, 32, 16), unroll=(16, 24, 48, 12), thin=(8, 24, 0))
 def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unroll: int, thin: int) -> Kernel | None:
     """Two pixels times two channels at a time: (H, W, C) int8 by (O, KH, KW, C) int8 or int16.
 
     block   pixels of a block at the most: each block widens all weights
-    unroll  groups of four products in a loop at the most: code against four instructions per round
+    unroll  groups of four products in a loop at the most: code against four instructions per round; 0: see ``multiply``
     thin    groups of an output up to which a loop makes two pairs of pixels
     """
     out, (x, w, *_) = context["out"], context["ins"]
@@ -44,8 +45,9 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
     at = place(block)
     quads = all(part["start"] % 4 == 0 == part["stop"] % 4 for part in w["segments"])
     pairs = find_pairs(block, groups, channels, end, thin)
-    more = asdict(end) | {"block": block, "at": at, "quads": quads}
-    parts = multiply(groups, channels, end, unroll, pairs), WIDEN, *([limit(8)] if end.bits else [])
+    dot, passed = multiply(groups, channels, end, unroll, pairs)
+    more = asdict(end) | {"block": block, "at": at, "quads": quads, "passed": passed}
+    parts = dot, WIDEN, *([LIMIT] if end.bits else [])
     return make_form(kernel, context | more, "dsp/conv2d", at["end"], *parts)
 
 
@@ -63,11 +65,17 @@ def find_pairs(block: int, groups: int, channels: int, end: "End", thin: int) ->
     return 2 if block % 4 == 0 and groups <= thin and 4 * channels * SIZES[end.result] <= 4095 else 1
 
 
-def multiply(groups: int, channels: int, end: "End", unroll: int, pairs: int = 1) -> Kernel:
-    """dot2x2. unroll: groups in a loop at the most, of which all loops have about as many"""
+def multiply(groups: int, channels: int, end: "End", unroll: int, pairs: int = 1) -> tuple[Kernel, str]:
+    """dot2x2, and what is passed to it, too.
+
+    unroll: groups in a loop at the most, of which all loops have about as many; 0: a function for all shapes
+    """
+    if not unroll:
+        own = asdict(end) | {"shift": end.shift > 0, "bits": False}
+        return assembly("dsp/dot2x2_any", own, ANY_DOT), pass_on(groups, channels * SIZES[end.result], end.shift)
     even = -(-groups // -(-groups // unroll))
     own = {"groups": groups, "unroll": even, "stride": channels, "pairs": pairs}
-    return assembly("dsp/dot2x2", asdict(end) | own, DOT)
+    return assembly("dsp/dot2x2", asdict(end) | own, DOT), ""
 
 
 def share_out(pixels: int, most: int) -> int:

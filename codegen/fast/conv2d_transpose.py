@@ -8,7 +8,7 @@ from tte.codegen.fast.form import COLUMNS, WIDEN, form, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
 
-@form(block=(128, 64, 32), unroll=(24, 48, 12))
+@form(small={"unroll": 0}, block=(128, 64, 32), unroll=(24, 48, 12))
 def multiply_columns(kernel: Kernel, context: dict[str, Any], room: int, block: int, unroll: int) -> Kernel | None:
     """Two pixels times two channels at a time: (H, W, O) int8 by (O, 1, 1, C) int8, stride 1."""
     out, attrs, (x, w, *start) = context["out"], context["attrs"], context["ins"]
@@ -39,6 +39,6 @@ def multiply_columns(kernel: Kernel, context: dict[str, Any], room: int, block: 
         return None
     at = place(blocks[0])
     pairs = find_pairs(blocks[0], groups, channels, end, thin=8)
-    more = asdict(end) | {"block": blocks[0], "at": at}
-    parts = (multiply(groups, channels, end, unroll, pairs), WIDEN, COLUMNS)
-    return make_form(kernel, context | more, "dsp/conv2d_transpose", at["end"], *parts)
+    dot, passed = multiply(groups, channels, end, unroll, pairs)
+    more = asdict(end) | {"block": blocks[0], "at": at, "passed": passed}
+    return make_form(kernel, context | more, "dsp/conv2d_transpose", at["end"], dot, WIDEN, COLUMNS)

@@ -9,7 +9,7 @@ from tte.codegen.kernel import Kernel
 BLOCKS = (128, 64, 32, 16, 8, 4, 2)  # output channels of a block
 
 
-@form(unroll=(24, 48, 12))
+@form(small={"unroll": 0}, unroll=(24, 48, 12))
 def correlate(kernel: Kernel, context: dict[str, Any], room: int, unroll: int) -> Kernel | None:
     """Two output times two input channels at a time: (H, W, C) int8 by (H, W, O) int8, a window of one, stride 1."""
     attrs, (x, g), out = context["attrs"], context["ins"], context["out"]
@@ -32,5 +32,6 @@ def correlate(kernel: Kernel, context: dict[str, Any], room: int, unroll: int) -
     if block is None:
         return None
     at = place(block)
-    parts = (multiply(groups, channels, end, unroll), COLUMNS)
-    return make_form(kernel, context | {"block": block, "at": at}, "dsp/conv2d_weight_grad", at["end"], *parts)
+    dot, passed = multiply(groups, channels, end, unroll)
+    more = {"block": block, "at": at, "passed": passed}
+    return make_form(kernel, context | more, "dsp/conv2d_weight_grad", at["end"], dot, COLUMNS)

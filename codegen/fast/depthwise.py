@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tte.codegen.fast.conv2d import SIZES, End, find_end, find_gradient_end
-from tte.codegen.fast.form import assembly, form, lay_out, limit, make_form
+from tte.codegen.fast.form import LIMIT, assembly, form, lay_out, make_form, pass_on
 from tte.codegen.kernel import Kernel
 
-UNROLL = 4  # pairs of outputs in a loop at the most
 BLOCKS = 8  # words of a row that are packed in a loop at the most
 WIDEST = 128  # outputs of a row each of which has code of its own, at the most
 SHORT = 4  # rows of a result each of which has code of its own, at the most
@@ -16,6 +15,10 @@ BANDS = (64, 32, 16, 8, 4, 2, 1)
 PACKING = {4: 1.8, 2: 2.5, 1: 3.0}  # channels at a time: instructions per element
 PACK = ("const int8_t *x", "uint32_t *y", "int rows")
 READ = ("const uint32_t *x", "uint32_t *stream", "void *y", "int times")
+ANY_PACK = (*PACK, "int columns", "int before", "int behind", "int pixel", "int rest", "int plane", "uint32_t add")
+ANY_READ = (*READ, "int pitch", "int pixel", "int width", "int line", "int shift")
+
+ANY = ("window", "strides", "step", "scale", "result")  # what functions for all shapes are made for
 
 Columns = tuple[int | None, int | None]  # what a word holds
 
@@ -85,18 +88,22 @@ class Band:
 MOST = (8192, 16384, 32768, 4096)  # bytes of scratch, where more than one row is made at once
 
 
-@form(most=MOST)
-def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int, most: int) -> Kernel | None:
-    """(H, W, C) int8 by (C, KH, KW, 1) int8 or int16; windows without holes. most: see ``MOST``."""
+@form(small={"unroll": 0}, most=MOST, unroll=(4,))
+def convolve_channels(kernel: Kernel, context: dict[str, Any], room: int, most: int, unroll: int) -> Kernel | None:
+    """(H, W, C) int8 by (C, KH, KW, 1) int8 or int16; windows without holes.
+
+    most    see ``MOST``
+    unroll  pairs of outputs in a loop at the most; 0: functions for all shapes
+    """
     end = find_end(context, context["ins"][0]["shape"][3])
-    return _convolve(kernel, context | {"turned": False}, end, room, most)
+    return _convolve(kernel, context | {"turned": False}, end, room, most, unroll)
 
 
-@form(most=MOST)
-def convolve_channels_back(kernel: Kernel, context: dict[str, Any], room: int, most: int) -> Kernel | None:
+@form(small={"unroll": 0}, most=MOST, unroll=(4,))
+def convolve_channels_back(kernel: Kernel, context: dict[str, Any], room: int, most: int, unroll: int) -> Kernel | None:
     """The input gradient for stride 1: the same with windows from their ends."""
     turned = turn_windows(context) if context["attrs"]["strides"] == [1, 1] else None
-    return _convolve(kernel, turned, find_gradient_end(context), room, most) if turned else None
+    return _convolve(kernel, turned, find_gradient_end(context), room, most, unroll) if turned else None
 
 
 def turn_windows(context: dict[str, Any]) -> dict[str, Any] | None:
@@ -118,7 +125,7 @@ def turn_windows(context: dict[str, Any]) -> dict[str, Any] | None:
     return context | {"attrs": turned, "turned": True, "spread": attrs["strides"]}
 
 
-def _convolve(kernel: Kernel, context: dict[str, Any], end: End, room: int, most: int) -> Kernel | None:
+def _convolve(kernel: Kernel, context: dict[str, Any], end: End, room: int, most: int, unroll: int) -> Kernel | None:
     out, (x, w, *_), attrs, tile = context["out"], context["ins"], context["attrs"], context["tile"]
     channels, window = x["shape"][3], w["shape"][1:3]
     if x["steps"] or x["dtype"] != "int8" or context["acc"] != "int32_t" or w["shape"][0] != channels:
@@ -127,7 +134,7 @@ def _convolve(kernel: Kernel, context: dict[str, Any], end: End, room: int, most
         return None
     if tile and (tile["sum"] or len(context["outs"]) > 1):
         return None
-    planes = read_pairs(context) or read_terms(context)
+    planes = (read_pairs(context, unroll) if unroll else read_columns(context)) or read_terms(context)
     if planes is None or len(planes.row) > 1000:  # 4095 bytes are what an offset reaches
         return None
     height = 1 if context["rows"] is not None else out["shape"][1]
@@ -160,17 +167,58 @@ def _convolve(kernel: Kernel, context: dict[str, Any], end: End, room: int, most
     }
     if planes.form == "terms":
         read["runs"] = _rows(band.lines, window[0], attrs["strides"][0], attrs["padding"][0] * band.within, band.rows)
-    parts = [
-        assembly("dsp/pack", pack | _loop(planes, x["strides"][2]), PACK),
-        assembly(planes.template, read | dict(planes.more), READ),
-        *([limit(channels)] if end.bits else []),
-    ]
+    packed = passed = ""
+    if planes.form == "columns":
+        parts = [
+            assembly("dsp/pack_any", {"lanes": band.lanes}, ANY_PACK),
+            assembly(
+                planes.template, {k: read[k] for k in ANY} | dict(planes.more) | {"shift": end.shift > 0}, ANY_READ
+            ),
+        ]
+        packed, passed = _describe_row(pack, planes), _describe_result(read)
+    else:
+        parts = [
+            assembly("dsp/pack", pack | _loop(planes, x["strides"][2]), PACK),
+            assembly(planes.template, read | dict(planes.more), READ),
+        ]
+    parts += [LIMIT] if end.bits else []
     more = own | {"lanes": band.lanes, "bits": end.bits, "band": band.rows, "lines": band.lines, "within": band.within}
+    more |= {"packed": packed, "passed": passed}
     return make_form(kernel, context | more | {"at": band.at}, "dsp/depthwise", band.at["end"], *parts)
 
 
-def read_pairs(context: Mapping[str, Any]) -> Planes | None:
-    """Windows of at most 3 x 3: two columns to a word, the padding among them."""
+def read_columns(context: Mapping[str, Any]) -> Planes | None:
+    """Windows of at most 7 x 7: two columns to a word, the padding among them, for functions that serve all shapes."""
+    window, (_, stride) = context["ins"][1]["shape"][1:3], context["attrs"]["strides"]
+    width, left = context["out"]["shape"][2], context["attrs"]["padding"][1]
+    if max(window) > 7 or max(context["attrs"]["strides"]) > 2:
+        return None
+    words = -(-width // 2) + window[1] // 2 if stride == 1 else width + width % 2 + (window[1] + 1) // 2 - 1
+    columns = context["ins"][0]["shape"][2]
+    places = [i - left if 0 <= i - left < columns else None for i in range(2 * words)]
+    row = list(zip(places[::2], places[1::2], strict=True))
+    table = window[0] * ((window[1] + 1) // 2 + (window[1] // 2 + 1 if stride == 1 else 0))
+    return Planes("columns", row, 1, "dsp/window_any", {"odd": width % 2}, table=table)
+
+
+def _describe_row(pack: Mapping[str, Any], planes: Planes) -> str:
+    """What pack_any has to know."""
+    inside = [c is not None for word in planes.row for c in word]
+    columns, before = sum(inside), inside.index(True) if any(inside) else len(inside)
+    rest = pack["line"] - columns * pack["pixel"]
+    numbers = (columns, before, len(inside) - columns - before, pack["pixel"], rest, 4 * pack["plane"])
+    return f"{pass_on(*numbers)}, {-pack['zero'] % 65536 * 65537}u"
+
+
+def _describe_result(read: Mapping[str, Any]) -> str:
+    """What window_any has to know."""
+    size = SIZES[read["result"]]
+    width = read["width"] * read["pixel"]
+    return pass_on(4 * read["pitch"], size * read["pixel"], size * width, size * read["line"], read["shift"])
+
+
+def read_pairs(context: Mapping[str, Any], most: int) -> Planes | None:
+    """Windows of at most 3 x 3: two columns to a word, the padding among them; ``most`` pairs of outputs in a loop."""
     window, (_, stride) = context["ins"][1]["shape"][1:3], context["attrs"]["strides"]
     width, left = context["out"]["shape"][2], context["attrs"]["padding"][1]
     if max(window) > 3 or stride > 2 or (stride == 1 and width < 4):
@@ -183,7 +231,7 @@ def read_pairs(context: Mapping[str, Any]) -> Planes | None:
 
     row = [(column(2 * i), column(2 * i + 1)) for i in range(words)]
     tiles = width // 2
-    unroll = -(-tiles // max(1, -(-tiles // UNROLL)))
+    unroll = -(-tiles // max(1, -(-tiles // most)))
     passes = tiles // max(1, unroll)
     more = {"unroll": unroll, "passes": passes if passes > 1 else 0}
     return Planes("pairs", row, 1, "dsp/window3", more, tall=2 if stride == 1 else 1)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 from tte.codegen.kernel import SCRATCH, Kernel
@@ -18,10 +19,12 @@ class Form:
     make   (kernel, context, room, one argument per knob) -> a kernel, or None for what it does not serve or has no room
            for
     knobs  the values that may be chosen of each, the default first. They are limits: any serves any shape.
+    small  what is chosen where code is to be small
     """
 
     make: Callable[..., Kernel | None]
     knobs: Mapping[str, tuple[int, ...]]
+    small: Knobs
 
     def __call__(self, kernel: Kernel, room: int, chosen: Knobs | None = None) -> Kernel | None:
         """Defaults for what is not chosen."""
@@ -32,9 +35,11 @@ class Form:
         return all(value in self.knobs.get(name, ()) for name, value in chosen.items())
 
 
-def form(**knobs: tuple[int, ...]) -> Callable[[Callable[..., Kernel | None]], Form]:
+def form(
+    small: Knobs = MappingProxyType({}), **knobs: tuple[int, ...]
+) -> Callable[[Callable[..., Kernel | None]], Form]:
     """Declares a form by what makes it."""
-    return lambda make: Form(make, knobs)
+    return lambda make: Form(make, knobs, small)
 
 
 def lay_out(sizes: Mapping[str, int]) -> dict[str, int]:
@@ -63,10 +68,13 @@ def assembly(template: str, context: Mapping[str, Any], parameters: Sequence[str
     return Kernel(template, json.dumps(own | dict(context), sort_keys=True))
 
 
+def pass_on(*numbers: int) -> str:
+    """How C passes what a function in assembly for all shapes has to know of one."""
+    return "".join(f", {n}" for n in numbers)
+
+
 COLUMNS = assembly("dsp/columns", {}, ("uint32_t *y", "const int8_t *a", "int stride", "int n", "uint32_t add"))
 WIDEN = assembly("dsp/widen", {}, ("uint32_t *y", "const int8_t *a", "const int8_t *b", "int n", "uint32_t add"))
 
-
-def limit(step: int) -> Kernel:
-    """What makes int8 and bits of eight elements of 16 bits, then of the next, whose results lie ``step`` further."""
-    return assembly("dsp/limit", {"step": step}, ("const int16_t *x", "int8_t *y", "uint8_t *bits", "int times"))
+# Makes int8 and bits of eight elements of 16 bits, then of the next, whose results lie ``step`` further.
+LIMIT = assembly("dsp/limit", {}, ("const int16_t *x", "int8_t *y", "uint8_t *bits", "int times", "int step"))

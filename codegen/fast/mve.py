@@ -8,7 +8,7 @@ import numpy as np
 
 from tte.codegen.fast.conv2d import SIZES, End, find_end, find_gradient_end, share_out
 from tte.codegen.fast.depthwise import turn_windows
-from tte.codegen.fast.form import assembly, form, lay_out, limit, make_form
+from tte.codegen.fast.form import LIMIT, assembly, form, lay_out, make_form
 from tte.codegen.kernel import Kernel
 from tte.ops.quantized import add_terms, tflite_terms
 
@@ -63,7 +63,7 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int) -> 
     parts = [
         assembly("mve/dot4x2", dot | {"unroll": UNROLL}, DOT),
         assembly("mve/pack", {"depth": taps}, PACK),
-        *([limit(8)] if end.bits else []),
+        *([LIMIT] if end.bits else []),
         *([added[1]] if added else []),
     ]
     more = asdict(end) | {"block": share, "at": at, "plain": plain, "step": step, "gathered": gathered}
@@ -253,7 +253,7 @@ def _convolve_channels(kernel: Kernel, context: dict[str, Any], end: End, room: 
         "turn": turn,
     }
     parameters = ("const int8_t *const *lines", "uint32_t *stream", "void *y")
-    parts = [assembly("mve/plane", plane, parameters), *([limit(channels)] if end.bits else [])]
+    parts = [assembly("mve/plane", plane, parameters), *([LIMIT] if end.bits else [])]
     more = asdict(end) | {"band": band, "lanes": lanes, "pixel": pixel, "high": high, "size": size}
     at = place(band)
     return make_form(kernel, context | more | {"inner": left * high, "at": at}, "mve/depthwise", at["end"], *parts)

@@ -146,9 +146,14 @@ def _mask(x: TensorType, *, lower: float = -math.inf, upper: float = math.inf) -
 register(Op("nn.mask", _mask, lambda x, *, lower, upper: (x > lower) & (x < upper), kind="elementwise"))
 
 
+INTEGERS = ("int8", "int16", "int32")
+
+
 def _apply_mask(g: TensorType, m: TensorType, *, alpha: float = 0.0) -> TensorType:
     """y[i] = g[i] where bit i of m is set, else alpha * g[i]; integers have alpha 0"""
-    require(g.dtype == "float32" or (g.dtype == "int8" and alpha == 0), f"g must be float32 or int8, not {g.dtype}")
+    require(
+        g.dtype == "float32" or (g.dtype in INTEGERS and alpha == 0), f"g must be float32 or integers, not {g.dtype}"
+    )
     require(m.dtype == "bit" and m.shape == g.shape, f"the mask must be bits of shape {g.shape}, not {m}")
     return g
 

@@ -1,5 +1,7 @@
 """Losses: a scalar from a prediction and a target, and its gradient with respect to the prediction."""
 
+import math
+
 import numpy as np
 
 from tte.ir import Op, TensorType, register
@@ -88,6 +90,90 @@ def _cross_entropy_grad_ref(x, label, weights=None, *, label_smoothing, reductio
 
 
 register(Op("nn.cross_entropy_grad", _cross_entropy_grad, _cross_entropy_grad_ref))
+
+
+# --- cross entropy of int8 logits, without floats --------------------------------------------------------------------
+
+FRACTION = 30  # bits of fraction of exponentials, and of gradients
+LOG_BITS = 24  # of logarithms, and of losses before they become floats
+COARSEST = 1024  # scale of logits
+LN2 = round(math.log(2) * 2**FRACTION)
+
+
+def exponentials(scale: float) -> np.ndarray:
+    """exp(-scale * 2^k) for k = 0 .. 7, in 2^-30: of these factors every exp(-scale * z) is made, 0 <= z < 256."""
+    factors: np.ndarray = np.rint(np.exp(-scale * 2.0 ** np.arange(8)) * 2.0**FRACTION).astype(np.int32)
+    return factors
+
+
+def _require_logits(q: TensorType, label: TensorType, factors: TensorType) -> None:
+    require(q.dtype == "int8" and q.rank >= 1, f"logits must be int8 with a last axis of classes, not {q}")
+    fits = label.dtype == "int32" and label.shape == q.shape[:-1]
+    require(fits, f"labels must be int32 of shape {q.shape[:-1]}, not {label}")
+    require(factors == TensorType((8,), "int32"), f"factors must be int32 (8,), not {factors}")
+
+
+def _softmax_of_integers(q: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(z, e, sum) of each row: how far below the largest, exp(-scale * z) in 2^-30, and their sum."""
+    rows = q.reshape(-1, q.shape[-1]).astype(np.int64)
+    z = rows.max(-1, keepdims=True) - rows
+    e = np.full(z.shape, 1 << FRACTION, np.int64)
+    for k, factor in enumerate(factors.astype(np.int64)):
+        e = np.where(z >> k & 1, (e * factor + (1 << FRACTION - 1)) >> FRACTION, e)
+    return z, e, e.sum(-1, keepdims=True)
+
+
+def _integer_cross_entropy(
+    q: TensorType, label: TensorType, factors: TensorType, *, scale: float, reduction: str = "mean"
+) -> TensorType:
+    """nn.cross_entropy of the logits scale * q, within 2e-7 (and what a float32 loses). factors: ``exponentials``
+
+    The logarithm to base 2 is found bit by bit: a number is squared, and is halved where it passes 2.
+    """
+    _require_logits(q, label, factors)
+    require(0 < scale < COARSEST, f"the scale must be positive and below {COARSEST}, not {scale}")
+    require(reduction in ("mean", "sum"), f'reduction must be "mean" or "sum", not {reduction!r}')
+    return TensorType(())
+
+
+def _integer_cross_entropy_ref(q, label, factors, *, scale, reduction):  # type: ignore[no-untyped-def]
+    z, _, sums = _softmax_of_integers(q, factors)
+    total = 0
+    for row, at, s in zip(z.tolist(), label.reshape(-1).tolist(), sums.reshape(-1).tolist(), strict=True):
+        whole = s.bit_length() - 1 - FRACTION
+        x, log = s >> whole, whole
+        for _ in range(LOG_BITS):
+            x = x * x >> FRACTION
+            log = log << 1 | x >> (FRACTION + 1)
+            x >>= x >> (FRACTION + 1)
+        total += (row[at] * round(scale * 2**36) >> 36 - LOG_BITS) + (log * LN2 >> FRACTION)
+    loss = np.ldexp(np.float64(total), -LOG_BITS).astype(np.float32)
+    share = np.float32(1 / len(z) if reduction == "mean" else 1)
+    return np.asarray(loss.astype(np.float64) * share.astype(np.float64), np.float32)
+
+
+register(Op("qnn.integer_cross_entropy", _integer_cross_entropy, _integer_cross_entropy_ref))
+
+
+def _integer_cross_entropy_grad(q: TensorType, label: TensorType, factors: TensorType) -> TensorType:
+    """softmax(scale * q) - onehot(label) of each row in 2^-30, within 2^-27: int32.
+
+    At the label it is minus the sum of the others.
+    """
+    _require_logits(q, label, factors)
+    return TensorType(q.shape, "int32")
+
+
+def _integer_cross_entropy_grad_ref(q, label, factors):  # type: ignore[no-untyped-def]
+    _, e, sums = _softmax_of_integers(q, factors)
+    shift = np.asarray([[s.bit_length() - 1 - FRACTION] for s in sums.reshape(-1).tolist()])
+    p = e * ((1 << 2 * FRACTION + 1) // (sums >> shift)) >> (shift + (FRACTION + 1))
+    np.put_along_axis(p, label.reshape(-1, 1).astype(np.int64), 0, -1)
+    np.put_along_axis(p, label.reshape(-1, 1).astype(np.int64), -p.sum(-1, keepdims=True), -1)
+    return p.astype(np.int32).reshape(q.shape)
+
+
+register(Op("qnn.integer_cross_entropy_grad", _integer_cross_entropy_grad, _integer_cross_entropy_grad_ref))
 
 
 # --- losses that sum a function of prediction and target over elements -----------------------------------------------

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tte.ir import Op, TensorType, Window, register
+from tte.ir import Op, TensorType, Window, register, tensor_type
 from tte.ops.rules import require, require_float, require_padding, require_pair, require_rank
 
 Pair = tuple[int, int]
@@ -51,6 +51,18 @@ def _scatter(parts: list[np.ndarray], size: Pair, pool_size: Pair, strides: Pair
         columns = slice(j, j + (w - 1) * strides[1] + 1, strides[1])
         full[:, rows, columns] += part
     return np.ascontiguousarray(full[:, top : top + size[0], left : left + size[1]])
+
+
+def spreads_over(pool_size: Pair, strides: Pair) -> int:
+    """How many windows an element lies in, at the most."""
+    return -(-pool_size[0] // strides[0]) * -(-pool_size[1] // strides[1])
+
+
+def _integers_of(g: TensorType, pool_size: Pair, strides: Pair) -> str:
+    """int8 gradients add up to int16 where windows overlap."""
+    windows = spreads_over(pool_size, strides) if g.dtype == "int8" else 1
+    require(windows < 256, f"16 bits do not hold the sum of {windows} gradients")
+    return "int16" if windows > 1 else g.dtype
 
 
 def _gradient_of(g: TensorType, pooled: TensorType, input_size: Pair) -> TensorType:
@@ -129,15 +141,19 @@ def _max_pool2d_grad(
     padding: Padding = (0, 0, 0, 0),
     input_size: Pair,
 ) -> TensorType:
-    """Sends each g to the element that was the maximum: (N,OH,OW,C), index of nn.max_pool2d_argmax -> (N,H,W,C)"""
-    require_float(g=g)
+    """Sends each g to the element that was the maximum: (N,OH,OW,C), index of nn.max_pool2d_argmax -> (N,H,W,C)
+
+    g: float32, or int8, whose sums are int16 where windows overlap.
+    """
+    require(g.dtype in ("float32", "int8"), f"g must be float32 or int8, not {g.dtype}")
     pooled = pooled_type(_picture(g, input_size), pool_size, strides, padding)
     require(index.shape == g.shape and index.dtype == _index_dtype(pool_size), "index must come from max_pool2d_argmax")
-    return _gradient_of(g, pooled, input_size)
+    return TensorType(_gradient_of(g, pooled, input_size).shape, _integers_of(g, pool_size, strides))
 
 
 def _max_pool2d_grad_ref(g, index, *, pool_size, strides, padding, input_size):  # type: ignore[no-untyped-def]
-    parts = [np.where(index == k, g, g.dtype.type(0)) for k in range(pool_size[0] * pool_size[1])]
+    wide = g.astype(_integers_of(tensor_type(g), pool_size, strides))
+    parts = [np.where(index == k, wide, wide.dtype.type(0)) for k in range(pool_size[0] * pool_size[1])]
     return _scatter(parts, input_size, pool_size, strides, padding)
 
 
@@ -197,6 +213,23 @@ def _avg_pool2d_grad_ref(g, *, pool_size, strides, padding, count_include_pad, i
 
 
 register(Op("nn.avg_pool2d_grad", _avg_pool2d_grad, _avg_pool2d_grad_ref))
+
+
+def _sum_pool2d_grad(
+    g: TensorType, *, pool_size: Pair, strides: Pair = (1, 1), padding: Padding = (0, 0, 0, 0), input_size: Pair
+) -> TensorType:
+    """Sends each g to all of its window: int8 (N,OH,OW,C) -> (N,H,W,C), int8, or int16 where windows overlap"""
+    require(g.dtype == "int8", f"g must be int8, not {g.dtype}")
+    picture = _gradient_of(g, pooled_type(_picture(g, input_size), pool_size, strides, padding), input_size)
+    return TensorType(picture.shape, _integers_of(g, pool_size, strides))
+
+
+def _sum_pool2d_grad_ref(g, *, pool_size, strides, padding, input_size):  # type: ignore[no-untyped-def]
+    wide = g.astype(_integers_of(tensor_type(g), pool_size, strides))
+    return _scatter([wide] * (pool_size[0] * pool_size[1]), input_size, pool_size, strides, padding)
+
+
+register(Op("qnn.sum_pool2d_grad", _sum_pool2d_grad, _sum_pool2d_grad_ref))
 
 
 def _adaptive_avg_pool2d(x: TensorType, *, output_size: Pair) -> TensorType:

@@ -108,6 +108,38 @@ def _dequantize_grad(backward, dy, q, **attrs):  # type: ignore[no-untyped-def]
 register(Op("qnn.dequantize", _dequantize, _dequantize_ref, _dequantize_grad, kind="elementwise"))
 
 
+def _affine(
+    x: TensorType,
+    multiplier: TensorType,
+    offset: TensorType,
+    *,
+    bits: int,
+    scale: float,
+    zero_point: int = 0,
+    low: int = LOW,
+    high: int = HIGH,
+) -> TensorType:
+    """q = clamp(round((x * multiplier + offset) / 2^bits) + zero_point), halves up: bytes of a sensor, normalised.
+
+    x: uint8 or int8, plain numbers; multiplier, offset: int32, broadcast to x, so that all sums are below 2^31.
+    """
+    require(x.dtype in ("uint8", "int8"), f"x must be uint8 or int8, not {x.dtype}")
+    require(0 < bits < 31, f"bits must be 1 to 30, not {bits}")
+    for name, type in (("multiplier", multiplier), ("offset", offset)):
+        fits = type.dtype == "int32" and np.broadcast_shapes(x.shape, type.shape) == x.shape
+        require(fits, f"the {name}, {type}, does not fit {x}")
+    _limits(low, high, zero_point, scale)
+    return _int8(x.shape, scale, zero_point)
+
+
+def _affine_ref(x, multiplier, offset, *, bits, scale, zero_point, low, high):  # type: ignore[no-untyped-def]
+    v = (x.astype(np.int64) * multiplier + offset + (1 << bits >> 1)) >> bits
+    return _clamp(v + zero_point, low, high, False)
+
+
+register(Op("qnn.affine", _affine, _affine_ref, kind="elementwise"))
+
+
 # --- layers: int8 in, 32-bit accumulators out ------------------------------------------------------------------------
 
 

@@ -52,8 +52,18 @@ def require_axis(axis: int, rank: int) -> None:
 MOVES = frozenset("source reshape transpose concatenate slice pad broadcast_to take permute".split())
 
 
+# Floats that these read and write are taken apart and made by integer instructions.
+BY_BITS = frozenset(
+    f"qnn.{name}" for name in "dequantize gradient_scale observe_gradient integer_cross_entropy integer_sgd".split()
+)
+
+
 def computes_floats(node: Node) -> bool:
-    """Whether a node adds, multiplies, compares or converts floats, rather than move them or compute integers."""
+    """Whether a node needs instructions for floats, rather than move them or compute integers."""
+    if node.body is not None:
+        return any(map(computes_floats, node.body.nodes))
     if node.op == "qnn.add":  # of int8, but without bits of fraction in float32
         return not node.attrs.get("bits") and not node.attrs.get("tflite")
-    return node.op not in MOVES and any(v.type.dtype == "float32" for v in (*node.inputs, *node.outputs))
+    if node.op in ("qnn.gradient_unit", "qnn.quantize_gradient") and node.inputs[0].type.dtype == "int32":
+        return False
+    return node.op not in MOVES | BY_BITS and any(v.type.dtype == "float32" for v in (*node.inputs, *node.outputs))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tte.errors import TTEError
+from tte.target import FLAG
 
 DTYPES = {t.__name__: t for t in (np.float32, np.int32, np.int16, np.int8, np.uint8)}
 
@@ -70,6 +71,7 @@ class Build:
     loss: str
     learning_rate: float
     arena: str
+    optimize: str
     arena_bytes: int
     state_bytes: int
     state: tuple[Slot, ...]
@@ -94,6 +96,7 @@ class Build:
                 data["loss"],
                 data["learning_rate"],
                 data["arena"],
+                data["optimize"],
                 data["arena_bytes"],
                 data["state_bytes"],
                 tuple(
@@ -113,6 +116,11 @@ class Build:
         """The C of the program, with or without its self-test."""
         found = sorted((self.folder / "Core" / "Src").glob(f"{self.name}*.c"))
         return [path for path in found if selftest or path.name != f"{self.name}_selftest.c"]
+
+    @property
+    def flag(self) -> str:
+        """The compiler's option that the project is made for."""
+        return FLAG[self.optimize]
 
     @property
     def include(self) -> Path:

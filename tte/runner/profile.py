@@ -71,15 +71,16 @@ class Profile:
         return vars(self) | {"programs": {name: cost.to_dict() for name, cost in self.programs.items()}}
 
 
-def profile(folder: Path | str, toolchain: str = "auto", optimize: str = "-O2") -> Profile:
+def profile(folder: Path | str, toolchain: str = "auto", optimize: str | None = None) -> Profile:
     """Count the instructions of the project in ``folder``, on made-up data.
 
-    toolchain: "zig", "gcc", or "auto"; optimize: one of OPTIMIZATIONS.
+    toolchain: "zig", "gcc", or "auto"; optimize: one of OPTIMIZATIONS, by default that of the project.
     Raises TTEError: E050 no project, E051 nothing to compile or emulate with, E058 not for a board,
     E059 no such option.
     """
     build = Build.open(folder)
     target = find_emulated(build)
+    optimize = optimize or build.flag
     for option, value, choices in (
         ("--toolchain", toolchain, ("auto", *find_toolchains())),
         ("--optimize", optimize, OPTIMIZATIONS),

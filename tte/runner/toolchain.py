@@ -21,6 +21,8 @@ FLAGS = (
     "-std=c99 -O2 -ffp-contract=off -fno-math-errno -ffunction-sections -fdata-sections"
     " -Wall -Wextra -Werror -Wconversion"
 ).split()
+# Nothing unwinds on a board; loops that are worth it are unrolled by their pragmas.
+BOARD_FLAGS = [*FLAGS, "-fno-unwind-tables", "-fno-unroll-loops"]
 STACK_BYTES = 4096
 
 
@@ -56,12 +58,13 @@ def build_firmware(
     target: Target,
     toolchain: str = "auto",
     machine: str = "board",
-    optimize: str = "-O2",
+    optimize: str | None = None,
     selftest: bool = False,
 ) -> Firmware:
     """Compile and link the project with the emulator's start-up and harness.
 
     machine: "board": the map of ``target``, where a bare Cortex-M7 means the STM32F746; "qemu": that of QEMU's machine.
+    optimize: the compiler's option, by default that of the project
     selftest: with the self-test, which needs memory of its own.
     Raises TTEError: E051 no compiler, E052 the compiler refuses the code, E053 the program does not fit the memory.
     """
@@ -75,7 +78,7 @@ def build_firmware(
     boards = [_in_qemu(target)] if machine == "qemu" else _maps(target)
     for board in boards:
         try:
-            return _link(build, board, toolchain, optimize, selftest)
+            return _link(build, board, toolchain, optimize or build.flag, selftest)
         except _DoesNotFit as problem:
             last = problem
     raise TTEError(
@@ -115,7 +118,7 @@ class _DoesNotFit(Exception):
 
 def _link(build: Build, board: Target, toolchain: str, optimize: str, selftest: bool) -> Firmware:
     emulator = build.folder / "emulator"
-    flags = [*FLAGS, "-fno-unwind-tables", optimize]  # nothing unwinds on a board
+    flags = [*BOARD_FLAGS, optimize]
     flags += ["-DEMU_SELFTEST"] if selftest else []
     prefix = f"{build.name}_"  # with "_": -DMODEL=model would go around in circles
     flags += [f"-I{build.include}", f"-I{emulator}", f"-DMODEL_PREFIX={prefix}"]
@@ -197,7 +200,7 @@ def build_bare(
     elf = folder / f"{toolchain}{optimize}.elf"
     files = [*(folder / name for name in sources if name.endswith(".c")), Path(__file__).with_name("bare.c")]
     command = board_command(target, toolchain)
-    flags = [*FLAGS, optimize, "-fno-unwind-tables"]  # not for the linker: it would drop what nothing calls
+    flags = [*BOARD_FLAGS, optimize]  # not for the linker: it would drop what nothing calls
     objects = [str(folder / f"{toolchain}{optimize}-{file.name}.o") for file in files]
     lines = [[*command, *flags, "-c", "-o", made, str(file)] for made, file in zip(objects, files, strict=True)]
     lines.append([*command, "-nostdlib", f"-Wl,-T,{script}", "-o", str(elf), *objects])

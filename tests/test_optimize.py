@@ -1,0 +1,112 @@
+"""Code for speed or for size: the same bits, from less code."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import tte
+from tte.artifact import Artifact
+from tte.cli import app
+from tte.codegen.share import share
+from tte.errors import TTEError
+from tte.runner import Board
+from tte.runner.profile import profile
+from tte.runner.toolchain import find_toolchains
+from tte.runner.train import open_board
+
+pytestmark = pytest.mark.usefixtures("import_once")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """int8: pointwise and depthwise convolutions of several shapes."""
+    torch.manual_seed(5)
+    layers: list[nn.Module] = [nn.Conv2d(2, 8, 3, 2, 1), nn.ReLU()]
+    for i, o, k, stride in ((8, 12, 3, 1), (12, 16, 5, 2), (16, 24, 7, 1), (24, 20, 3, 2)):
+        layers += [nn.Conv2d(i, i, k, stride, k // 2, groups=i), nn.ReLU(), nn.Conv2d(i, o, 1), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 5)).eval()
+    path = tmp_path_factory.mktemp("optimize") / "net.onnx"
+    tte.quantize(network, {"x": np.random.default_rng(0).standard_normal((8, 2, 24, 20)).astype(np.float32)}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Artifact, Path]]:
+    made = {}
+    for optimize in ("speed", "size"):
+        options = {"target": "stm32f746", "name": "net", "memory_plan": "fastest", "optimize": optimize}
+        artifact = tte.compile(model, update_scheme="last-k:5", **options)
+        folder = tmp_path_factory.mktemp(optimize)
+        artifact.export(folder)
+        made[optimize] = artifact, folder
+    return made
+
+
+def learn(board: Board) -> bytes:
+    """What three steps teach."""
+    rng = np.random.default_rng(1)
+    assert board.init() == 0
+    for label in range(3):
+        x = rng.standard_normal((1, 2, 24, 20)).astype(np.float32)
+        assert board.train_step(x, np.asarray([label], np.int32)).status == 0
+    return board.save_state()
+
+
+def test_small_code_learns_the_same_bits(built: dict[str, tuple[Artifact, Path]]) -> None:
+    boards = [("host", "auto"), *(("unicorn", toolchain) for toolchain in find_toolchains())]
+    states = {learn(open_board(artifact.build, *board)) for artifact, _ in built.values() for board in boards}
+    assert len(states) == 1
+
+
+@pytest.mark.parametrize("toolchain", find_toolchains())
+def test_small_code_is_smaller(built: dict[str, tuple[Artifact, Path]], toolchain: str) -> None:
+    speed, size = (profile(folder, toolchain) for _, folder in built.values())
+    assert (speed.optimize, size.optimize) == ("-O2", "-Os")
+    assert size.flash_bytes < 0.9 * speed.flash_bytes
+    for program, cost in size.programs.items():
+        assert cost.instructions < 2 * speed.programs[program].instructions
+
+
+def test_what_says_for_what(built: dict[str, tuple[Artifact, Path]]) -> None:
+    for optimize, flag in (("speed", "-O2"), ("size", "-Os")):
+        artifact, folder = built[optimize]
+        assert artifact.report["optimize"] == optimize
+        assert f"PRIVATE {flag} " in (folder / "CMakeLists.txt").read_text()
+
+
+def test_the_command_line(model: Path, tmp_path: Path) -> None:
+    words = ["compile", model, "--update-scheme", "last-layer", "--optimize", "size", "-o", tmp_path / "build"]
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+    assert '"optimize": "size"' in (tmp_path / "build" / "build.json").read_text()
+    with pytest.raises(TTEError, match="nothing optimizes for 'beauty'"):
+        tte.compile(model, optimize="beauty")
+
+
+def function(name: str, body: str) -> dict[str, object]:
+    called = {"template": "t", "args": [], "rows": None, "columns": None, "tile": None, "stack": 0}
+    return called | {"name": name, "assembly": [], "body": body, "portable": ""}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared", "shapes"),
+    [
+        ("y[3] = x + 40;", "y[5] = x + 40;", "y[shape[0]] = x + 40;", [[3], [5]]),
+        ("f(3, 7, 3);", "f(5, 9, 5);", "f(shape[0], shape[1], shape[0]);", [[3, 7], [5, 9]]),
+        ("f(8u);", "f(4294967295u);", "f((uint32_t)shape[0]);", [[8], [-1]]),
+        ("f(4);", "f(4);", "f(4);", [[], []]),
+        ("    int8_t a[3];", "    int8_t a[4];", None, None),
+        ("#pragma GCC unroll 2", "#pragma GCC unroll 4", None, None),
+        ("y = 1.5f;", "y = 2.5f;", None, None),
+        ("f(a0, 1);", "f(a1, 1);", None, None),
+    ],
+)
+def test_what_is_shared(first: str, second: str, shared: str | None, shapes: list[list[int]] | None) -> None:
+    made = share([function("a", first), function("b", second)])
+    assert [f["name"] for f in made] == (["a_any", "a", "b"] if shared else ["a", "b"])
+    if shared:
+        assert made[0]["body"] == shared and [f["shape"] for f in made[1:]] == shapes
