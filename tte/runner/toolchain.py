@@ -246,6 +246,8 @@ def board_command(board: Target, toolchain: str) -> list[str]:
     """The compiler for a core, without a library."""
     if toolchain == "zig":
         more = ["-g", "-fno-sanitize=undefined"]  # zig drops the symbols at -Os, and adds checks at -O0
+        # Of sums over strides clang makes vector loops without an end, where it may not unroll loops.
+        more += ["-fno-vectorize", "-fno-slp-vectorize"] if board.mve else []
         return [*_zig(), "-target", board.zig_target, f"-mcpu={board.zig_cpu}", "-ffreestanding", *more]
     return ["arm-none-eabi-gcc", *board.gcc_flags, "-ffreestanding"]
 
