@@ -1,4 +1,4 @@
-"""Instructions, flash and RAM on an emulated Cortex-M7, against published engines and our goals: a table, a picture.
+"""Instructions, flash, RAM on an emulated Cortex-M7 or M55, beside published engines and our goals: a table, a picture.
 
 For docs/measurements.md: python benchmarks/kernels.py --picture docs/images/kernels.png; --only for some of the tables.
 """
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
+import layers
 import mlperf
 from data import import_published, load_scheme
 from rich.progress import track
@@ -98,7 +99,7 @@ def _export(artifact: tte.Artifact, folder: Path) -> Measured:
 
 
 @cache
-def published(scheme: str, plan: str | int, folder: Path, code: str = "speed") -> Measured:
+def published(scheme: str, plan: str | int, folder: Path, code: str = "speed", target: str = "cortex-m7") -> Measured:
     """One of MIT's int8 models; but for the fastest plan the picture comes row by row."""
     name, _, more = scheme.partition(", ")
     rules = load_scheme(name)
@@ -107,8 +108,8 @@ def published(scheme: str, plan: str | int, folder: Path, code: str = "speed") -
         rules["quantized"] = rules.get("quantized", {}) | {"gradients": "int8"}
     model = import_published(name.rpartition("-")[0], CLASSES)
     place = "caller" if plan == "fastest" else "rows"
-    artifact = tte.compile(model, update_scheme=rules, memory_plan=plan, input=place, optimize=code)
-    return _export(artifact, folder / f"{scheme}-{plan}-{code}".replace(", ", "-").replace(" ", "-"))
+    artifact = tte.compile(model, update_scheme=rules, target=target, memory_plan=plan, input=place, optimize=code)
+    return _export(artifact, folder / f"{scheme}-{plan}-{code}-{target}".replace(", ", "-").replace(" ", "-"))
 
 
 def list_training(folder: Path) -> Iterator[Figure]:
@@ -168,6 +169,27 @@ def list_plans(folder: Path) -> Iterator[Figure]:
         yield Figure(f"mcunet-5fps-49kb, arena of {arena:,} bytes", "step / fastest plan", ratios, goal=goal)
 
 
+def list_vectors(folder: Path) -> Iterator[Figure]:
+    """A Cortex-M55: layers beside CMSIS-NN, networks beside what kernels for a Cortex-M33 take on the same core."""
+    counted = {toolchain: layers.count_layers(toolchain) for toolchain in TOOLCHAINS}
+    for name, (anchor, *_) in layers.CMSIS_NN.items():
+        values = {toolchain: round(counted[toolchain][name], 3) for toolchain in TOOLCHAINS}
+        yield Figure("Cortex-M55", name, values, anchor, "CMSIS-NN", anchor)
+
+    def compile_network(name: str, target: str) -> tte.Artifact:
+        if name in CMSIS_NN:
+            return mlperf.compile_int8(name, folder, target)
+        return published(name, "fastest", folder, target=target).artifact
+
+    for name in ("mcunet-5fps-49kb", "mcunet-5fps-49kb, int8 gradients", *CMSIS_NN):
+        artifact, before = (compile_network(name, target) for target in ("cortex-m55", "cortex-m33"))
+        counts = {toolchain: layers.count_network(artifact, toolchain) for toolchain in TOOLCHAINS}
+        anchors = layers.count_network(before, TOOLCHAINS[0])
+        for i, program in enumerate(("inference", "step")):
+            values = {toolchain: counts[toolchain][i] for toolchain in TOOLCHAINS}
+            yield Figure(f"Cortex-M55, {name}", f"{program}, instructions", values, anchors[i], "without vectors")
+
+
 def list_size(folder: Path) -> Iterator[Figure]:
     """What least code takes, and what it costs."""
     scheme = "mcunet-5fps-49kb"
@@ -187,6 +209,7 @@ TABLES = {
     "float": list_float,
     "flags": list_flags,
     "plans": list_plans,
+    "m55": list_vectors,
 }
 
 

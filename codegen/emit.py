@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from tte.codegen.fast import DSP, Forms
 from tte.codegen.kernel import CTYPES, Kernel
 from tte.codegen.measured import Measured
 from tte.codegen.plan import Plan
@@ -42,10 +43,11 @@ class Program:
     room: Room | None = None
     measured: Measured = field(default_factory=dict)
     optimize: str = "speed"
+    forms: Forms = field(default_factory=lambda: DSP)
 
     @functools.cached_property
     def calls(self) -> list[Call]:
-        return schedule(self.graph, self.room, self.measured, self.optimize)
+        return schedule(self.graph, self.room, self.measured, self.optimize, self.forms)
 
     @property
     def input_offset(self) -> int | None:
@@ -420,6 +422,7 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str], s
             "assembly": [],
             "portable": "",
             "stack": 0,
+            "needs": "MVE" if kernel.template.startswith("mve/") else "DSP",
             "numbers": "",
             "instead": "",
         } | kernel.arguments()

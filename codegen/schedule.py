@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from tte.codegen.fast import NOTHING, quicken
+from tte.codegen.fast import DSP, NOTHING, Forms, quicken
 from tte.codegen.kernel import CTYPES, SCRATCH, Kernel
 from tte.codegen.measured import Measured
 from tte.ir import OPS, Const, Graph, Node, TensorType, Value, find_anchor
@@ -43,27 +43,33 @@ class _Choice:
     room: int | None
     measured: Measured
     optimize: str
+    forms: Forms
 
     def quicken(self, call: Call) -> Call:
         """The same by the best kernel whose scratch there is room for."""
         if self.room is None:
             return call
-        return replace(call, kernel=quicken(call.kernel, self.room, self.measured, self.optimize))
+        return replace(call, kernel=quicken(call.kernel, self.room, self.measured, self.optimize, self.forms))
 
 
 def schedule(
-    graph: Graph, room: Room | None = None, measured: Measured = NOTHING, optimize: str = "speed"
+    graph: Graph,
+    room: Room | None = None,
+    measured: Measured = NOTHING,
+    optimize: str = "speed",
+    forms: Forms = DSP,
 ) -> list[Call]:
     """One call per node that does work; views (another shape for the same bytes) do none.
 
-    room: where kernels for cores with the DSP extension may be chosen; None for portable ones
+    room: where kernels for some cores may be chosen; None for portable ones
     measured: by what they are chosen
     optimize: "speed", or "size" for kernels whose code serves many shapes
+    forms: among which
     """
     views: dict[str, str] = {}  # name of a view -> name of the value whose bytes it shows
     calls = []
     for i, node in enumerate(graph.nodes):
-        choice = _Choice(room.get(i, 0) if room is not None else None, measured, optimize)
+        choice = _Choice(room.get(i, 0) if room is not None else None, measured, optimize, forms)
         if node.body is None and OPS[node.op].kind == "view":
             views[node.output.name] = views.get(node.inputs[0].name, node.inputs[0].name)
         elif stream := find_stream(node):

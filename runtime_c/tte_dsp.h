@@ -10,6 +10,12 @@
 #else
 #define TTE_DSP 0
 #endif
+/* Vectors of 16 bytes (Cortex-M55). Of floats only what rounds sums, where subnormal numbers round to 0 anyway. */
+#if TTE_DSP && defined(__ARM_FEATURE_MVE)
+#define TTE_MVE 1
+#else
+#define TTE_MVE 0
+#endif
 
 /* Before a loop that is worth it: other loops are not unrolled. */
 #ifdef __OPTIMIZE_SIZE__
@@ -38,17 +44,41 @@ TTE_INLINE int tte_lane(int k, int q) {
 }
 
 TTE_INLINE void tte_copy(int8_t *to, const int8_t *from, int n) {
+#if TTE_MVE
+    __asm__ volatile("wlstp.8 lr, %2, 2f\n"
+                     "1:\n"
+                     "vldrb.8 q0, [%1], #16\n"
+                     "vstrb.8 q0, [%0], #16\n"
+                     "letp lr, 1b\n"
+                     "2:"
+                     : "+r"(to), "+r"(from)
+                     : "r"(n)
+                     : "lr", "q0", "memory");
+#else
     tte_unroll(4)
     for (; n >= 4; n -= 4, to += 4, from += 4)
         tte_store4(to, tte_load4(from));
     tte_unroll(3)
     for (; n > 0; n--)
         *to++ = *from++;
+#endif
 }
 
 TTE_INLINE void tte_fill(int8_t *to, int value, int n) {
+#if TTE_MVE
+    __asm__ volatile("vdup.8 q0, %1\n"
+                     "wlstp.8 lr, %2, 2f\n"
+                     "1:\n"
+                     "vstrb.8 q0, [%0], #16\n"
+                     "letp lr, 1b\n"
+                     "2:"
+                     : "+r"(to)
+                     : "r"(value), "r"(n)
+                     : "lr", "q0", "memory");
+#else
     for (; n > 0; n--)
         *to++ = (int8_t)value;
+#endif
 }
 
 TTE_INLINE void tte_clear(uint32_t *to, int n) {

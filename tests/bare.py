@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from tte.codegen.emit import emit_kernels
+from tte.codegen.fast import DSP, Forms
 from tte.codegen.kernel import Kernel
 from tte.codegen.schedule import Call, schedule
 from tte.ir import Graph
@@ -31,7 +32,10 @@ class Case:
 
     @property
     def call(self) -> Call:
-        (call,) = schedule(self.graph, {0: self.room}, optimize=self.optimize)
+        return self.choose(DSP)
+
+    def choose(self, forms: Forms) -> Call:
+        (call,) = schedule(self.graph, {0: self.room}, optimize=self.optimize, forms=forms)
         return call
 
     @property

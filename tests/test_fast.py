@@ -53,10 +53,13 @@ def convolution(
             inputs.append(Value(name, TensorType((*shape[:axis], n, *shape[axis + 1 :]), weights)))
         w = builder.call("concatenate", *inputs[1:], axis=axis)
     inputs.append(Value("b", TensorType((channels,), "int32")))
-    inputs.append(Value("m", TensorType((channels,), "float32" if scale == "float" else "int32")))
-    acc = builder.call("qnn.conv2d", inputs[0], w, inputs[-2], zero_point=zero, **attrs)
+    multiplier = [Value("m", TensorType((channels,), "float32" if scale == "float" else "int32"))]
+    if scale == "tflite":
+        multiplier.append(Value("exponent", multiplier[0].type))
+    acc = builder.call("qnn.conv2d", inputs[0], w, inputs[-1], zero_point=zero, **attrs)
+    inputs += multiplier
     limit = {"low": limits[0], "high": limits[1], "mask": mask, "shift": shift}
-    made = builder.calls("qnn.requantize", acc, inputs[-1], scale=0.1, zero_point=-7, **limit)
+    made = builder.calls("qnn.requantize", acc, *multiplier, scale=0.1, zero_point=-7, **limit)
     if add:
         inputs.append(Value("other", made[0].type))
         terms = {"a_scale": 0.1, "a_zero": -7, "b_scale": 0.08, "b_zero": 11, "scale": 0.11, "bits": 19}
@@ -116,7 +119,7 @@ def draw(graph: Graph, seed: int, spread: str) -> list[np.ndarray]:
     (first, *_) = expand(graph.nodes[0])
     members = first.body.nodes if first.body else (first,)
     shift = next((n.attrs["shift"] for n in members if n.op == "qnn.requantize"), None)
-    depth = 0.0
+    depth, exact = 0.0, any(v.name == "exponent" for v in graph.inputs)
     arrays = []
     for value in graph.inputs:
         shape, dtype = value.type.shape, value.type.dtype
@@ -130,6 +133,10 @@ def draw(graph: Graph, seed: int, spread: str) -> list[np.ndarray]:
             arrays.append(rng.integers(-3, 4, shape).astype(np.int32))
         elif value.name == "m" and shift is None:
             arrays.append(rng.integers(-(2**30), 2**30 + 1, shape, np.int32))
+        elif value.name == "exponent":
+            arrays.append(rng.integers(-12, 3, shape, np.int32))
+        elif value.name == "m" and exact:
+            arrays.append(rng.integers(2**30, 2**31, shape, np.int32))
         elif value.name[0] == "m":
             m = rng.uniform(0.2, 1.5, shape) / (128 * 74 * depth / 60)
             arrays.append(

@@ -13,6 +13,7 @@ import numpy as np
 
 from tte.codegen.check import check_input, check_plan
 from tte.codegen.emit import Interface, Program, StateLayout
+from tte.codegen.fast import DSP, MVE
 from tte.codegen.measured import Measured
 from tte.codegen.plan import find_lower_bound, plan_memory, plan_together
 from tte.errors import TTEError
@@ -255,7 +256,7 @@ def compile_graphs(
         spare = SPARE if memory_plan == "auto" and limit == 0 else 0.0
         known = measured if measured and optimize == "speed" else {}
         quiet = replace(pipeline, dump=None)
-        programs = _quicken(programs, lowered.roles, quiet, room, known, optimize, spare)
+        programs = _quicken(programs, lowered.roles, quiet, room, known, optimize, spare, target)
     check_input([p.graph for p in programs], [p.plan for p in programs])
     needed = _arena_bytes(programs)
     if isinstance(memory_plan, int) and needed > memory_plan:
@@ -376,8 +377,10 @@ def plan_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of what is free: the buffers round about may leave gaps
 
 
-def make_room(programs: Sequence[Program], arena: Arena, measured: Measured, optimize: str = "speed") -> list[Program]:
-    """The programs with scratch for faster kernels, where it makes the arena no larger than it is or may be.
+def make_room(
+    programs: Sequence[Program], arena: Arena, measured: Measured, target: Target, optimize: str = "speed"
+) -> list[Program]:
+    """The programs with scratch for the target's faster kernels, where the arena then is no larger than it may be.
 
     What was measured decides only where its kernels find as much room as the default ones.
     """
@@ -387,7 +390,7 @@ def make_room(programs: Sequence[Program], arena: Arena, measured: Measured, opt
         graph = program.graph
         for share, known in product(SHARES, (measured, {}) if measured else ({},)):
             room = {i: int((height - live) * share) for i, live in enumerate(program.plan.live)}
-            tried = replace(program, room=room, measured=known, optimize=optimize)
+            tried = replace(program, room=room, measured=known, optimize=optimize, forms=MVE if target.mve else DSP)
             scratch = {c.node: c.kernel.scratch for c in tried.calls if c.kernel.scratch}
             plan = plan_memory(graph, scratch, hold_input=arena.holds_input, input_offset=program.input_offset)
             if plan.arena_bytes <= height:
@@ -406,22 +409,23 @@ def _quicken(
     measured: Measured,
     optimize: str,
     spare: float,
+    target: Target,
 ) -> list[Program]:
     """The programs with faster kernels, or others where those cost less: regions may leave kernels too little.
 
     spare: by how much the arena may be larger than that of ``programs``, of it, where that makes kernels faster
     """
-    best = make_room(programs, arena, measured, optimize)
+    best = make_room(programs, arena, measured, target, optimize)
     shares: tuple[float, ...] = (0.75, 0)
     if spare and _estimate(best) > (1 + spare) * _estimate(best, ideal=True):
         arena = replace(arena, limit=int(_arena_bytes(programs) * (1 + spare)))
-        best = make_room(programs, arena, measured, optimize)
+        best = make_room(programs, arena, measured, target, optimize)
         shares = (1, 1 - spare / 2)
     if 0 < arena.limit < UNLIMITED:
         for share in shares:
             others = plan_programs(roles, pipeline, replace(arena, limit=int(arena.limit * share)))
             if _arena_bytes(others) <= arena.limit:
-                best = min(best, make_room(others, arena, measured, optimize), key=_estimate)
+                best = min(best, make_room(others, arena, measured, target, optimize), key=_estimate)
     return best
 
 

@@ -51,6 +51,7 @@ class Target:
     machine        what QEMU emulates the core on
     unicorn_cpu    name of the constant in unicorn.arm_const; empty where Unicorn does not know the core
     dsp            has the instructions on halfwords of ARMv7E-M
+    mve            and those on vectors of ARMv8.1-M
     unaligned      reads and writes words at any address
     fpu            computes floats itself; a core without one calls the compiler's library, with the same bits
     """
@@ -68,6 +69,7 @@ class Target:
     machine: Machine | None = None
     unicorn_cpu: str = ""
     dsp: bool = False
+    mve: bool = False
     unaligned: bool = True
     fpu: bool = True
 
@@ -127,8 +129,9 @@ CORTEX_M55 = Target(
         Region("ram", 0x31000000, 4 * MB, "rwx"),
     ),
     vectors="itcm",
-    machine=Machine("mps3-an547", 0x11000000, 0x31000000, counter=0x59302018, counter_hz=32_000_000),
+    machine=Machine("mps3-an547", 0x11000000, 0x31000000, counter=0x59302018, counter_hz=20_000_000),
     dsp=True,
+    mve=True,
 )
 # The emulators know the Cortex-M0, which has the same instructions. The machine has as much memory as it is asked for.
 CORTEX_M0PLUS = Target(

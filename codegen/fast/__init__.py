@@ -1,10 +1,13 @@
-"""Faster forms of kernels, for cores with the DSP extension (Cortex-M4, M7, M33): the bits of the portable ones.
+"""Faster forms of kernels, with the bits of the portable ones: for cores with the DSP extension (Cortex-M4, M7, M33),
+and for those with vectors (M55).
 
 A form says by None what it does not serve, or for what there is no room.
 """
 
+from collections.abc import Mapping
 from itertools import product
 
+from tte.codegen.fast import mve
 from tte.codegen.fast.conv2d import convolve, convolve_directly
 from tte.codegen.fast.conv2d_transpose import multiply_columns
 from tte.codegen.fast.conv2d_weight_grad import correlate
@@ -23,7 +26,8 @@ from tte.codegen.fast.observe_gradient import observe
 from tte.codegen.kernel import Kernel
 from tte.codegen.measured import Measured, identify, name_shape
 
-FORMS: dict[str, tuple[Form, ...]] = {
+Forms = Mapping[str, tuple[Form, ...]]  # those of each template, the best first
+DSP: Forms = {
     "conv2d": (convolve, convolve_directly, convolve_floats),
     "dense": (dense,),
     "depthwise_conv2d": (convolve_channels, convolve_depthwise_floats),
@@ -33,18 +37,30 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "sum": (sum_channels,),
     "observe_gradient": (observe,),
 }
+VECTORS: Forms = {
+    "conv2d": (mve.convolve, mve.multiply_rows),
+    "dense": (mve.multiply_rows,),
+    "depthwise_conv2d": (mve.convolve_channels,),
+    "depthwise_conv2d_transpose": (mve.convolve_channels_back,),
+    "conv2d_transpose": (mve.multiply_columns,),
+    "conv2d_weight_grad": (mve.correlate,),
+    "elementwise_loop": (mve.add,),
+}
+MVE: Forms = {template: (*VECTORS.get(template, ()), *DSP.get(template, ())) for template in {**DSP, **VECTORS}}
 NOTHING: Measured = {}
 STACK = 1024  # bytes of scratch that lie on the stack where there is no other room
 
 
-def quicken(kernel: Kernel, room: int, measured: Measured = NOTHING, optimize: str = "speed") -> Kernel:
+def quicken(
+    kernel: Kernel, room: int, measured: Measured = NOTHING, optimize: str = "speed", forms: Forms = DSP
+) -> Kernel:
     """What computes the same faster with at most ``room`` bytes of scratch; ``kernel`` itself where nothing does.
 
     measured: which knobs are better than the default ones; what the default gives has to be among it, so that nothing
               slower is chosen
     optimize: "speed", or "size" for forms whose code serves many shapes
     """
-    found = _find_form(kernel, room, optimize == "size")
+    found = _find_form(kernel, room, forms, optimize == "size")
     if found is None:
         return kernel
     form, default = found
@@ -62,7 +78,7 @@ def quicken(kernel: Kernel, room: int, measured: Measured = NOTHING, optimize: s
 
 def list_forms(kernel: Kernel, room: int) -> dict[Kernel, Knobs]:
     """All that a kernel may become by the knobs of its form, each once; the default first."""
-    found = _find_form(kernel, room)
+    found = _find_form(kernel, room, DSP)
     if found is None:
         return {}
     form, _ = found
@@ -74,12 +90,12 @@ def list_forms(kernel: Kernel, room: int) -> dict[Kernel, Knobs]:
     return result
 
 
-def _find_form(kernel: Kernel, room: int, small: bool = False) -> tuple[Form, Kernel] | None:
+def _find_form(kernel: Kernel, room: int, forms: Forms, small: bool = False) -> tuple[Form, Kernel] | None:
     """The first that serves a kernel by its default knobs, or those for small code, and what it makes."""
     if kernel.arguments()["columns"]:  # a few pixels are not worth the call
         return None
     tried = (
-        (form, _make(form, kernel, room, form.small if small else None)) for form in FORMS.get(kernel.template, ())
+        (form, _make(form, kernel, room, form.small if small else None)) for form in forms.get(kernel.template, ())
     )
     return next(((form, made) for form, made in tried if made), None)
 

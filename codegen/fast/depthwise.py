@@ -109,18 +109,27 @@ def convolve_channels_back(
     kernel: Kernel, context: dict[str, Any], room: int, most: int, lanes: int, unroll: int
 ) -> Kernel | None:
     """The input gradient for stride 1: the same with windows from their ends."""
+    turned = turn_windows(context) if context["attrs"]["strides"] == [1, 1] else None
+    return _convolve(kernel, turned, find_gradient_end(context), room, most, lanes, unroll) if turned else None
+
+
+def turn_windows(context: dict[str, Any]) -> dict[str, Any] | None:
+    """An input gradient as the convolution by windows from their ends that it is.
+
+    spread: how far what it reads is apart, down and across, with zeros in between
+    """
     (_, height, width, channels), window = context["ins"][0]["shape"], context["ins"][1]["shape"][1:3]
     attrs, out = context["attrs"], context["out"]["shape"]
-    if attrs["strides"] != [1, 1] or len(context["ins"]) > 2 or out[3] != channels:
+    if len(context["ins"]) > 2 or out[3] != channels or context["rows"] is not None or context["tile"]:
         return None
-    if context["rows"] is not None or context["tile"]:
+    reach = [(k - 1) * d for k, d in zip(window, attrs["dilation"], strict=True)]
+    before = [n - pad for n, pad in zip(reach, attrs["padding"][:2], strict=True)]
+    spans = [(n - 1) * stride + 1 for n, stride in zip((height, width), attrs["strides"], strict=True)]
+    after = [n - span - p + r for n, span, p, r in zip(out[1:3], spans, before, reach, strict=True)]
+    if min(*before, *after) < 0:
         return None
-    top, left = (k - 1 - pad for k, pad in zip(window, attrs["padding"][:2], strict=True))
-    padding = [top, left, out[1] - height - top + window[0] - 1, out[2] - width - left + window[1] - 1]
-    if min(padding) < 0:
-        return None
-    turned = context | {"attrs": attrs | {"padding": padding}, "turned": True}
-    return _convolve(kernel, turned, find_gradient_end(context), room, most, lanes, unroll)
+    turned = attrs | {"padding": [*before, *after], "strides": [1, 1]}
+    return context | {"attrs": turned, "turned": True, "spread": attrs["strides"]}
 
 
 def _convolve(

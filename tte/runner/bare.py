@@ -47,18 +47,11 @@ class Core:
 
     def call(self, name: str, numbers: Sequence[int], buffers: Sequence[np.ndarray]) -> list[bytes]:
         """What the buffers hold behind the call. Fails on a byte written beside them, or a register not restored."""
-        at, pointers, memory = RAM, [], bytearray()
-        for buffer in buffers:
-            memory += b"\xa5" * GUARD
-            pointers.append(at + len(memory))
-            memory += buffer.tobytes()
-            memory += b"\xa5" * (-len(memory) % 8)
-        memory += b"\xa5" * GUARD
-        before = bytes(memory)
+        before, places = fence(buffers)
         write, read, r = self.engine.reg_write, self.engine.reg_read, self.registers
-        self.engine.mem_write(at, before)
+        self.engine.mem_write(RAM, before)
         stack = RAM + SIZE - 4096
-        words = [*numbers, *pointers]
+        words = [*numbers, *(RAM + place for place in places)]
         for i, word in enumerate(words[:4]):
             write(r.UC_ARM_REG_R0 + i, word)
         on_stack = np.asarray(words[4:], np.uint32).tobytes()
@@ -75,16 +68,30 @@ class Core:
         self.instructions = self.counter.read() - counted
         assert read(r.UC_ARM_REG_SP) == stack
         assert {register: read(register) for register in saved} == saved, "registers that a callee restores"
-        after = bytes(self.engine.mem_read(at, len(before)))
-        result: list[bytes] = []
-        end = 0
-        for pointer, buffer in zip(pointers, buffers, strict=True):
-            start = pointer - at
-            assert after[end:start] == before[end:start], "bytes beside the buffers"
-            end = start + buffer.nbytes
-            result.append(after[start:end])
-        assert after[end:] == before[end:], "bytes beside the buffers"
-        return result
+        return unfence(before, bytes(self.engine.mem_read(RAM, len(before))), places, buffers)
+
+
+def fence(buffers: Sequence[np.ndarray]) -> tuple[bytes, list[int]]:
+    """The buffers with guards between them, and where each begins: a multiple of 8."""
+    memory, places = bytearray(), []
+    for buffer in buffers:
+        memory += b"\xa5" * GUARD
+        places.append(len(memory))
+        memory += buffer.tobytes()
+        memory += b"\xa5" * (-len(memory) % 8)
+    return bytes(memory + b"\xa5" * GUARD), places
+
+
+def unfence(before: bytes, after: bytes, places: Sequence[int], buffers: Sequence[np.ndarray]) -> list[bytes]:
+    """What the buffers hold afterwards. Fails where a guard has changed."""
+    result: list[bytes] = []
+    end = 0
+    for start, buffer in zip(places, buffers, strict=True):
+        assert after[end:start] == before[end:start], "bytes beside the buffers"
+        end = start + buffer.nbytes
+        result.append(after[start:end])
+    assert after[end:] == before[end:], "bytes beside the buffers"
+    return result
 
 
 def _list_segments(program: Any) -> Iterator[tuple[int, bytes]]:

@@ -11,6 +11,7 @@ from tte.errors import TTEError
 from tte.runner.build import Build
 from tte.runner.stream import StreamBoard
 from tte.runner.toolchain import Firmware
+from tte.target import Machine
 
 
 def find_qemu() -> str | None:
@@ -24,6 +25,17 @@ def open_qemu(build: Build, firmware: Firmware) -> "QemuBoard":
     return QemuBoard(build, firmware)
 
 
+def command_qemu(machine: Machine, elf: Path) -> list[str]:
+    """Runs a program with semihosting. -icount shift=6: an instruction takes 64 ns."""
+    command = f"{find_qemu()} -M {machine.name} -display none -monitor none -serial none -icount shift=6".split()
+    command += [word for option in machine.options for word in option.split()]
+    return [*command, "-semihosting-config", "enable=on,target=native", "-kernel", str(elf.resolve())]
+
+
+def instructions_per_tick(machine: Machine) -> Fraction:
+    return Fraction(1_000_000_000, 64 * machine.counter_hz)
+
+
 class QemuBoard(StreamBoard):
     """QEMU as a child process; commands and results go through named pipes."""
 
@@ -31,19 +43,19 @@ class QemuBoard(StreamBoard):
         self.build, self.firmware = build, firmware
         machine = firmware.board.machine
         assert machine is not None, firmware.board
-        # -icount shift=6: an instruction takes 64 ns.
-        self.instructions_per_tick = Fraction(1_000_000_000, 64 * machine.counter_hz)
+        self.instructions_per_tick = instructions_per_tick(machine)
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         self.state_file = folder / "state"
         for name in ("commands", "results"):
             os.mkfifo(folder / name)
-        command = f"{find_qemu()} -M {machine.name} -display none -monitor none -serial none -icount shift=6".split()
-        command += [word for option in machine.options for word in option.split()]
-        command += ["-semihosting-config", "enable=on,target=native", "-kernel", str(firmware.elf.resolve())]
         self._log = (folder / "log").open("w+b")
         self._process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
+            command_qemu(machine, firmware.elf),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
         )
         # Opened for both directions: opening a pipe must not wait for a QEMU that may have failed to start.
         self._commands = os.open(folder / "commands", os.O_RDWR)

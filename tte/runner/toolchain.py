@@ -211,6 +211,34 @@ def build_bare(
     return elf
 
 
+def build_calls(
+    folder: Path,
+    sources: Mapping[str, str],
+    names: Sequence[str],
+    target: Target,
+    toolchain: str = "zig",
+    optimize: str = "-O2",
+) -> Path:
+    """A program for QEMU's board that calls the functions ``names`` as files say, see calls.c; sources: as above."""
+    assert target.machine
+    table = (
+        f"extern char {', '.join(f'{name}[]' for name in names)};\nvoid *const functions[] = {{{', '.join(names)}}};\n"
+    )
+    for name, text in ({**sources, "functions.c": table}).items():
+        (folder / name).write_text(text)
+    script, elf = folder / "link.ld", folder / f"{toolchain}{optimize}.elf"
+    script.write_text(_linker_script(RUNTIME, _in_qemu(target)))
+    files = [*(folder / name for name in (*sources, "functions.c") if name.endswith(".c")), RUNTIME / "emu_startup.c"]
+    flags = [*FLAGS, optimize, "-fno-unwind-tables", f"-I{RUNTIME}", f"-DEMU_COUNTER={target.machine.counter:#x}u"]
+    line = [*board_command(target, toolchain), *flags, "-nostdlib", "-Wl,--entry=emu_reset", f"-Wl,-T,{script}", "-o"]
+    line += [str(elf), *map(str, files), str(Path(__file__).with_name("calls.c"))]
+    result = _run(line if toolchain == "zig" else [*line, "-lc", "-lgcc"])
+    if result.returncode:
+        raise _refused(line, result.stderr)
+    return elf
+
+
+RUNTIME = Path(__file__).parents[1] / "runtime_c"
 BARE_CODE = 0x0800_0000  # where programs without an entry lie
 
 
@@ -218,6 +246,8 @@ def board_command(board: Target, toolchain: str) -> list[str]:
     """The compiler for a core, without a library."""
     if toolchain == "zig":
         more = ["-g", "-fno-sanitize=undefined"]  # zig drops the symbols at -Os, and adds checks at -O0
+        # Of sums over strides clang makes vector loops without an end, where it may not unroll loops.
+        more += ["-fno-vectorize", "-fno-slp-vectorize"] if board.mve else []
         return [*_zig(), "-target", board.zig_target, f"-mcpu={board.zig_cpu}", "-ffreestanding", *more]
     return ["arm-none-eabi-gcc", *board.gcc_flags, "-ffreestanding"]
 
