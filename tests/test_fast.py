@@ -366,8 +366,14 @@ def backward_cases() -> Iterator[Case]:
                 yield Case(f"back {h}x{w} depthwise {kernel} {padding} {channels} {end}", graph)
     split = backward((6, 5), 6, 1, "masked", split=(0, 4), groups=6, kernel=(3, 3), padding=(1, 1, 1, 1))
     yield Case("back, depthwise split", split)
-    graph = backward((4, 4), 4, 1, "masked", groups=4, kernel=(3, 3), strides=(2, 2), padding=(1, 1, 1, 1))
-    yield Case("back, depthwise, stride 2", graph, fast=False)
+    for turn, (strides, kernel, (h, w)) in enumerate(
+        product([(2, 2), (2, 1), (1, 2), (3, 3)], [(3, 3), (5, 5), (7, 7)], [(4, 4), (3, 6), (9, 5)])
+    ):
+        padding = (kernel[0] // 2, kernel[1] // 2, (kernel[0] - 1) // 2, (kernel[1] - 1) // 2)
+        more = {"groups": (4, 8, 3)[turn % 3], "kernel": kernel, "strides": strides, "padding": padding}
+        end = ("masked", "added", "sums")[turn % 3]
+        graph = backward((h, w), more["groups"], 1, end, bool(turn % 2), **more)
+        yield Case(f"back {h}x{w} depthwise {kernel} stride {strides} {end}", graph, (EVERYTHING, 1200)[turn % 2])
     for (h, w), c, o, part in product([(1, 1), (1, 3), (5, 5), (8, 8)], [2, 3, 8], [2, 5, 12], (0, 1)):
         builder = Builder()
         inputs = [Value("x", TensorType((1, h, w, c), "int8")), Value("g", TensorType((1, h, w, o), "int8"))]

@@ -62,9 +62,9 @@ class Band:
     @property
     def lines(self) -> int:
         """Rows of the planes."""
-        (_, height, _, _), (_, window, _, _) = (tensor["shape"] for tensor in self.context["ins"][:2])
+        (height, _), (_, window, _, _) = find_extent(self.context), self.context["ins"][1]["shape"]
         stride: int = self.context["attrs"]["strides"][0]
-        return int(height) if self.within else (self.rows - 1) * stride + int(window)
+        return height if self.within else (self.rows - 1) * stride + int(window)
 
     @property
     def at(self) -> dict[str, int]:
@@ -101,15 +101,15 @@ def convolve_channels(
 ) -> Kernel | None:
     """(H, W, C) int8 by (C, KH, KW, 1) int8 or int16; windows without holes. Knobs: see ``KNOBS``."""
     end = find_end(context, context["ins"][0]["shape"][3])
-    return _convolve(kernel, context | {"turned": False}, end, room, most, lanes, unroll)
+    return _convolve(kernel, context | {"turned": False, "spread": [1, 1]}, end, room, most, lanes, unroll)
 
 
 @form(small={"unroll": 0}, **KNOBS)
 def convolve_channels_back(
     kernel: Kernel, context: dict[str, Any], room: int, most: int, lanes: int, unroll: int
 ) -> Kernel | None:
-    """The input gradient for stride 1: the same with windows from their ends."""
-    turned = turn_windows(context) if context["attrs"]["strides"] == [1, 1] else None
+    """The input gradient: the same with windows from their ends."""
+    turned = turn_windows(context)
     return _convolve(kernel, turned, find_gradient_end(context), room, most, lanes, unroll) if turned else None
 
 
@@ -118,18 +118,31 @@ def turn_windows(context: dict[str, Any]) -> dict[str, Any] | None:
 
     spread: how far what it reads is apart, down and across, with zeros in between
     """
-    (_, height, width, channels), window = context["ins"][0]["shape"], context["ins"][1]["shape"][1:3]
+    channels, window = context["ins"][0]["shape"][3], context["ins"][1]["shape"][1:3]
     attrs, out = context["attrs"], context["out"]["shape"]
     if len(context["ins"]) > 2 or out[3] != channels or context["rows"] is not None or context["tile"]:
         return None
     reach = [(k - 1) * d for k, d in zip(window, attrs["dilation"], strict=True)]
     before = [n - pad for n, pad in zip(reach, attrs["padding"][:2], strict=True)]
-    spans = [(n - 1) * stride + 1 for n, stride in zip((height, width), attrs["strides"], strict=True)]
-    after = [n - span - p + r for n, span, p, r in zip(out[1:3], spans, before, reach, strict=True)]
+    turned = context | {"turned": True, "spread": attrs["strides"]}
+    after = [n - span - p + r for n, span, p, r in zip(out[1:3], find_extent(turned), before, reach, strict=True)]
     if min(*before, *after) < 0:
         return None
-    turned = attrs | {"padding": [*before, *after], "strides": [1, 1]}
-    return context | {"attrs": turned, "turned": True, "spread": attrs["strides"]}
+    return turned | {"attrs": attrs | {"padding": [*before, *after], "strides": [1, 1]}}
+
+
+def find_extent(context: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of what is read, spread."""
+    down, across = (
+        (n - 1) * apart + 1 for n, apart in zip(context["ins"][0]["shape"][1:3], context["spread"], strict=True)
+    )
+    return down, across
+
+
+def find_column(context: Mapping[str, Any], i: int) -> int | None:
+    """The column that stands at place ``i`` when all are spread; None where none does."""
+    column, left = divmod(i, context["spread"][1])
+    return column if left == 0 and 0 <= column < context["ins"][0]["shape"][2] else None
 
 
 def _convolve(
@@ -171,6 +184,7 @@ def _convolve(
         "pixel": x["strides"][2],
         "line": x["strides"][1],
         "zero": attrs.get("zero_point", 0),
+        "apart": context["spread"][0],
     }
     read = own | {
         "window": window,
@@ -192,7 +206,7 @@ def _convolve(
         packed, passed = _describe_row(pack, planes), _describe_result(read)
     else:
         parts = [
-            assembly("dsp/pack", pack | _loop(planes, x["strides"][2]), PACK),
+            assembly("dsp/pack", pack | _loop(planes, x["strides"][2], context["spread"][1]), PACK),
             assembly(planes.template, read | dict(planes.more), READ),
         ]
     parts += [LIMIT] if end.bits else []
@@ -205,11 +219,10 @@ def read_columns(context: Mapping[str, Any]) -> Planes | None:
     """Windows of at most 7 x 7: two columns to a word, the padding among them, for functions that serve all shapes."""
     window, (_, stride) = context["ins"][1]["shape"][1:3], context["attrs"]["strides"]
     width, left = context["out"]["shape"][2], context["attrs"]["padding"][1]
-    if max(window) > 7 or max(context["attrs"]["strides"]) > 2:
+    if max(window) > 7 or max(context["attrs"]["strides"]) > 2 or context["spread"] != [1, 1]:
         return None
     words = -(-width // 2) + window[1] // 2 if stride == 1 else width + width % 2 + (window[1] + 1) // 2 - 1
-    columns = context["ins"][0]["shape"][2]
-    places = [i - left if 0 <= i - left < columns else None for i in range(2 * words)]
+    places = [find_column(context, i - left) for i in range(2 * words)]
     row = list(zip(places[::2], places[1::2], strict=True))
     table = window[0] * ((window[1] + 1) // 2 + (window[1] // 2 + 1 if stride == 1 else 0))
     return Planes("columns", row, 1, "dsp/window_any", {"odd": width % 2}, table=table)
@@ -238,12 +251,7 @@ def read_pairs(context: Mapping[str, Any], most: int) -> Planes | None:
     if max(window) > 3 or stride > 2 or (stride == 1 and width < 4):
         return None
     words = -(-width // 2) + 1 if stride == 1 else width + 1 + width % 2
-    columns = context["ins"][0]["shape"][2]
-
-    def column(i: int) -> int | None:
-        return i - left if 0 <= i - left < columns else None
-
-    row = [(column(2 * i), column(2 * i + 1)) for i in range(words)]
+    row = [(find_column(context, 2 * i - left), find_column(context, 2 * i + 1 - left)) for i in range(words)]
     tiles = width // 2
     unroll = -(-tiles // max(1, -(-tiles // most)))
     passes = tiles // max(1, unroll)
@@ -258,17 +266,15 @@ def read_terms(context: Mapping[str, Any]) -> Planes | None:
     sum are two parts of the one between. 255 * 128 * 64 < 2^21, so that no lane runs into the next.
     """
     (height, length), (_, stride) = context["ins"][1]["shape"][1:3], context["attrs"]["strides"]
-    width, left, columns = context["out"]["shape"][2], context["attrs"]["padding"][1], context["ins"][0]["shape"][2]
+    width, left, (_, columns) = context["out"]["shape"][2], context["attrs"]["padding"][1], find_extent(context)
     if height * length > 64 or width > WIDEST:
         return None
     blocks = -(-columns // (2 * stride))
     best = min((_multiply(width, columns, length, left, stride, blocks, odd) for odd in (0, 1)), key=lambda p: p[0])
     _, taps, groups = best
 
-    def column(i: int) -> int | None:
-        return i if i < columns else None
-
-    row = [(column(stride * 2 * i + f), column(stride * (2 * i + 1) + f)) for f in range(stride) for i in range(blocks)]
+    places = [(stride * 2 * i + f, stride * (2 * i + 1) + f) for f in range(stride) for i in range(blocks)]
+    row = [(find_column(context, a), find_column(context, b)) for a, b in places]
     more = {"taps": taps, "groups": groups, "zero": context["attrs"].get("zero_point", 0)}
     return Planes("terms", row, stride, "dsp/terms", more, table=len(taps) * height)
 
@@ -334,14 +340,17 @@ def _rows(height: int, window: int, stride: int, above: int, result: int) -> lis
     return runs
 
 
-def _loop(planes: Planes, pixel: int) -> dict[str, int]:
+def _loop(planes: Planes, pixel: int, apart: int) -> dict[str, int]:
     """Which blocks of a row are packed in a loop: from "begin" on, "unroll" of them in each of its "passes"."""
+    none = {"begin": 0, "unroll": 0, "passes": 0}
+    if apart > 1:
+        return none
     phases = planes.phases
     blocks = len(planes.row) // phases
     full = [i for i in range(blocks) if all(None not in planes.row[f * blocks + i] for f in range(phases))]
     unroll = max(1, min(BLOCKS // phases, 4095 // (2 * phases * pixel)))
     if len(full) * phases <= BLOCKS and full and 2 * phases * len(full) * pixel < 4096 or len(full) < 2 * unroll:
-        return {"begin": 0, "unroll": 0, "passes": 0}
+        return none
     passes = -(-len(full) // unroll)
     unroll = len(full) // passes
     return {"begin": full[0], "unroll": unroll, "passes": passes}
