@@ -431,25 +431,29 @@ def _quicken(
 
 SPARE = 1 / 16
 PORTABLE = 4  # times the instructions of a faster kernel, about
+CRAMPED = 1.4  # times, with less scratch than a kernel would take
 NARROW = 3  # times the instructions, divided by the width of tiles, are lost beside
 
 
 def _estimate(programs: Sequence[Program], ideal: bool = False) -> float:
-    """What the programs cost: multiply-accumulates, those of portable kernels and narrow tiles several times.
+    """What the programs cost: multiply-accumulates, more of kernels that are portable, cramped or in narrow tiles.
 
-    ideal: if there were none of both
+    ideal: if there were none of them
     """
     cost: dict[tuple[str, str], float] = {}  # a member may have several kernels, for parts of its tiles
     for program in programs:
-        for call in program.calls:
+        roomy = replace(program, room=dict.fromkeys(range(len(program.graph.nodes)), UNLIMITED))
+        for call, best in zip(program.calls, roomy.calls, strict=True):
             region = program.graph.nodes[call.node]
             members = call.members or (region,)
-            kernels = call.kernel.parts if call.members else (call.kernel,)
+            kernels, wanted = ((c.kernel.parts if c.members else (c.kernel,)) for c in (call, best))
             tiles = find_tiles(region)
-            for node, kernel in zip(members, kernels, strict=True):
+            for node, kernel, like in zip(members, kernels, wanted, strict=True):
                 key = (program.role, f"{call.node} {node.output.name}")
-                times: float = 1 if kernel.portable or ideal else PORTABLE
-                times += NARROW / tiles.width if tiles and not ideal else 0
+                times = 1.0
+                if not ideal:
+                    times = PORTABLE if not kernel.portable else 1 if kernel == like else CRAMPED
+                    times += NARROW / tiles.width if tiles else 0
                 cost[key] = max(cost.get(key, 0), node.macs * times)
     return sum(cost.values())
 
