@@ -19,10 +19,10 @@
 
 /* Before a loop that is worth it: other loops are not unrolled. */
 #ifdef __OPTIMIZE_SIZE__
-#define tte_unroll(n)
+#define TTE_UNROLL(n)
 #else
 #define TTE_PRAGMA(words) _Pragma(#words)
-#define tte_unroll(n) TTE_PRAGMA(GCC unroll n)
+#define TTE_UNROLL(n) TTE_PRAGMA(GCC unroll n)
 #endif
 
 #if TTE_DSP
@@ -55,10 +55,10 @@ TTE_INLINE void tte_copy(int8_t *to, const int8_t *from, int n) {
                      : "r"(n)
                      : "lr", "q0", "memory");
 #else
-    tte_unroll(4)
+    TTE_UNROLL(4)
     for (; n >= 4; n -= 4, to += 4, from += 4)
         tte_store4(to, tte_load4(from));
-    tte_unroll(3)
+    TTE_UNROLL(3)
     for (; n > 0; n--)
         *to++ = *from++;
 #endif

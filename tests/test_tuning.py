@@ -15,7 +15,7 @@ from test_cli import succeed
 from torch import Tensor, nn
 
 import tte
-from tte import tuning
+from tte import cli, tuning
 from tte.codegen import measured
 from tte.codegen.fast import list_forms, quicken
 from tte.codegen.kernel import Kernel
@@ -370,3 +370,13 @@ def test_a_template_stands_for_those_that_it_is_made_with(monkeypatch: pytest.Mo
     (tmp_path / "kernels" / "c").write_text("3")
     assert [old == new for old, new in zip(before, look(), strict=True)] == [False, False, False, True]
     measured._source.cache_clear()
+
+
+def test_an_interruption_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tte, "tune", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cli.tune("model.onnx", schedules=Path("kept.json"))
+    assert "kept.json keeps what was measured" in capsys.readouterr().err

@@ -189,24 +189,28 @@ def tune(
 
     import tte
 
-    with _bar("measuring") as show:
-        found = tte.tune(
-            model,
-            update_scheme=update_scheme,
-            target=target,
-            schedules=schedules,
-            trials=trials,
-            seed=seed,
-            metric=metric,
-            jobs=jobs or os.cpu_count() or 1,
-            runner=runner,
-            progress=lambda done, count: show(done, count, ""),
-            memory_plan=_memory_plan(memory_plan),
-        )
+    try:
+        with _bar("measuring") as show:
+            found = tte.tune(
+                model,
+                update_scheme=update_scheme,
+                target=target,
+                schedules=schedules,
+                trials=trials,
+                seed=seed,
+                metric=metric,
+                jobs=jobs or os.cpu_count() or 1,
+                runner=runner,
+                progress=lambda done, count: show(done, count, ""),
+                memory_plan=_memory_plan(memory_plan),
+            )
+    except KeyboardInterrupt:
+        print(f"stopped: {schedules} keeps what was measured; the same command goes on from there", file=sys.stderr)
+        raise
     if json_:
         return _print_json(found.to_dict())
     if not found.rows:
-        print(f"no kernel of this model has knobs, as it is compiled for {target}: {schedules} is as before")
+        print(f"no kernel of this model has knobs, as it is compiled for {target}: nothing was measured")
         return
     columns = ("kernel", "layers", "calls", f"{found.metric}, default", "tuned", "knobs")
     rows = [
@@ -540,7 +544,10 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
 
 def _print_run(result: dict[str, Any]) -> None:
     loss, metric = result["loss"], result["metric"]
-    rows: list[tuple[Any, ...]] = [("steps", result["steps"]), ("loss, from and to", f"{loss[0]:.4f} {loss[-1]:.4f}")]
+    tenth = max(1, len(loss) // 10)  # a single sample's loss says little
+    first, last = (sum(part) / tenth for part in (loss[:tenth], loss[-tenth:]))
+    rows: list[tuple[Any, ...]] = [("steps", result["steps"])]
+    rows.append((f"mean loss, of the first {tenth} and the last {tenth}", f"{first:.4f} {last:.4f}"))
     if metric["before"] is not None:
         rows.append((f"{metric['name']}, before and after", f"{metric['before']:.4f} {metric['after']:.4f}"))
     for key in ("instructions_per_step", "stack_bytes", "arena_bytes"):
