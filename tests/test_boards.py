@@ -299,9 +299,8 @@ def test_an_int8_forward_is_of_integers(digits: Path, requantize: str, toolchain
     artifact = tte.compile(digits / "int8.onnx", update_scheme=scheme, target="cortex-m0plus", name="net")
     infer = next(p for p in artifact.compiled.programs if p.role == "infer")
     calls = find_calls(compile_objects(artifact.build, toolchain))
-    text = (
-        (artifact.build.folder / "Core/Src/net.c").read_text().partition("static int run_infer")[2].partition("\n}")[0]
-    )
+    source = (artifact.build.folder / "Core/Src/net.c").read_text()
+    text = "".join(source.partition(f"static int run_{f}(")[2].partition("\n}")[0] for f in ("forward", "infer"))
     asked = [{name for name in calls.get(k, ()) if FLOAT.match(name)} for k in re.findall(r"    (net_k\w+)\(", text)]
     nodes = [infer.graph.nodes[call.node] for call in schedule(infer.graph, infer.room)]
     assert [bool(names) for names in asked] == [any(map(computes_floats, expand(node))) for node in nodes]
