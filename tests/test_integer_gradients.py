@@ -18,6 +18,8 @@ from tte.ops.loss import exponentials
 from tte.passes.integer_gradients import RANGE, quantize_gradients
 from tte.runner.board import unpack_state
 from tte.runner.qemu import find_qemu
+from tte.runner.toolchain import build_firmware, find_toolchains
+from tte.target import CORTEX_M55
 
 SPARSE = [
     {"layer": "blocks.*", "bias": True},
@@ -238,3 +240,12 @@ def test_a_factor_for_each_pixel_stays_float(tmp_path: Path) -> None:
     tte.quantize(Weighted().eval(), {"x": x}, tmp_path / "net.onnx")
     nodes = compile_int8(tmp_path / "net.onnx").compiled.train.graph.nodes
     assert any("multiply" in str(node) for node in nodes)
+
+
+def test_gnu_tools_build_it_for_a_cortex_m55(models: dict[str, Path]) -> None:
+    """Their assembler does not know a conversion of a float under a condition (VCVTNE)."""
+    if "gcc" not in find_toolchains():
+        pytest.skip("no arm-none-eabi-gcc")
+    scheme = {"train": "full", "quantized": {"gradients": "int8"}}
+    artifact = tte.compile(models["swish"], update_scheme=scheme, target="cortex-m55")
+    assert build_firmware(artifact.build, CORTEX_M55, "gcc", machine="qemu").text
