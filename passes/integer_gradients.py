@@ -170,6 +170,8 @@ class _State:
         g, factor = self.found.get(node.inputs[0].name), node.inputs[1]
         if g is None or not isinstance(factor, Const) or node.output.type.shape != g.value.type.shape:
             return None
+        if math.prod(factor.type.shape[:-1]) > 1:  # differs along rows or columns
+            return None
         size = g.size + math.log2(max(float(np.median(np.abs(factor.data))), 1e-30))
         return replace(g, factor=g.factor * factor.data.astype(np.float64), size=size)
 

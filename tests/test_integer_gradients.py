@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import qdq
+import torch
+from torch import nn
 
 import tte
 from tte.artifact import Artifact
@@ -16,6 +18,8 @@ from tte.ops.loss import exponentials
 from tte.passes.integer_gradients import RANGE, quantize_gradients
 from tte.runner.board import unpack_state
 from tte.runner.qemu import find_qemu
+from tte.runner.toolchain import build_firmware, find_toolchains
+from tte.target import CORTEX_M55
 
 SPARSE = [
     {"layer": "blocks.*", "bias": True},
@@ -217,3 +221,31 @@ def test_what_is_not_integer_is_not_asked_for(models: dict[str, Path]) -> None:
         compile_int8(models["mcunet"].with_name("float.onnx"))
     with pytest.raises(TTEError, match="float32 gradients"):
         compile_int8(models["mcunet"]).verify(steps=1)
+
+
+class Weighted(nn.Module):
+    """What is multiplied by a constant that differs from pixel to pixel, and learns on both sides of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1)
+        self.register_buffer("map", torch.linspace(0.5, 1.5, 36).reshape(1, 1, 6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).relu() * self.map).mean((2, 3))
+
+
+def test_a_factor_for_each_pixel_stays_float(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((8, 2, 6, 6)).astype(np.float32)
+    tte.quantize(Weighted().eval(), {"x": x}, tmp_path / "net.onnx")
+    nodes = compile_int8(tmp_path / "net.onnx").compiled.train.graph.nodes
+    assert any("multiply" in str(node) for node in nodes)
+
+
+def test_gnu_tools_build_it_for_a_cortex_m55(models: dict[str, Path]) -> None:
+    """Their assembler does not know a conversion of a float under a condition (VCVTNE)."""
+    if "gcc" not in find_toolchains():
+        pytest.skip("no arm-none-eabi-gcc")
+    scheme = {"train": "full", "quantized": {"gradients": "int8"}}
+    artifact = tte.compile(models["swish"], update_scheme=scheme, target="cortex-m55")
+    assert build_firmware(artifact.build, CORTEX_M55, "gcc", machine="qemu").text

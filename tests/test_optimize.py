@@ -71,6 +71,13 @@ def test_small_code_is_smaller(built: dict[str, tuple[Artifact, Path]], toolchai
         assert cost.instructions < 2 * speed.programs[program].instructions
 
 
+def test_only_one_form_of_a_function_may_be_given_numbers(model: Path) -> None:
+    """As two programs have blocks of different sizes of a layer: the compiler does not refuse the other form."""
+    scheme = {"train": "full", "quantized": {"gradients": "int8"}}
+    artifact = tte.compile(model, update_scheme=scheme, target="stm32f746", memory_plan=5000, optimize="size")
+    assert artifact.host().init() == 0
+
+
 def test_what_says_for_what(built: dict[str, tuple[Artifact, Path]]) -> None:
     for optimize, flag in (("speed", "-O2"), ("size", "-Os")):
         artifact, folder = built[optimize]

@@ -156,9 +156,9 @@ register(Op("qnn.integer_cross_entropy", _integer_cross_entropy, _integer_cross_
 
 
 def _integer_cross_entropy_grad(q: TensorType, label: TensorType, factors: TensorType) -> TensorType:
-    """softmax(scale * q) - onehot(label) of each row in 2^-30, within 2^-27: int32.
+    """softmax(scale * q) - onehot(label) of each row in 2^-30, each within 2^-27: int32.
 
-    At the label it is minus the sum of the others.
+    But at the label it is minus the sum of the others, with what they are off by.
     """
     _require_logits(q, label, factors)
     return TensorType(q.shape, "int32")

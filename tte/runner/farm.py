@@ -181,7 +181,7 @@ def _connect(place: tuple[str, int]) -> Any:
         from tvm import rpc
 
         return rpc.connect_tracker(*place)
-    except (OSError, RuntimeError) as problem:
+    except (OSError, RuntimeError, UnicodeError) as problem:  # UnicodeError: no name of a host
         raise _no_tracker(place, problem) from problem
 
 
