@@ -230,7 +230,7 @@ def _shorten(names: Sequence[str]) -> str:
 def serve(
     tracker: Annotated[str, typer.Option(help="HOST:PORT of a running `python -m tvm.exec.rpc_tracker`")],
     key: Annotated[str, typer.Option(help="what `tte tune --runner rpc://HOST:PORT/KEY` asks for")],
-    host: Annotated[str, typer.Option(help="address to listen at")] = "0.0.0.0",
+    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0: for other machines, too")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen at; 0: any that is free")] = 0,
 ) -> None:
     """Measure kernels here, on an emulated core, for whoever tunes elsewhere. Only where the network is trusted.

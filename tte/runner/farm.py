@@ -17,7 +17,9 @@ from tte.runner.bare import Counts, Job, run
 from tte.runner.toolchain import build_counter
 
 FUNCTION = "tte.run_job.1"  # of a server; the number is that of the protocol
-ADDRESS = re.compile(r"rpc://(?P<host>\[[^]]+\]|[^:/]+):(?P<port>\d+)(?:/(?P<key>[^/:\s]+))?")
+KEY = re.compile(r"[^/:\s]+")
+ADDRESS = re.compile(rf"rpc://(?P<host>\[[^]]+\]|[^:/]+):(?P<port>\d+)(?:/(?P<key>{KEY.pattern}))?")
+LAST_PORT = 65535
 ATTEMPTS = 3  # to run a job, should servers be lost
 PATIENCE = 10.0  # seconds without any server
 
@@ -31,7 +33,7 @@ class Farm:
     def __init__(self, address: str, key: str) -> None:
         """key: where the address has none. Raises TTEError: E059 no such address, E051 no tracker or server there."""
         found = ADDRESS.fullmatch(address)
-        if not found:
+        if not found or int(found["port"]) > LAST_PORT:
             fix = "local, or rpc://HOST:PORT or rpc://HOST:PORT/KEY of an RPC tracker"
             raise TTEError("TTE-E059", f"{address!r} is no runner", where="--runner", fix=fix)
         self.place = (found["host"].strip("[]"), int(found["port"]))
@@ -125,8 +127,10 @@ def serve(tracker: str, key: str, host: str, port: int, ready: Callable[[int], N
     TVM's servers do whatever they are asked for: only for networks where everybody may run programs here.
     Raises TTEError: E059 no such address, E051 no tracker there.
     """
-    found = ADDRESS.fullmatch(f"rpc://{tracker}/{key}")
-    if not found:
+    if not KEY.fullmatch(key):
+        raise TTEError("TTE-E059", f"{key!r} is no key", where="--key", fix="a word without / and :")
+    found = ADDRESS.fullmatch(f"rpc://{tracker}")
+    if not found or found["key"] or int(found["port"]) > LAST_PORT:
         raise TTEError("TTE-E059", f"{tracker!r} is no address", where="--tracker", fix="HOST:PORT of an RPC tracker")
     place = (found["host"].strip("[]"), int(found["port"]))
     _connect(place).close()
