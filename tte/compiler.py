@@ -416,7 +416,7 @@ def _quicken(
     spare: by how much the arena may be larger than that of ``programs``, of it, where that makes kernels faster
     """
     best = make_room(programs, arena, measured, target, optimize)
-    shares: tuple[float, ...] = (0.75, 0)
+    shares: tuple[float, ...] = (0.875, 0.75, 0)
     if spare and _estimate(best) > (1 + spare) * _estimate(best, ideal=True):
         arena = replace(arena, limit=int(_arena_bytes(programs) * (1 + spare)))
         best = make_room(programs, arena, measured, target, optimize)
