@@ -242,7 +242,7 @@ def draw(figures: list[Figure], path: Path) -> None:
     bars = axes.barh([f"{f.network}: {f.name}" for f in rows], shares, color="tab:blue")
     axes.bar_label(bars, [f"{share:.2f} of {f.engine}" for share, f in zip(shares, rows, strict=True)], padding=3)
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlim(0, max(1.3, 1.25 * max(shares)))
+    axes.set_xlim(0, max(1.4, 1.4 * max(shares)))
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel(f"share of what the other engine takes ({next(iter(rows[0].values))}, -O2)")
