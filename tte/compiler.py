@@ -416,16 +416,23 @@ def _quicken(
     spare: by how much the arena may be larger than that of ``programs``, of it, where that makes kernels faster
     """
     best = make_room(programs, arena, measured, target, optimize)
+    if not spare and not 0 < arena.limit < UNLIMITED:
+        return best
+    cost, ideal = _estimate(best)
     shares: tuple[float, ...] = (0.875, 0.75, 0)
-    if spare and _estimate(best) > (1 + spare) * _estimate(best, ideal=True):
+    if spare:
+        if cost <= (1 + spare) * ideal:
+            return best
         arena = replace(arena, limit=int(_arena_bytes(programs) * (1 + spare)))
         best = make_room(programs, arena, measured, target, optimize)
+        cost, _ = _estimate(best)
         shares = (1, 1 - spare / 2)
-    if 0 < arena.limit < UNLIMITED:
-        for share in shares:
-            others = plan_programs(roles, pipeline, replace(arena, limit=int(arena.limit * share)))
-            if _arena_bytes(others) <= arena.limit:
-                best = min(best, make_room(others, arena, measured, target, optimize), key=_estimate)
+    for share in shares:
+        others = plan_programs(roles, pipeline, replace(arena, limit=int(arena.limit * share)))
+        if _arena_bytes(others) <= arena.limit:
+            others = make_room(others, arena, measured, target, optimize)
+            if (other := _estimate(others)[0]) < cost:
+                best, cost = others, other
     return best
 
 
@@ -435,12 +442,11 @@ CRAMPED = 1.4  # times, with less scratch than a kernel would take
 NARROW = 3  # times the instructions, divided by the width of tiles, are lost beside
 
 
-def _estimate(programs: Sequence[Program], ideal: bool = False) -> float:
-    """What the programs cost: multiply-accumulates, more of kernels that are portable, cramped or in narrow tiles.
-
-    ideal: if there were none of them
-    """
+def _estimate(programs: Sequence[Program]) -> tuple[float, int]:
+    """What the programs cost: multiply-accumulates, more of kernels that are portable, cramped or in narrow tiles; and
+    what they would if there were none of these."""
     cost: dict[tuple[str, str], float] = {}  # a member may have several kernels, for parts of its tiles
+    ideal: dict[tuple[str, str], int] = {}
     for program in programs:
         roomy = replace(program, room=dict.fromkeys(range(len(program.graph.nodes)), UNLIMITED))
         for call, best in zip(program.calls, roomy.calls, strict=True):
@@ -450,12 +456,11 @@ def _estimate(programs: Sequence[Program], ideal: bool = False) -> float:
             tiles = find_tiles(region)
             for node, kernel, like in zip(members, kernels, wanted, strict=True):
                 key = (program.role, f"{call.node} {node.output.name}")
-                times = 1.0
-                if not ideal:
-                    times = PORTABLE if not kernel.portable else 1 if kernel == like else CRAMPED
-                    times += NARROW / tiles.width if tiles else 0
+                times = PORTABLE if not kernel.portable else 1 if kernel == like else CRAMPED
+                times += NARROW / tiles.width if tiles else 0
                 cost[key] = max(cost.get(key, 0), node.macs * times)
-    return sum(cost.values())
+                ideal[key] = node.macs
+    return sum(cost.values()), sum(ideal.values())
 
 
 def _as_user(const: Const, origin: Origin) -> np.ndarray:

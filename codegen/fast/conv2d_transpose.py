@@ -16,16 +16,9 @@ def multiply_columns(
 
     Knobs: see ``convolve``.
     """
-    out, attrs, (x, w, *start) = context["out"], context["attrs"], context["ins"]
-    if context["tile"] or context["rows"] is not None or x["steps"] or start:
-        return None
-    if (x["dtype"], w["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
-        return None
-    depth, *kernel_size, _ = w["shape"]
-    pixels, channels = out["shape"][1] * out["shape"][2], out["shape"][3]
-    if kernel_size != [1, 1] or attrs["groups"] > 1 or x["shape"][1:3] != out["shape"][1:3] or pixels < 2:
-        return None
-    if any(attrs["padding"]) or attrs["strides"] != [1, 1]:
+    out, (_, w, *_) = context["out"], context["ins"]
+    depth, pixels, channels = w["shape"][0], out["shape"][1] * out["shape"][2], out["shape"][3]
+    if not is_pointwise(context) or pixels < 2:
         return None
     by_columns = w["axis"] == 3 or len(w["segments"]) == 1
     widths = [part["stop"] - part["start"] for part in w["segments"]] if w["axis"] == 3 else [channels]
@@ -47,3 +40,13 @@ def multiply_columns(
     dot, passed = multiply(groups, channels, end, unroll, pairs)
     more = asdict(end) | {"block": block, "at": at, "passed": passed}
     return make_form(kernel, context | more, "dsp/conv2d_transpose", at["end"], dot, WIDEN, COLUMNS)
+
+
+def is_pointwise(context: dict[str, Any]) -> bool:
+    """Whether it is the whole input gradient of a 1 x 1 convolution, stride 1, of int8 by int8."""
+    out, attrs, (x, w, *start) = context["out"], context["attrs"], context["ins"]
+    if context["tile"] or context["rows"] is not None or x["steps"] or start or attrs["groups"] > 1:
+        return False
+    if (x["dtype"], w["dtype"], context["acc"]) != ("int8", "int8", "int32_t") or any(attrs["padding"]):
+        return False
+    return bool(w["shape"][1:3] == [1, 1] == attrs["strides"] and x["shape"][1:3] == out["shape"][1:3])

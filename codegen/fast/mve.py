@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tte.codegen.fast import conv2d_transpose, conv2d_weight_grad
 from tte.codegen.fast.conv2d import SIZES, End, find_end, find_gradient_end, list_shares
 from tte.codegen.fast.depthwise import turn_windows
 from tte.codegen.fast.form import LIMIT, assembly, form, lay_out, make_form
@@ -101,16 +102,9 @@ def find_zero(context: dict[str, Any], end: End) -> int:
 @form(block=(128, 64, 32))
 def multiply_columns(kernel: Kernel, context: dict[str, Any], room: int, block: int) -> Kernel | None:
     """Input gradients of 1 x 1 convolutions, as above: (H, W, O) int8 by (O, 1, 1, C) int8, stride 1, 4 <= C."""
-    out, attrs, (x, w, *start) = context["out"], context["attrs"], context["ins"]
-    if context["tile"] or context["rows"] is not None or x["steps"] or start:
-        return None
-    if (x["dtype"], w["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
-        return None
-    depth, *kernel_size, _ = w["shape"]
-    pixels, channels = out["shape"][1] * out["shape"][2], out["shape"][3]
-    if kernel_size != [1, 1] or attrs["groups"] > 1 or x["shape"][1:3] != out["shape"][1:3] or pixels < 2:
-        return None
-    if any(attrs["padding"]) or attrs["strides"] != [1, 1] or not 4 <= channels <= FARTHEST:
+    out, (_, w, *_) = context["out"], context["ins"]
+    depth, pixels, channels = w["shape"][0], out["shape"][1] * out["shape"][2], out["shape"][3]
+    if not conv2d_transpose.is_pointwise(context) or pixels < 2 or not 4 <= channels <= FARTHEST:
         return None
     end = find_gradient_end(context)
 
@@ -138,15 +132,13 @@ def multiply_columns(kernel: Kernel, context: dict[str, Any], room: int, block: 
 @form()
 def correlate(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Weight gradients of 1 x 1 convolutions: (H, W, C) int8 by (H, W, O) int8, stride 1, 4 <= O."""
-    attrs, (x, g), out = context["attrs"], context["ins"], context["out"]
-    if context["tile"] or context["rows"] is not None or g["steps"]:
-        return None
-    if (x["dtype"], g["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
-        return None
-    outputs, *window, channels = out["shape"]
-    if window != [1, 1] or attrs["groups"] > 1 or any(attrs["padding"]) or attrs["strides"] != [1, 1]:
-        return None
-    if outputs < 4 or channels < 2 or max(channels, g["shape"][3]) > FARTHEST:
+    (x, g), (outputs, _, _, channels) = context["ins"], context["out"]["shape"]
+    if (
+        not conv2d_weight_grad.is_pointwise(context)
+        or outputs < 4
+        or channels < 2
+        or max(channels, g["shape"][3]) > FARTHEST
+    ):
         return None
     pixels = x["shape"][1] * x["shape"][2]
 

@@ -32,12 +32,12 @@ class Farm:
 
     def __init__(self, address: str, key: str) -> None:
         """key: where the address has none. Raises TTEError: E059 no such address, E051 no tracker or server there."""
-        found = ADDRESS.fullmatch(address)
-        if not found or int(found["port"]) > LAST_PORT:
+        found = _parse(address)
+        if found is None:
             fix = "local, or rpc://HOST:PORT or rpc://HOST:PORT/KEY of an RPC tracker"
             raise TTEError("TTE-E059", f"{address!r} is no runner", where="--runner", fix=fix)
-        self.place = (found["host"].strip("[]"), int(found["port"]))
-        self.key = found["key"] or key
+        self.place, own = found
+        self.key = own or key
         self._tracker = _connect(self.place)
         self._lock = threading.Lock()
         self._idle: SimpleQueue[Any] = SimpleQueue()
@@ -129,10 +129,10 @@ def serve(tracker: str, key: str, host: str, port: int, ready: Callable[[int], N
     """
     if not KEY.fullmatch(key):
         raise TTEError("TTE-E059", f"{key!r} is no key", where="--key", fix="a word without / and :")
-    found = ADDRESS.fullmatch(f"rpc://{tracker}")
-    if not found or found["key"] or int(found["port"]) > LAST_PORT:
+    found = _parse(f"rpc://{tracker}")
+    if found is None or found[1]:
         raise TTEError("TTE-E059", f"{tracker!r} is no address", where="--tracker", fix="HOST:PORT of an RPC tracker")
-    place = (found["host"].strip("[]"), int(found["port"]))
+    place, _ = found
     _connect(place).close()
     from tvm.rpc.server import _listen_loop
     from tvm_ffi import register_global_func
@@ -177,6 +177,14 @@ def _unpack(content: Any, elf: Any, *buffers: Any) -> Job:
     fields = json.loads(str(content))
     names, places = tuple(fields["names"]), tuple(map(tuple, fields["places"]))
     return Job(**fields | {"names": names, "places": places}, elf=bytes(elf), buffers=tuple(map(bytes, buffers)))
+
+
+def _parse(address: str) -> tuple[tuple[str, int], str | None] | None:
+    """Host and port, and the key if there is one; None if it is no address."""
+    found = ADDRESS.fullmatch(address)
+    if not found or int(found["port"]) > LAST_PORT:
+        return None
+    return (found["host"].strip("[]"), int(found["port"])), found["key"]
 
 
 def _connect(place: tuple[str, int]) -> Any:
