@@ -20,6 +20,7 @@ from tte.codegen.fast.float32 import (
     convolve_floats,
     differentiate_weights,
     sum_channels,
+    update_pixels,
 )
 from tte.codegen.fast.form import Form, Knobs, use_stack
 from tte.codegen.fast.observe_gradient import observe
@@ -31,7 +32,7 @@ DSP: Forms = {
     "conv2d": (convolve, convolve_directly, convolve_floats),
     "dense": (dense,),
     "depthwise_conv2d": (convolve_channels, convolve_depthwise_floats),
-    "conv2d_transpose": (multiply_columns, convolve_back),
+    "conv2d_transpose": (multiply_columns, update_pixels, convolve_back),
     "depthwise_conv2d_transpose": (convolve_channels_back, convolve_depthwise_back),
     "conv2d_weight_grad": (correlate, differentiate_weights),
     "sum": (sum_channels,),

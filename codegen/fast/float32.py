@@ -120,6 +120,27 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     return make_form(kernel, context | more, "fpu/conv2d_transpose", at["end"], *parts)
 
 
+FEW = 2  # products of a sum, whose weights stay in registers
+
+
+@form()
+def update_pixels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Sums that go on where they are, eight channels at a time: (H, W, O) float32 by (O, 1, 1, C) of any type, O <= 2."""
+    out, (x, w, *_) = context["out"], context["ins"]
+    attrs = context["attrs"]
+    depth, *window, channels = w["shape"]
+    sums = context["tile"] and context["tile"]["sum"]
+    if not sums or attrs["groups"] > 1 or depth > FEW or x["steps"] or x["strides"][2] != depth:
+        return None
+    if context["rows"] is not None or not _is_float(context) or _reads_result(context["tail"]):
+        return None
+    if window != [1, 1] or any(attrs["padding"]) or attrs["strides"] != [1, 1] or x["shape"][:3] != out["shape"][:3]:
+        return None
+    blocks = _find_blocks(channels, WIDTH)
+    parts = [assembly("fpu/rank_update", {"k": depth, "n": n}, UPDATE) for _, _, n in blocks]
+    return make_form(kernel, context | {"blocks": blocks}, "fpu/narrow_transpose", 0, *parts)
+
+
 @form()
 def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Some channels of a pixel at a time: (OH, OW, C) float32 by (C, KH, KW) of any type."""
@@ -191,15 +212,16 @@ def sum_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel |
     return make_form(kernel, context | {"blocks": blocks}, "fpu/sum", 0, *parts)
 
 
-def _find_blocks(channels: int) -> list[tuple[int, int, int]]:
+def _find_blocks(channels: int, most: int = 16) -> list[tuple[int, int, int]]:
     """Channels in blocks of some at a time: the first, the end, how many at a time."""
-    wide = 16 if channels % 16 == 0 else WIDTH
+    wide = most if channels % most == 0 else WIDTH
     whole = channels // wide * wide
     return [(first, end, n) for first, end, n in ((0, whole, wide), (whole, channels, channels % wide)) if first < end]
 
 
 COLUMNS = ("const float *from", "float *to", "int rows", "int distance")
 ROWS = ("void *rows",)
+UPDATE = ("const float *a", "float *y", "const float *panel", "int rows", "int distance")
 WIDEN = assembly("fpu/widen", {}, ("const int8_t *from", "float *to", "int rows", "int distance"))
 
 
