@@ -227,6 +227,12 @@ def depthwise_cases() -> Iterator[Case]:
     for weights, split in product(["int8", "int16", "float32"], [None, (0, 4), (0, 16)]):
         graph = transposed((5, 5, 32), 32, (3, 3), weights, split, depthwise=True, begin="bias", padding=(1, 1, 1, 1))
         yield Case(f"depthwise {weights} {split}", graph)
+    for (h, w), k, stride in product([(1, 1), (4, 4), (5, 19)], [3, 5], [1, 2, 3]):
+        for tail, dilation in (("", 1), ("ms", 2)):
+            geometry = {"strides": (stride, stride), "padding": (k // 2,) * 4, "dilation": (dilation, dilation)}
+            if h > 1 or dilation == 1:
+                graph = transposed((h, w, 1), 1, (k, k), depthwise=True, tail=tail, **geometry)
+                yield Case(f"plane {h}x{w} {k} {stride} {tail}", graph)
     for room in (0, 40, 200, 400):
         graph = transposed((5, 5, 12), 12, (5, 5), depthwise=True, begin="whole", tail="r", padding=(2, 2, 2, 2))
         yield Case(f"depthwise in {room} bytes", graph, room)

@@ -56,7 +56,7 @@ def convolve_depthwise_floats(kernel: Kernel, context: dict[str, Any], room: int
     mask, scale = _find_finish(context, channels)
     more: dict[str, Any] = {"at": at, "mask": mask, "scale": scale, "blocks": blocks}
     more["spans"] = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
-    parts = [assembly("fpu/depthwise", {"n": n, "spread": False}, ROWS) for _, _, n in blocks]
+    parts = [assembly("fpu/depthwise", {"n": n, "spread": False, "apart": 0}, ROWS) for _, _, n in blocks]
     return make_form(kernel, context | more, "fpu/depthwise_conv2d", at["end"], *parts)
 
 
@@ -114,8 +114,8 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
         return None
     at = place(chunk)
     mask, scale = _find_finish(context, channels)
-    columns = _find_columns_back(width, ow, w["shape"][2], attrs)
-    more = {"chunk": chunk, "at": at, "flat": flat, "spans": columns, "mask": mask, "scale": scale}
+    spans = [span[:3] for span in _find_spans_back(width, ow, w["shape"][2], attrs, 1)]
+    more = {"chunk": chunk, "at": at, "flat": flat, "spans": spans, "mask": mask, "scale": scale}
     parts = [WIDEN, *_dots(channels)]
     return make_form(kernel, context | more, "fpu/conv2d_transpose", at["end"], *parts)
 
@@ -145,18 +145,8 @@ def update_pixels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
 def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Some channels of a pixel at a time: (OH, OW, C) float32 by (C, KH, KW) of any type."""
     out, (x, w, *_) = context["out"], context["ins"]
-    attrs, tail = context["attrs"], context["tail"]
-    channels, *kernel_size, multiplier = w["shape"]
-    sums = context["tile"] and context["tile"]["sum"]
-    if (
-        context["rows"] is not None
-        or channels == 1
-        or multiplier > 1
-        or x["steps"]
-        or sums
-        or not _is_float(context)
-        or _reads_result(tail)
-    ):
+    channels, *kernel_size, _ = w["shape"]
+    if channels == 1 or not _is_depthwise_back(context):
         return None
     blocks = _find_blocks(channels)
     row = kernel_size[1] * max(n for _, _, n in blocks) * 4  # of the kernel, as floats
@@ -165,12 +155,48 @@ def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) 
         return None
     at = lay_out({"panel": height * row})
     mask, scale = _find_finish(context, channels)
-    spread = attrs["strides"][1] // math.gcd(attrs["strides"][1], attrs["dilation"][1])  # from tap to tap that reaches
-    columns = _find_columns_back(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
-    more = {"at": at, "spans": columns, "mask": mask, "scale": scale, "blocks": blocks, "spread": spread}
-    more["height"] = height
-    parts = [assembly("fpu/depthwise", {"n": n, "spread": spread > 1}, ROWS) for _, _, n in blocks]
+    more = {"at": at, "mask": mask, "scale": scale, "blocks": blocks, "height": height} | _follow_back(context)
+    parts = [assembly("fpu/depthwise", {"n": n, "spread": more["spread"][1] > 1, "apart": 0}, ROWS) for *_, n in blocks]
     return make_form(kernel, context | more, "fpu/depthwise_conv2d_transpose", at["end"], *parts)
+
+
+@form()
+def convolve_plane_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Some columns at a time: a channel alone, (OH, OW, 1) float32 by (1, KH, KW) of any type."""
+    out, (x, w, *begin) = context["out"], context["ins"]
+    if w["shape"][0] > 1 or begin or not _is_depthwise_back(context) or not x["strides"][2] == out["strides"][2] == 1:
+        return None
+    more = _follow_back(context)
+    apart = context["attrs"]["strides"][1]
+    pieces = [
+        (first + i * apart, apart, min(16, count - i), tap, taps, at + i)
+        for first, _, count, tap, taps, at in more["spans"]
+        for i in range(0, count, 16)
+    ]
+    more["spans"] = sorted(pieces, key=lambda piece: piece[2])
+    widths = sorted({count for _, _, count, *_ in pieces})
+    parts = [assembly("fpu/depthwise", {"n": n, "spread": more["spread"][1] > 1, "apart": apart}, ROWS) for n in widths]
+    return make_form(kernel, context | more | {"widths": widths}, "fpu/plane_transpose", 0, *parts)
+
+
+def _is_depthwise_back(context: dict[str, Any]) -> bool:
+    """Whether it is a depthwise convolution's whole input gradient of floats."""
+    x, w, *_ = context["ins"]
+    sums = context["tile"] and context["tile"]["sum"]
+    if context["rows"] is not None or w["shape"][3] > 1 or x["steps"] or sums:
+        return False
+    return _is_float(context) and not _reads_result(context["tail"])
+
+
+def _follow_back(context: dict[str, Any]) -> dict[str, Any]:
+    """Which columns the same taps reach, and rows; how far it is from tap to tap that reaches a row, and a column."""
+    attrs, height, width = context["attrs"], *context["out"]["shape"][1:3]
+    (_, oh, ow, _), (_, *size, _) = (operand["shape"] for operand in context["ins"][:2])
+    return {
+        "spans": _find_spans_back(width, ow, size[1], attrs, 1),
+        "row_spans": _find_spans_back(height, oh, size[0], attrs, 0),
+        "spread": [s // math.gcd(s, d) for s, d in zip(attrs["strides"], attrs["dilation"], strict=True)],
+    }
 
 
 @form()
@@ -265,11 +291,8 @@ def _reads_result(tail: Sequence[dict[str, Any]]) -> bool:
     return any(o.get("c", "").strip("(").split(" ")[0] == "y0" for step in tail for o in step["operands"])
 
 
-Columns = list[tuple[int, int, int]]  # of the result, that the same taps reach: the first, distance, how many
-
-
-def _find_columns(width: int, reach: int, size: int, attrs: dict[str, Any]) -> Columns:
-    """Of a convolution to ``width`` columns, from ``reach``."""
+def _find_columns(width: int, reach: int, size: int, attrs: dict[str, Any]) -> list[tuple[int, int, int]]:
+    """Columns that the same taps reach, of a convolution to ``width`` from ``reach``: the first, distance, how many."""
     stride, dilation, left = attrs["strides"][1], attrs["dilation"][1], attrs["padding"][1]
 
     def reached(column: int) -> tuple[int, ...]:
@@ -279,17 +302,23 @@ def _find_columns(width: int, reach: int, size: int, attrs: dict[str, Any]) -> C
     return [(columns[0], 1, len(columns)) for columns in groups]
 
 
-def _find_columns_back(width: int, reach: int, size: int, attrs: dict[str, Any]) -> Columns:
-    """Of a transposed convolution to ``width`` columns, from ``reach``."""
-    stride, dilation, left = attrs["strides"][1], attrs["dilation"][1], attrs["padding"][1]
+Span = tuple[int, int, int, int, int, int]
 
-    def reached(column: int) -> tuple[int, ...]:
-        at = [(t, column + left - t * dilation) for t in range(size)]
+
+def _find_spans_back(width: int, reach: int, size: int, attrs: dict[str, Any], axis: int) -> list[Span]:
+    """Rows or columns that the same taps reach, of a transposed convolution to ``width`` of them from ``reach``: the
+    first, distance, how many; the first of the taps, how many, and what that reaches of the first."""
+    stride, dilation, before = (attrs[name][axis] for name in ("strides", "dilation", "padding"))
+
+    def reached(place: int) -> tuple[int, ...]:
+        at = [(t, place + before - t * dilation) for t in range(size)]
         return tuple(t for t, position in at if position % stride == 0 and 0 <= position < reach * stride)
 
     result = []
     for phase in range(min(stride, width)):
-        for _, group in groupby(range(phase, width, stride), reached):
-            columns = list(group)
-            result.append((columns[0], stride, len(columns)))
+        for taps, group in groupby(range(phase, width, stride), reached):
+            first, *more = group
+            tap = taps[0] if taps else 0
+            at = (first + before - tap * dilation) // stride if taps else 0
+            result.append((first, stride, 1 + len(more), tap, len(taps), at))
     return result
