@@ -123,6 +123,7 @@ def weight_gradient(
     kernel: tuple[int, int],
     dtype: str = "int8",
     sgd: bool = False,
+    zero: int = 5,
     **attrs: object,
 ) -> Graph:
     """(H, W, I) and (OH, OW, outputs), in place of weights where ``sgd``."""
@@ -130,9 +131,9 @@ def weight_gradient(
     source = region.input((1, *x), dtype)
     w = TensorType((outputs, *kernel, x[2]), "float32")
     y = Builder().call("nn.conv2d", Value("p", TensorType((1, *x), "float32")), Value("q", w), **attrs)
-    zero = {"zero_point": 5} if dtype == "int8" else {}
+    counted = {"zero_point": zero} if dtype == "int8" else {}
     g = region.builder.call(
-        "nn.conv2d_weight_grad", source, region.input(y.type.shape), kernel_size=kernel, **zero, **attrs
+        "nn.conv2d_weight_grad", source, region.input(y.type.shape), kernel_size=kernel, **counted, **attrs
     )
     if sgd:
         g = region.builder.call("nn.sgd", region.input(g.type.shape), g, region.input(()))
@@ -249,6 +250,12 @@ def weight_cases() -> Iterator[Case]:
         for dtype in ("int8", "int16", "float32"):
             graph = weight_gradient((7, 6, 3), 9, kernel, dtype, sgd=dtype == "float32", **geometry)
             yield Case(f"dw {kernel} {stride} {padding} {dilation} {dtype}", graph)
+    for i, o, zero in product([4, 7, 8, 19], [1, 2, 3, 4], [-128, 0, 127]):
+        yield Case(f"dw few {i} {o} from {zero}", weight_gradient((4, 3, i), o, (1, 1), zero=zero))
+        if zero == 0:
+            graph = weight_gradient((7, 6, i), o, (3, 3), sgd=True, padding=(1, 1, 1, 1), strides=(2, 1))
+            yield Case(f"dw few 3x3 {i} {o}", graph)
+            yield Case(f"dw few 3x3 {i} {o} in 144 bytes", graph, 144)
     for room in (400, 600, 1000):
         for kernel in ((1, 1), (3, 3)):
             graph = weight_gradient((7, 6, 3), 16, kernel, padding=(1, 1, 1, 1), sgd=True)

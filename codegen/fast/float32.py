@@ -201,26 +201,33 @@ def _follow_back(context: dict[str, Any]) -> dict[str, Any]:
 
 @form()
 def differentiate_weights(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
-    """Two input channels times eight output channels at a time: (H, W, C) of any type by (OH, OW, O) float32."""
+    """Some input channels times some output channels at a time: (H, W, C) of any type by (OH, OW, O) float32."""
     attrs, tile, (x, g) = context["attrs"], context["tile"], context["ins"]
     outputs, *_, inputs = context["out"]["shape"]
     if attrs["groups"] > 1 or x["steps"] or g["steps"] or context["acc"] != "float" or (tile and tile["sum"]):
         return None
-    if outputs == 1 or context["rows"] is not None or context["columns"] is not None:
+    if context["rows"] is not None or context["columns"] is not None:
+        return None
+    few = outputs <= 4 and x["dtype"] == "int8" and inputs >= 4  # then integers are made floats as they are read
+    if outputs == 1 and not few:
         return None  # no two products of an input
     _, oh, ow, _ = g["shape"]
-    pair = min(inputs, 2)
+    group = (8 if outputs <= 2 and inputs >= 8 else 4) if few else min(inputs, 2)
+    packed = x["dtype"] != "float32" and not few
 
     def place(height: int) -> dict[str, int]:
-        panel = height * ow * pair * 4 if x["dtype"] != "float32" else 0
-        return lay_out({"sums": outputs * pair * 4, "lines": height * 8, "panel": panel})
+        panel = height * ow * group * 4 if packed else 0
+        return lay_out({"sums": outputs * group * 4, "lines": height * 8, "panel": panel})
 
     height = next((h for h in (-(-oh // n) for n in range(1, oh + 1)) if place(h)["end"] <= room), None)
     if height is None:
         return None
-    parts = [assembly("fpu/outer", {"n": n, "rows": pair}, ROWS) for n in _find_widths(outputs)]
-    at = place(height)
-    return make_form(kernel, context | {"height": height, "at": at}, "fpu/conv2d_weight_grad", at["end"], *parts)
+    parts = [assembly("fpu/outer", {"n": n, "rows": group}, ROWS) for n in _find_widths(outputs)]
+    if few:
+        zero = context["attrs"]["zero_point"]
+        parts = [assembly("fpu/outer8", {"n": outputs, "rows": group, "zero": zero}, ROWS)]
+    more = {"height": height, "at": place(height), "group": group, "packed": packed, "few": few}
+    return make_form(kernel, context | more, "fpu/conv2d_weight_grad", more["at"]["end"], *parts)
 
 
 @form()
