@@ -60,15 +60,16 @@ def transposed(
     split: tuple[int, int] | None = None,
     begin: str = "",
     tail: str = "",
-    made: bool = False,
+    made: str = "",
     depthwise: bool = False,
     **attrs: object,
 ) -> Graph:
-    """(OH, OW, O) to (H, W, channels). begin: "bias" or "whole"; made: x is masked as it is read."""
+    """(OH, OW, O) to (H, W, channels). begin: "bias" or "whole"; made: what is done with x as it is read, b: it is of a pixel."""
     region = Region()
-    source = region.input((1, *x))
-    if made:
-        source = region.finish(source, "ms")
+    source = region.input((1, 1, 1, x[2]) if "b" in made else (1, *x))
+    if "b" in made:
+        source = region.builder.call("broadcast_to", source, shape=(1, *x))
+    source = region.finish(source, made)
     shape = (x[2], *kernel, 1 if depthwise else channels)
     w = region.weights(shape, weights, split)
     attrs |= {"groups": x[2]} if depthwise else {}
@@ -201,8 +202,9 @@ def transposed_cases() -> Iterator[Case]:
     for weights, split in product(["int8", "int16", "float32"], [None, (3, 3), (3, 8), (3, 12), (0, 4), (0, 5)]):
         for kernel in ((1, 1), (2, 3)):
             yield Case(f"{kernel} {weights} {split}", transposed((4, 4, 9), 21, kernel, weights, split))
-    for o, c in ((6, 8), (5, 13)):
-        yield Case(f"made {o}->{c}", transposed((3, 4, o), c, tail="ms", made=True))
+    for (o, c), made in product([(6, 8), (5, 13), (8, 5), (24, 16)], ["ms", "m", "s", "bms"]):
+        for room in (EVERYTHING, 1120):
+            yield Case(f"made {o}->{c} {made} {room}", transposed((3, 4, o), c, tail="ms", made=made), room)
     for kernel, stride, padding, dilation in product(
         [(3, 3), (5, 2), (1, 7)], [(1, 1), (2, 2), (3, 1)], [(0, 0, 0, 0), (1, 1, 1, 1), (0, 1, 1, 0)], [(1, 1), (1, 2)]
     ):

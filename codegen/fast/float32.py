@@ -117,6 +117,9 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     spans = [span[:3] for span in _find_spans_back(width, ow, w["shape"][2], attrs, 1)]
     more = {"chunk": chunk, "at": at, "flat": flat, "spans": spans, "mask": mask, "scale": scale}
     parts = [WIDEN, *_dots(channels)]
+    more["made"] = _find_source(x, chunk[1]) if x["steps"] else None
+    if more["made"]:
+        parts.append(assembly("fpu/dot", {"n": WIDTH}, ROWS))
     return make_form(kernel, context | more, "fpu/conv2d_transpose", at["end"], *parts)
 
 
@@ -258,25 +261,52 @@ UPDATE = ("const float *a", "float *y", "const float *panel", "int rows", "int d
 WIDEN = assembly("fpu/widen", {}, ("const int8_t *from", "float *to", "int rows", "int distance"))
 
 
-def _find_finish(context: dict[str, Any], channels: int) -> tuple[int | None, int | None]:
+Finish = tuple[int | None, int | None]
+
+
+def _find_finish(context: dict[str, Any], channels: int) -> Finish:
     """Which steps of the tail are a mask, of whole bytes and all its rows, and a factor for each channel, if they are
     all there is."""
-    tail, rings = context["tail"], context["rows"] or {}
-    ops = [step["op"] for step in tail]
+    return _find_factors(context["tail"], "acc", channels, context["rows"] or {}) or (None, None)
+
+
+def _find_source(x: dict[str, Any], depth: int) -> dict[str, Any] | None:
+    """What an operand that is made as it is read is made of, if that is a mask and factors, ``depth`` channels at a
+    time: the operand that they are of, and the two."""
+    begin, *rest = x["steps"]
+    if begin["op"] != "broadcast_to":
+        rest = x["steps"]
+    source = begin["operands"][0]
+    found = _find_factors(rest, begin["name"] if rest != x["steps"] else None, depth, {})
+    if found is None or source["kind"] == "register" or source["dtype"] != "float32" or depth % 8 or x["shape"][3] % 8:
+        return None
+    mask, scale = (rest[k]["operands"][1] if k is not None else None for k in found)
+    for operand in (source, mask) if mask else (source,):
+        if operand.get("strides", [])[3:] != [1] or operand["strides"][1] != x["shape"][2] * operand["strides"][2]:
+            return None
+    return {"source": source, "mask": mask, "scale": scale}
+
+
+def _find_factors(
+    steps: Sequence[dict[str, Any]], previous: str | None, channels: int, rings: dict[str, int]
+) -> Finish | None:
+    """previous: what the first of the steps is of, or None for an operand of its own"""
+    ops = [step["op"] for step in steps]
     if ops not in (["nn_apply_mask"], ["multiply"], ["nn_apply_mask", "multiply"]):
-        return None, None
+        return None
     mask, scale = None, None
-    previous = "acc"
-    for k, step in enumerate(tail):
+    for k, step in enumerate(steps):
         first, second = step["operands"]
-        if first.get("c") != previous or first["kind"] != "register" or second["kind"] not in ("flat", "strided"):
-            return None, None
+        if previous is not None and (first.get("c") != previous or first["kind"] != "register"):
+            return None
+        if second["kind"] not in ("flat", "strided"):
+            return None
         previous = step["name"]
         if step["op"] == "multiply":
             if second["dtype"] != "float32" or second.get("strides", [])[-1:] not in ([1], [0]):
-                return None, None
+                return None
             if second["kind"] == "flat" or second["strides"] != [0, 0, 0, 1]:
-                return None, None
+                return None
             scale = k
         else:
             numbers = [int(n) for n in re.findall(r"- (\d+)", second["from"])]
@@ -287,9 +317,9 @@ def _find_finish(context: dict[str, Any], channels: int) -> tuple[int | None, in
                 or any(n % 8 for n in places)
                 or second["c"] in rings
             ):
-                return None, None
+                return None
             if second["strides"][1] % second["strides"][2] or second["strides"][3] != 1:
-                return None, None
+                return None
             mask = k
     return mask, scale
 
