@@ -265,7 +265,7 @@ def weight_cases() -> Iterator[Case]:
 
 
 def tile_cases() -> Iterator[Case]:
-    for tile, tail, begin in product([1, 2, 4, 8, 16], ["", "ms", "s"], [False, True]):
+    for tile, tail, begin in product([1, 2, 3, 4, 8, 16], ["", "ms", "s"], [False, True]):
         for room in (EVERYTHING, 600, 0):
             graph = chain(4, 10, 48, 3, tile, tail, begin)
             yield Case(f"tiles of {tile} {tail} {begin} {room}", graph, room)

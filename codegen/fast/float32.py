@@ -123,12 +123,12 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     return make_form(kernel, context | more, "fpu/conv2d_transpose", at["end"], *parts)
 
 
-FEW = 2  # products of a sum, whose weights stay in registers
+FEW = 4  # products of a sum, whose weights stay in registers
 
 
 @form()
 def update_pixels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
-    """Sums that go on where they are, eight channels at a time: (H, W, O) float32 by (O, 1, 1, C) of any type, O <= 2."""
+    """Sums that go on where they are, some channels at a time: (H, W, O) float32 by (O, 1, 1, C) of any type, O <= 4."""
     out, (x, w, *_) = context["out"], context["ins"]
     attrs = context["attrs"]
     depth, *window, channels = w["shape"]
@@ -139,7 +139,7 @@ def update_pixels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
         return None
     if window != [1, 1] or any(attrs["padding"]) or attrs["strides"] != [1, 1] or x["shape"][:3] != out["shape"][:3]:
         return None
-    blocks = _find_blocks(channels, WIDTH)
+    blocks = _find_blocks(channels, 8 if depth <= 2 else 4)
     parts = [assembly("fpu/rank_update", {"k": depth, "n": n}, UPDATE) for _, _, n in blocks]
     return make_form(kernel, context | {"blocks": blocks}, "fpu/narrow_transpose", 0, *parts)
 
@@ -248,9 +248,9 @@ def sum_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel |
     return make_form(kernel, context | {"blocks": blocks}, "fpu/sum", 0, *parts)
 
 
-def _find_blocks(channels: int, most: int = 16) -> list[tuple[int, int, int]]:
+def _find_blocks(channels: int, wide: int = 0) -> list[tuple[int, int, int]]:
     """Channels in blocks of some at a time: the first, the end, how many at a time."""
-    wide = most if channels % most == 0 else WIDTH
+    wide = wide or (16 if channels % 16 == 0 else WIDTH)
     whole = channels // wide * wide
     return [(first, end, n) for first, end, n in ((0, whole, wide), (whole, channels, channels % wide)) if first < end]
 
