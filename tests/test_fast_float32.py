@@ -234,8 +234,9 @@ def depthwise_cases() -> Iterator[Case]:
         for tail, dilation in (("", 1), ("ms", 2)):
             geometry = {"strides": (stride, stride), "padding": (k // 2,) * 4, "dilation": (dilation, dilation)}
             if h > 1 or dilation == 1:
-                graph = transposed((h, w, 1), 1, (k, k), depthwise=True, tail=tail, **geometry)
-                yield Case(f"plane {h}x{w} {k} {stride} {tail}", graph)
+                for c in (1, 2, 3, 4) if stride == 1 else (1,):
+                    graph = transposed((h, w, c), c, (k, k), depthwise=True, tail=tail, **geometry)
+                    yield Case(f"columns {h}x{w} {c} {k} {stride} {tail}", graph)
     for room in (0, 40, 200, 400):
         graph = transposed((5, 5, 12), 12, (5, 5), depthwise=True, begin="whole", tail="r", padding=(2, 2, 2, 2))
         yield Case(f"depthwise in {room} bytes", graph, room)

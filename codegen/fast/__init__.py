@@ -15,10 +15,10 @@ from tte.codegen.fast.dense import dense
 from tte.codegen.fast.depthwise import convolve_channels, convolve_channels_back
 from tte.codegen.fast.float32 import (
     convolve_back,
+    convolve_columns_back,
     convolve_depthwise_back,
     convolve_depthwise_floats,
     convolve_floats,
-    convolve_plane_back,
     differentiate_weights,
     sum_channels,
     update_pixels,
@@ -34,7 +34,7 @@ DSP: Forms = {
     "dense": (dense,),
     "depthwise_conv2d": (convolve_channels, convolve_depthwise_floats),
     "conv2d_transpose": (multiply_columns, update_pixels, convolve_back),
-    "depthwise_conv2d_transpose": (convolve_channels_back, convolve_depthwise_back, convolve_plane_back),
+    "depthwise_conv2d_transpose": (convolve_channels_back, convolve_columns_back, convolve_depthwise_back),
     "conv2d_weight_grad": (correlate, differentiate_weights),
     "sum": (sum_channels,),
     "observe_gradient": (observe,),

@@ -164,22 +164,26 @@ def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) 
 
 
 @form()
-def convolve_plane_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
-    """Some columns at a time: a channel alone, (OH, OW, 1) float32 by (1, KH, KW) of any type."""
+def convolve_columns_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
+    """Few channels of some columns at a time: (OH, OW, C) float32 by (C, KH, KW) of any type, C <= 4."""
     out, (x, w, *begin) = context["out"], context["ins"]
-    if w["shape"][0] > 1 or begin or not _is_depthwise_back(context) or not x["strides"][2] == out["strides"][2] == 1:
+    channels, apart = w["shape"][0], context["attrs"]["strides"][1]
+    if channels > 4 or begin or len(w["segments"]) > 1 or not _is_depthwise_back(context):
         return None
+    if (channels > 1 and apart > 1) or not x["strides"][2] == out["strides"][2] == channels:
+        return None  # there are too few columns of a kind
+    most = 16 // channels
     more = _follow_back(context)
-    apart = context["attrs"]["strides"][1]
     pieces = [
-        (first + i * apart, apart, min(16, count - i), tap, taps, at + i)
+        (first + i * apart, apart, min(most, count - i), tap, taps, at + i)
         for first, _, count, tap, taps, at in more["spans"]
-        for i in range(0, count, 16)
+        for i in range(0, count, most)
     ]
-    more["spans"] = sorted(pieces, key=lambda piece: piece[2])
+    more["spans"] = pieces
     widths = sorted({count for _, _, count, *_ in pieces})
-    parts = [assembly("fpu/depthwise", {"n": n, "spread": more["spread"][1] > 1, "apart": apart}, ROWS) for n in widths]
-    return make_form(kernel, context | more | {"widths": widths}, "fpu/plane_transpose", 0, *parts)
+    own = {"spread": more["spread"][1] > 1, "apart": apart, "channels": channels}
+    parts = [assembly("fpu/depthwise", own | {"n": n * channels}, ROWS) for n in widths]
+    return make_form(kernel, context | more | {"widths": widths}, "fpu/columns_transpose", 0, *parts)
 
 
 def _is_depthwise_back(context: dict[str, Any]) -> bool:
