@@ -64,7 +64,8 @@ def transposed(
     depthwise: bool = False,
     **attrs: object,
 ) -> Graph:
-    """(OH, OW, O) to (H, W, channels). begin: "bias" or "whole"; made: what is done with x as it is read, b: it is of a pixel."""
+    """(OH, OW, O) to (H, W, channels). begin: "bias" or "whole"; made: as a tail, of x as it is read, b: of
+    one pixel."""
     region = Region()
     source = region.input((1, 1, 1, x[2]) if "b" in made else (1, *x))
     if "b" in made:

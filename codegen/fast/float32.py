@@ -128,7 +128,7 @@ FEW = 4  # products of a sum, whose weights stay in registers
 
 @form()
 def update_pixels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
-    """Sums that go on where they are, some channels at a time: (H, W, O) float32 by (O, 1, 1, C) of any type, O <= 4."""
+    """Sums of a tile that go on where they are: (H, W, O) float32 by (O, 1, 1, C) of any type, O <= 4."""
     out, (x, w, *_) = context["out"], context["ins"]
     attrs = context["attrs"]
     depth, *window, channels = w["shape"]
@@ -147,8 +147,7 @@ def update_pixels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
 @form()
 def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Some channels of a pixel at a time: (OH, OW, C) float32 by (C, KH, KW) of any type."""
-    out, (x, w, *_) = context["out"], context["ins"]
-    channels, *kernel_size, _ = w["shape"]
+    channels, *kernel_size, _ = context["ins"][1]["shape"]
     if channels == 1 or not _is_depthwise_back(context):
         return None
     blocks = _find_blocks(channels)
@@ -197,8 +196,9 @@ def _is_depthwise_back(context: dict[str, Any]) -> bool:
 
 def _follow_back(context: dict[str, Any]) -> dict[str, Any]:
     """Which columns the same taps reach, and rows; how far it is from tap to tap that reaches a row, and a column."""
-    attrs, height, width = context["attrs"], *context["out"]["shape"][1:3]
-    (_, oh, ow, _), (_, *size, _) = (operand["shape"] for operand in context["ins"][:2])
+    attrs, (x, w, *_) = context["attrs"], context["ins"]
+    _, height, width, _ = context["out"]["shape"]
+    (_, oh, ow, _), (_, *size, _) = x["shape"], w["shape"]
     return {
         "spans": _find_spans_back(width, ow, size[1], attrs, 1),
         "row_spans": _find_spans_back(height, oh, size[0], attrs, 0),

@@ -1,6 +1,7 @@
 """Finds and drives C compilers: zig (from pip) or arm-none-eabi-gcc for boards, zig or cc for this computer."""
 
 import hashlib
+import importlib.resources
 import importlib.util
 import os
 import re
@@ -238,7 +239,7 @@ def build_calls(
     return elf
 
 
-RUNTIME = Path(__file__).parents[1] / "runtime_c"
+RUNTIME = Path(str(importlib.resources.files("tte.runtime_c")))
 BARE_CODE = 0x0800_0000  # where programs without an entry lie
 
 
