@@ -4,8 +4,8 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import jinja2
 import numpy as np
 
 from tte.codegen.fast import DSP, Forms
+from tte.codegen.fast.form import use_stack
 from tte.codegen.kernel import CTYPES, Kernel
 from tte.codegen.measured import Measured
 from tte.codegen.plan import Plan
-from tte.codegen.schedule import Call, Room, schedule
+from tte.codegen.schedule import UNLIMITED, Call, Room, schedule
 from tte.codegen.share import share
 from tte.ir import Const, Graph, Node, Param, TensorType, Value
 from tte.ir.rows import STRATEGIES, expand, in_pieces
@@ -48,6 +49,20 @@ class Program:
     @functools.cached_property
     def calls(self) -> list[Call]:
         return schedule(self.graph, self.room, self.measured, self.optimize, self.forms)
+
+    @functools.cached_property
+    def roomy(self) -> "Program":
+        """The same where each kernel has all the scratch that it can use; its plan knows nothing of that."""
+        rooms = dict.fromkeys(range(len(self.graph.nodes)), UNLIMITED)
+        return self if self.room is None else replace(self, room=rooms)
+
+    def list_kernels(self) -> Iterator[tuple[Node, Node, Kernel, bool]]:
+        """Of each kernel: the node that calls it, the node that it makes, itself, whether more scratch makes it faster."""
+        for call, best in zip(self.calls, self.roomy.calls, strict=True):
+            outer = self.graph.nodes[call.node]
+            kernels, wanted = ((c.kernel.parts if c.members else (c.kernel,)) for c in (call, best))
+            for node, kernel, like in zip(call.members or (outer,), kernels, wanted, strict=True):
+                yield outer, node, kernel, kernel not in (like, use_stack(like))
 
     @property
     def input_offset(self) -> int | None:

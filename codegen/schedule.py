@@ -34,6 +34,7 @@ class Call:
 
 
 Room = Mapping[int, int]  # node -> bytes of scratch that faster kernels may use there
+UNLIMITED = 1 << 62  # bytes
 
 
 @dataclass(frozen=True)

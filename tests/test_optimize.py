@@ -1,5 +1,6 @@
 """Code for speed or for size: the same bits, from less code."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,13 @@ from typer.testing import CliRunner
 import tte
 from tte.artifact import Artifact
 from tte.cli import app
+from tte.codegen.emit import Program
+from tte.codegen.plan import plan_memory
 from tte.codegen.share import share
+from tte.compiler import make_room
 from tte.errors import TTEError
+from tte.passes.costs import Arena
+from tte.report import find_cramped
 from tte.runner import Board
 from tte.runner.profile import profile
 from tte.runner.toolchain import find_toolchains
@@ -117,3 +123,17 @@ def test_what_is_shared(first: str, second: str, shared: str | None, shapes: lis
     assert [f["name"] for f in made] == (["a_any", "a", "b"] if shared else ["a", "b"])
     if shared:
         assert made[0]["body"] == shared and [f["shape"] for f in made[1:]] == shapes
+
+
+def test_what_lacks_scratch_is_known_and_what_it_takes(model: Path) -> None:
+    def find_size(programs: Sequence[Program]) -> int:
+        return max(program.plan.arena_bytes for program in programs)
+
+    compiled = tte.compile(model, update_scheme="last-k:5", memory_plan="smallest").compiled
+    cramped = find_cramped(compiled.programs)
+    assert cramped and cramped["infer"] and cramped["arena_bytes"] > find_size(compiled.programs)
+    bare = [Program(p.role, p.graph, plan_memory(p.graph)) for p in compiled.programs]
+    assert find_cramped(bare) is None  # nothing would be faster
+    roomy, less = (make_room(bare, Arena(cramped["arena_bytes"] - n), {}, compiled.target) for n in (0, 4))
+    assert find_size(roomy) == cramped["arena_bytes"] and find_cramped(roomy) is None
+    assert find_cramped(less)

@@ -531,12 +531,15 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
         ("RAM, all in all", memory["static_ram_bytes"], f"{report['source']}: .data + .bss + stack"),
         ("flash", report["flash_bytes"], report["source"]),
     ]
+    if cramped := report["cramped"]:
+        counts = f"{len(cramped['train_step'])} layers of a training step, {len(cramped['infer'])} of an inference"
+        rows.append(("arena with all scratch", cramped["arena_bytes"], f"{counts} are slower for want of scratch"))
     if memory["analytic_extra_bytes"] is not None:
         note = "no size of this project: the formula of arXiv:2206.15472"
         rows.append(("extra memory, analytic", memory["analytic_extra_bytes"], note))
     _print_table(f"{report['model']} for {report['target']}: {output}", ("", "bytes", ""), rows)
     if memory["extra_macs"]:
-        rows.append(("extra MACs of a step", memory["extra_macs"], "what is computed twice, so that less is kept"))
+        print(f"extra MACs of a step: {memory['extra_macs']:,}, computed twice so that less is kept")
     peak = [(t["name"], t["bytes"], t["layer"]) for t in memory["peak_tensors"]]
     title = f"alive at the peak of a training step: {report['train_step']['arena_bytes']:,} bytes"
     _print_table(title, ("tensor", "bytes", "layer"), peak)

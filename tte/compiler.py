@@ -16,6 +16,7 @@ from tte.codegen.emit import Interface, Program, StateLayout
 from tte.codegen.fast import DSP, MVE
 from tte.codegen.measured import Measured
 from tte.codegen.plan import find_lower_bound, plan_memory, plan_together
+from tte.codegen.schedule import UNLIMITED
 from tte.errors import TTEError
 from tte.frontends import import_model
 from tte.ir import Const, Graph, Origin, Param, verify
@@ -320,7 +321,6 @@ def _note_floats(programs: Sequence[Program], target: Target) -> list[str]:
     return [f"{target.name} has no FPU and computes floats in software, slowly: {what}"]
 
 
-UNLIMITED = 1 << 62
 RESERVED = 4 * KB  # of a budget, for stack and library, before the firmware is linked
 
 
@@ -448,18 +448,13 @@ def _estimate(programs: Sequence[Program]) -> tuple[float, int]:
     cost: dict[tuple[str, str], float] = {}  # a member may have several kernels, for parts of its tiles
     ideal: dict[tuple[str, str], int] = {}
     for program in programs:
-        roomy = replace(program, room=dict.fromkeys(range(len(program.graph.nodes)), UNLIMITED))
-        for call, best in zip(program.calls, roomy.calls, strict=True):
-            region = program.graph.nodes[call.node]
-            members = call.members or (region,)
-            kernels, wanted = ((c.kernel.parts if c.members else (c.kernel,)) for c in (call, best))
-            tiles = find_tiles(region)
-            for node, kernel, like in zip(members, kernels, wanted, strict=True):
-                key = (program.role, f"{call.node} {node.output.name}")
-                times = PORTABLE if not kernel.portable else 1 if kernel == like else CRAMPED
-                times += NARROW / tiles.width if tiles else 0
-                cost[key] = max(cost.get(key, 0), node.macs * times)
-                ideal[key] = node.macs
+        for outer, node, kernel, cramped in program.list_kernels():
+            tiles = find_tiles(outer)
+            key = (program.role, f"{outer.output.name} {node.output.name}")
+            times = PORTABLE if not kernel.portable else CRAMPED if cramped else 1
+            times += NARROW / tiles.width if tiles else 0
+            cost[key] = max(cost.get(key, 0), node.macs * times)
+            ideal[key] = node.macs
     return sum(cost.values()), sum(ideal.values())
 
 

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tte.codegen.emit import Program
-from tte.compiler import UNLIMITED, Pipeline, lower_programs, plan_programs
+from tte.codegen.schedule import UNLIMITED
+from tte.compiler import Pipeline, lower_programs, plan_programs
 from tte.ir import Graph
 from tte.ir.rows import in_pieces
 from tte.passes.costs import Arena

@@ -9,7 +9,7 @@ import jinja2
 
 from tte import __version__
 from tte.codegen.emit import Program
-from tte.codegen.plan import Plan
+from tte.codegen.plan import Plan, plan_memory
 from tte.ir import OPS, Graph, Node, Param, Value
 from tte.ir.rows import STRATEGIES, expand, in_pieces
 from tte.ops.rules import computes_floats
@@ -119,6 +119,7 @@ def make_report(
             "infer": list_soft(find_program(programs, "infer").graph),
             "train_step": list_soft(graph),
         },
+        "cramped": find_cramped(programs),
         "steps": list_steps(train),
         "layers": list_layers(graph),
         "gradients": list(dict.fromkeys(_user_name(p) for p in trained)),
@@ -158,6 +159,29 @@ def list_soft(graph: Graph) -> list[str]:
     """The layers of the nodes that compute floats: on a core without FPU the compiler's library does that."""
     floats = (node for node in graph.nodes if any(map(computes_floats, expand(node))))
     return list(dict.fromkeys(name_layer(node) or name_op(node) for node in floats))
+
+
+def find_cramped(programs: Sequence[Program]) -> dict[str, Any] | None:
+    """The layers whose kernels would be faster with more scratch, and the arena with which none would; None for none.
+
+    The arena is that of the same nodes with all scratch; a plan for so many bytes may divide the nodes otherwise.
+    """
+    layers: dict[str, list[str]] = {}
+    for program in programs:
+        cramped = [node for _, node, _, slower in program.list_kernels() if slower]
+        layers[program.role] = list(dict.fromkeys(name_layer(node) or name_op(node) for node in cramped))
+    if not any(layers.values()):
+        return None
+    needed = (
+        plan_memory(
+            program.graph,
+            {call.node: call.kernel.scratch for call in program.roomy.calls if call.kernel.scratch},
+            hold_input=program.input_offset is not None,
+            input_offset=program.input_offset,
+        ).arena_bytes
+        for program in programs
+    )
+    return {"arena_bytes": max(needed), "infer": layers["infer"], "train_step": layers["train"]}
 
 
 def list_peak(program: Program) -> list[dict[str, Any]]:
