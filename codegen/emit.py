@@ -57,7 +57,7 @@ class Program:
         return self if self.room is None else replace(self, room=rooms)
 
     def list_kernels(self) -> Iterator[tuple[Node, Node, Kernel, bool]]:
-        """Of each kernel: the node that calls it, the node that it makes, itself, whether more scratch makes it faster."""
+        """Of each kernel: who calls it, the node it makes, itself, and whether more scratch makes it faster."""
         for call, best in zip(self.calls, self.roomy.calls, strict=True):
             outer = self.graph.nodes[call.node]
             kernels, wanted = ((c.kernel.parts if c.members else (c.kernel,)) for c in (call, best))

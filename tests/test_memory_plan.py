@@ -66,7 +66,22 @@ def test_a_budget_is_met_with_no_more_than_it_takes(network: nn.Module) -> None:
     assert size(tight) <= low + 4096 and strategies(tight)
     with pytest.raises(TTEError, match="bytes of sram are needed") as refused:
         make(network, {"train": "full", "budget": {"sram": trained + 24_000}})
-    assert refused.value.code == "TTE-E049"
+    assert refused.value.code == "TTE-E049" and "multiply-accumulates are computed twice" in refused.value.fix
+    least = int(refused.value.fix.split(",")[0].removeprefix("raise the budget to "))
+    assert make(network, {"train": "full", "budget": {"sram": least}}).report["memory"]["static_ram_bytes"] <= least
+
+
+@pytest.mark.parametrize("sram", [200_000, 20_000])
+def test_a_plan_that_is_asked_for_does_not_serve_the_budget(sram: int, network: nn.Module) -> None:
+    """That it fits is checked, and said."""
+    scheme = {"train": "last-layer", "budget": {"sram": sram}}
+    if sram == 200_000:
+        assert any("fastest; that the budget" in n for n in make(network, scheme, memory_plan="fastest").compiled.notes)
+        assert not make(network, scheme).compiled.notes
+    else:
+        with pytest.raises(TTEError, match="sram are needed") as refused:
+            make(network, scheme, memory_plan="fastest")
+        assert refused.value.fix.startswith("leave out --memory-plan fastest")
 
 
 def test_less_than_possible_is_refused(network: nn.Module) -> None:
@@ -76,6 +91,8 @@ def test_less_than_possible_is_refused(network: nn.Module) -> None:
     assert refused.value.code == "TTE-E049"
     least = int(refused.value.what.split(" bytes")[0].rpartition(" ")[2].replace(",", ""))
     assert 20_000 < size(make(network, memory_plan=least)) <= least
+    assert f"--memory-plan {least} computes" in refused.value.fix and "at the peak: " in refused.value.where
+    assert f"with {size(make(network, memory_plan='smallest')):,} bytes (smallest) none are" in refused.value.fix
 
 
 @pytest.mark.parametrize("plan", ["small", "", 0, -5, 1.5, True, None])

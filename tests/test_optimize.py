@@ -137,3 +137,11 @@ def test_what_lacks_scratch_is_known_and_what_it_takes(model: Path) -> None:
     roomy, less = (make_room(bare, Arena(cramped["arena_bytes"] - n), {}, compiled.target) for n in (0, 4))
     assert find_size(roomy) == cramped["arena_bytes"] and find_cramped(roomy) is None
     assert find_cramped(less)
+
+
+def test_a_budget_pays_for_all_that_is_linked(model: Path) -> None:
+    """Stack, library and the caller's buffers are more than what is reserved before their size is known."""
+    options = {"target": "cortex-m7", "update_scheme": "last-k:5"}
+    needed = tte.compile(model, **options, memory_plan="smallest").report["memory"]["static_ram_bytes"]
+    within = tte.compile(model, **options | {"update_scheme": {"train": "last-k:5", "budget": {"sram": needed}}})
+    assert within.report["memory"]["static_ram_bytes"] <= needed

@@ -18,10 +18,10 @@ from tte.codegen.emit import emit, emit_selftest
 from tte.codegen.export import write_tree
 from tte.codegen.measured import Database, merge, read_shipped
 from tte.codegen.plan import Plan
-from tte.compiler import Compiled, Pipeline, c_name, compile_graphs, find_passes
+from tte.compiler import RESERVED, Compiled, Pipeline, c_name, compile_graphs, find_passes
 from tte.errors import TTEError
 from tte.ir import Graph
-from tte.report import Measured, list_peak, make_report, render_html
+from tte.report import Measured, count_macs, describe_peak, make_report, render_html
 from tte.runner.board import Board, require_ok
 from tte.runner.build import Build
 from tte.runner.host import HostBoard, open_host
@@ -90,23 +90,30 @@ def compile(
         raise TTEError("TTE-E044", f"no memory plan {memory_plan!r}", where="--memory-plan", fix=fix)
     clock_hz = board.clock_hz if clock is None else parse_clock(clock)
     pipeline = Pipeline(Path(dump_ir) if dump_ir else None, find_passes(disable_passes))
-    compiled = compile_graphs(
-        model,
-        example_inputs,
-        scheme,
-        board,
-        c_name(name or default_name(model)),
-        __version__,
-        pipeline,
-        arena,
-        input,
-        memory_plan,
-        _known(schedules).of(board.cpu),
-        optimize,
-    )
-    artifact = Artifact(compiled, scheme, board, clock_hz, _find_module(model))
-    artifact.require_budget()
-    return artifact
+    known, module = _known(schedules).of(board.cpu), _find_module(model)
+    reserved = RESERVED
+    while True:
+        compiled = compile_graphs(
+            model,
+            example_inputs,
+            scheme,
+            board,
+            c_name(name or default_name(model)),
+            __version__,
+            pipeline,
+            arena,
+            input,
+            memory_plan,
+            known,
+            optimize,
+            reserved,
+        )
+        artifact = Artifact(compiled, scheme, board, clock_hz, module)
+        rest = artifact.count_rest() if memory_plan == "auto" and artifact.exceeds_sram() else 0
+        if rest <= reserved:
+            artifact.require_budget(memory_plan)
+            return artifact
+        reserved = rest  # known now: a smaller arena may do
 
 
 def _known(schedules: Path | str | None) -> Database:
@@ -183,7 +190,7 @@ class Artifact:
             measured=measured,
             clock_hz=self.clock_hz,
             analytic_extra=extra_memory(self.compiled.source, self.compiled.resolved),
-            unfused_macs=sum(node.macs for node in self.compiled.gradients.nodes),
+            unfused_macs=count_macs(self.compiled.gradients),
             optimize=self.compiled.interface.optimize,
         )
 
@@ -219,28 +226,36 @@ class Artifact:
 
         return prove(self, steps, data, tolerance)
 
-    def require_budget(self) -> None:
+    def exceeds_sram(self) -> bool:
+        limit = self.scheme.budget.sram
+        return limit is not None and self.report["memory"]["static_ram_bytes"] > limit
+
+    def count_rest(self) -> int:
+        """Bytes of RAM that are neither arena nor trained: stack, library, the caller's buffers."""
+        memory = self.report["memory"]
+        return int(memory["static_ram_bytes"] - memory["arena_bytes"] - memory["trained_bytes"])
+
+    def require_budget(self, memory_plan: str | int) -> None:
         """Raises TTEError (E049) where the scheme's budget is exceeded, naming the tensors that hold the peak."""
         budget = self.scheme.budget
         if budget.sram is None and budget.flash is None:
             return
         report = self.report
-        for region, limit, needed in (
-            ("sram", budget.sram, report["memory"]["static_ram_bytes"]),
-            ("flash", budget.flash, report["flash_bytes"]),
-        ):
-            if limit is not None and needed > limit:
-                raise TTEError(
-                    "TTE-E049",
-                    f"{needed:,} bytes of {region} are needed ({report['source']}), the budget is {limit:,}",
-                    where=f"at the peak: {self._describe_peak()}" if region == "sram" else "weights and code",
-                    fix="train fewer layers or channels, or raise the budget",
-                )
-
-    def _describe_peak(self) -> str:
-        tensors = list_peak(self.compiled.train)
-        peak = [f"{t['layer'] or t['name']} {t['bytes']:,} B" for t in tensors[:6]]
-        return ", ".join(peak) + (" ..." if len(tensors) > 6 else "")
+        memory, flash = report["memory"], report["flash_bytes"]
+        what = "{:,} bytes of {} are needed ({}), the budget is {:,}"
+        if budget.sram is not None and memory["static_ram_bytes"] > budget.sram:
+            needed = memory["static_ram_bytes"]
+            fix = f"leave out --memory-plan {memory_plan}, so that the budget decides"
+            if memory_plan == "auto":
+                twice = f", in which {memory['extra_macs']:,} multiply-accumulates are computed twice"
+                fix = f"raise the budget to {needed}, or train fewer layers or channels: the smallest arena found has "
+                fix += f"{memory['arena_bytes']:,} bytes{twice if memory['extra_macs'] else ''}"
+            what = what.format(needed, "sram", report["source"], budget.sram)
+            raise TTEError("TTE-E049", what, where=f"at the peak: {describe_peak(self.compiled.train)}", fix=fix)
+        if budget.flash is not None and flash > budget.flash:
+            fix = "train fewer layers or channels, or raise the budget"
+            what = what.format(flash, "flash", report["source"], budget.flash)
+            raise TTEError("TTE-E049", what, where="weights and code", fix=fix)
 
     @cached_property
     def _files(self) -> dict[str, bytes]:
@@ -302,7 +317,7 @@ class Artifact:
         except TTEError as problem:
             if problem.code != "TTE-E053" or "RAM needs" not in problem.what:
                 raise
-            peak = f"at the peak: {self._describe_peak()}"
+            peak = f"at the peak: {describe_peak(self.compiled.train)}"
             raise TTEError(problem.code, problem.what, where=peak, fix=problem.fix) from problem
         emulator = find_emulator(self.target)
         if emulator is None:

@@ -43,11 +43,12 @@ from tte.passes.select_updates import select_updates
 from tte.passes.simplify import drop_identity, eliminate_common_subexpressions, eliminate_dead_code, fold_constants
 from tte.passes.stream import stream_forward
 from tte.passes.tile import tile_backward
-from tte.report import list_soft
+from tte.report import count_macs, describe_peak, list_soft
 from tte.scheme import Resolved, UpdateScheme, resolve
 from tte.target import KB, Target
 
 Pass = Callable[[Graph], Graph]
+RESERVED = 4 * KB  # of a budget, for stack and library, before the firmware is linked
 
 # One form per idea: what the frontends bring becomes the graph that layers are selected in.
 SIMPLIFY: tuple[Pass, ...] = (
@@ -245,12 +246,16 @@ def compile_graphs(
     memory_plan: str | int = "auto",
     measured: Measured | None = None,
     optimize: str = "speed",
+    reserved: int = RESERVED,
 ) -> Compiled:
-    """Everything up to the C: the three programs, planned and checked."""
+    """Everything up to the C: the three programs, planned and checked.
+
+    reserved: bytes of a budget that are neither arena nor trained
+    """
     lowered = lower_programs(model, example_inputs, scheme, pipeline, input_place)
     imported, forward, with_loss = lowered.imported, lowered.forward, lowered.with_loss
     train = lowered.roles["train"]
-    limit = _find_limit(memory_plan, scheme.budget.sram, train)
+    limit = _find_limit(memory_plan, scheme.budget.sram, train, reserved)
     room = Arena(limit, input_place == "arena")
     programs = _fit_programs(lowered.roles, pipeline, room)
     if target.dsp:
@@ -261,12 +266,14 @@ def compile_graphs(
     check_input([p.graph for p in programs], [p.plan for p in programs])
     needed = _arena_bytes(programs)
     if isinstance(memory_plan, int) and needed > memory_plan:
-        raise TTEError(
-            "TTE-E049",
-            f"the smallest arena found for this has {needed:,} bytes, {memory_plan:,} are allowed",
-            where="--memory-plan",
-            fix="allow more, or train fewer layers or channels",
-        )
+        what = f"the smallest arena found for this has {needed:,} bytes, {memory_plan:,} are allowed"
+        fix = f"--memory-plan {needed}"
+        if twice := count_macs(programs[0].graph) - count_macs(lowered.gradients):
+            plain = _arena_bytes(_fit_programs(lowered.roles, replace(pipeline, dump=None), replace(room, limit=0)))
+            fix += f" computes {twice:,} multiply-accumulates twice for that; with {plain:,} bytes (smallest) none are"
+        largest = max(programs, key=lambda program: program.plan.arena_bytes)
+        where = f"--memory-plan; at the peak: {describe_peak(largest)}"
+        raise TTEError("TTE-E049", what, where=where, fix=f"{fix}; or train fewer layers or channels")
     target_value = next((v for v in with_loss.inputs if v.name == "target"), None)
     given_layout = scheme.io.input.layout
     layout = own_layout(imported.inputs[0].type) if given_layout == "model" else given_layout
@@ -288,7 +295,7 @@ def compile_graphs(
         optimize=optimize,
         notes=lowered.notes,
     )
-    notes = (*lowered.notes, *_note_floats(programs, target))
+    notes = (*lowered.notes, *_note_floats(programs, target), *_note_budget(memory_plan, scheme))
     originals = {
         c.origin.name: (c.data if c.origin.quantized is None else c.origin.quantized).reshape(c.origin.shape)
         for c in imported.consts
@@ -321,15 +328,19 @@ def _note_floats(programs: Sequence[Program], target: Target) -> list[str]:
     return [f"{target.name} has no FPU and computes floats in software, slowly: {what}"]
 
 
-RESERVED = 4 * KB  # of a budget, for stack and library, before the firmware is linked
+def _note_budget(memory_plan: str | int, scheme: UpdateScheme) -> list[str]:
+    """What one of two wishes comes to."""
+    if memory_plan == "auto" or scheme.budget.sram is None:
+        return []
+    return [f"the arena is made for --memory-plan {memory_plan}; that the budget of SRAM is met is only checked"]
 
 
-def _find_limit(memory_plan: str | int, budget: int | None, train: Graph) -> int:
+def _find_limit(memory_plan: str | int, budget: int | None, train: Graph, reserved: int) -> int:
     """Bytes that the arena may have; 0 for as few as possible."""
     if isinstance(memory_plan, int):
         return memory_plan
     if memory_plan == "auto" and budget is not None:
-        return max(0, budget - RESERVED - sum(param.type.nbytes for param, _ in train.updates))
+        return max(0, budget - reserved - sum(param.type.nbytes for param, _ in train.updates))
     return UNLIMITED if memory_plan == "fastest" else 0
 
 

@@ -67,7 +67,7 @@ def make_report(
     trained_bytes = sum(p.type.nbytes for p in trained)
     saved_bytes = count_saved(train)
     lower_bound = max(program.plan.lower_bound for program in programs)
-    macs = sum(node.macs for node in graph.nodes)
+    macs = count_macs(graph)
     by_rows = any(member.op == "source" for node in graph.nodes for member in expand(node))
     if firmware:
         code, flash = firmware.text, firmware.flash_bytes
@@ -187,6 +187,17 @@ def find_cramped(programs: Sequence[Program]) -> dict[str, Any] | None:
 def list_peak(program: Program) -> list[dict[str, Any]]:
     """What is alive at the peak, largest first."""
     return [t for t in list_tensors(program) if t["start"] <= program.plan.peak_node <= t["end"]]
+
+
+def describe_peak(program: Program) -> str:
+    """The largest of them, in one line."""
+    tensors = list_peak(program)
+    peak = [f"{t['layer'] or t['name']} {t['bytes']:,} B" for t in tensors[:6]]
+    return ", ".join(peak) + (" ..." if len(tensors) > 6 else "")
+
+
+def count_macs(graph: Graph) -> int:
+    return sum(node.macs for node in graph.nodes)
 
 
 def list_tensors(program: Program) -> list[dict[str, Any]]:
