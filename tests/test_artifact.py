@@ -234,11 +234,21 @@ def test_two_models_in_one_program(ir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "name"),
-    [("My Net-2.v1", "my_net_2_v1"), ("2d", "m_2d"), ("é*", "m"), ("stdint", "m_stdint"), ("x" * 300, "x" * 64)],
+    [
+        ("net", "net"),
+        ("My Net-2.v1", "my_net_2_v1"),
+        ("2d", "m_2d"),
+        ("é*", "m"),
+        ("stdint", "m_stdint"),
+        ("x" * 300, "x" * 64),
+    ],
 )
 def test_names(given: str, name: str, ir: Path) -> None:
     artifact = tte.compile(ir, update_scheme="last-layer", target="host", name=given)
     assert artifact.report["model"] == name
+    assert artifact.compiled.notes == (
+        () if given == name else (f"--name {given!r} is no name for C in lower case: {name}",)
+    )
     library = ctypes.CDLL(str(build_host(artifact.build)))
     assert library[f"{name}_init"]() == 0
 

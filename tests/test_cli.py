@@ -291,10 +291,10 @@ def test_counts_below_1_are_refused(options: dict[str, int], model: Path) -> Non
     assert caught.value.code == "TTE-E059"
 
 
-@pytest.mark.parametrize("place", ["no/w.npz", "file/w.npz", "folder"])
+@pytest.mark.parametrize("place", ["no/w.npz", "file/w.npz", "folder.npz", "w.txt"])
 def test_a_place_for_the_weights_is_found_before_training(place: str, tmp_path: Path) -> None:
     """There is not even a project: the first thing that is looked at is the place."""
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.npz").mkdir()
     (tmp_path / "file").write_text("in the way")
     arguments = ["run", str(tmp_path / "build"), "--data", "d.npz", "--save", str(tmp_path / place)]
     result = CliRunner().invoke(app, arguments)

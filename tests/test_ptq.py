@@ -192,6 +192,7 @@ def test_other_mistakes_are_refused(files: Path, monkeypatch: pytest.MonkeyPatch
     refused("TTE-E020", "not an .onnx file", files / "missing.onnx")
     refused("TTE-E029", "training mode", network().train())
     refused("TTE-E045", "cannot write", files / "float.onnx", out=files / "no" / "int8.onnx")
+    refused("TTE-E045", "is an .onnx file", files / "float.onnx", out=files / "int8.txt")
     for y, message in (
         (None, "has no array y"),
         ([0, 1, 2], "x has 4 samples"),

@@ -428,6 +428,7 @@ def test_states_that_cannot_be_turned_into_a_model(fits: Artifact, tmp_path: Pat
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     blob, model = learned(fits).save_state(), ("--model", tmp_path / "m.onnx")
     for code, *options in (
+        ("TTE-E062", "-o", tmp_path / "new.txt"),
         ("TTE-E059", "-o", tmp_path / "new.onnx"),
         ("TTE-E059", *model, "-o", tmp_path / "new.npz"),
         ("TTE-E020", "--model", tmp_path / "bad.onnx", "-o", tmp_path / "new.onnx"),

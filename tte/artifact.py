@@ -90,7 +90,11 @@ def compile(
         raise TTEError("TTE-E044", f"no memory plan {memory_plan!r}", where="--memory-plan", fix=fix)
     clock_hz = board.clock_hz if clock is None else parse_clock(clock)
     pipeline = Pipeline(Path(dump_ir) if dump_ir else None, find_passes(disable_passes))
-    known, module = _known(schedules).of(board.cpu), _find_module(model)
+    prefix = c_name(name or default_name(model))
+    renamed = (
+        [f"files and symbols begin with {prefix}: {name!r} cannot be such a name"] if name not in (None, prefix) else []
+    )
+    known = _known(schedules).of(board.cpu)
     reserved = RESERVED
     while True:
         compiled = compile_graphs(
@@ -98,7 +102,7 @@ def compile(
             example_inputs,
             scheme,
             board,
-            c_name(name or default_name(model)),
+            prefix,
             __version__,
             pipeline,
             arena,
@@ -108,7 +112,8 @@ def compile(
             optimize,
             reserved,
         )
-        artifact = Artifact(compiled, scheme, board, clock_hz, module)
+        compiled = replace(compiled, notes=(*compiled.notes, *renamed))
+        artifact = Artifact(compiled, scheme, board, clock_hz, _find_module(model))
         rest = artifact.count_rest() if memory_plan == "auto" and artifact.exceeds_sram() else 0
         if rest <= reserved:
             artifact.require_budget(memory_plan)

@@ -629,6 +629,9 @@ def _finite(value: Any) -> Any:
 
 
 def _require_pair(output: Path | None, model: Path | None, option: str) -> None:
+    if output is not None and output.suffix not in (".npz", ".onnx"):
+        fix = f"{option} {output.name}.npz, or {option} {output.name}.onnx --model model.onnx"
+        raise TTEError("TTE-E062", "weights are written as .npz, or into an .onnx file", where=str(output), fix=fix)
     if (output is not None and output.suffix == ".onnx") != (model is not None):
         what = "an .onnx file is a copy of the model with other weights; an .npz holds weights alone"
         fix = f"give --model model.onnx {option} new.onnx, or {option} weights.npz"

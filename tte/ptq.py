@@ -55,6 +55,10 @@ def quantize(
     Batch norm is folded into the layers in front of it first. Raises TTEError.
     """
     _require_onnxruntime()
+    output = Path(output)
+    if output.suffix != ".onnx":
+        fix = f"name it {output.name}.onnx"
+        raise TTEError("TTE-E045", "the int8 model is an .onnx file", where=str(output), fix=fix)
     samples = _read(calibration, "calibration data")
     given = _as_onnx(model, samples["x"])
     with _translated():
@@ -68,7 +72,6 @@ def quantize(
         _read_tests(evaluation, given, name, shape) if evaluation is not None else ([], np.empty(0), None)
     )
     head = None if int8_head else _last_layer(given)
-    output = Path(output)
     if isinstance(model, str | Path) and output.resolve() == Path(model).resolve():
         raise TTEError("TTE-E045", "this is the float model itself", where=str(output), fix="choose another place")
     with tempfile.TemporaryDirectory() as folder:
