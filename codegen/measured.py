@@ -13,6 +13,7 @@ import jinja2
 from jinja2 import meta
 
 from tte.codegen.kernel import Kernel
+from tte.document import read_json, show
 from tte.errors import TTEError
 
 HERE = Path(__file__).parent
@@ -52,23 +53,21 @@ class Database:
     @staticmethod
     def read(path: Path) -> "Database":
         """Raises TTEError (E090) for a file that is none, or damaged."""
+        what, fix = "no database of schedules", "give a file that `tte tune` wrote, or another name for a new one"
+        reason = "it holds something else, or was changed"
+        content = read_json(path, "TTE-E090", what, fix)
+        result = Database()
         try:
-            content = json.loads(path.read_text())
             if content["schema_version"] != 1:
-                raise ValueError(f"schema_version {content['schema_version']}")
-            result = Database()
+                reason = f"schema_version is {show(content['schema_version'])}, not 1"
+                raise ValueError(reason)
             for core, shapes in content["cores"].items():
                 for shape, kernels in shapes.items():
                     for name, record in kernels.items():
                         result.add(core, shape, name, _read(record))
             return result
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-            raise TTEError(
-                "TTE-E090",
-                f"no database of schedules: {type(problem).__name__}: {problem}",
-                where=str(path),
-                fix="give a file that `tte tune` wrote, or another name for a new one",
-            ) from problem
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            raise TTEError("TTE-E090", f"{what}: {reason}", where=str(path), fix=fix) from problem
 
     def write(self, path: Path) -> None:
         """The same content gives the same bytes. The file is always whole. Raises TTEError (E045)."""

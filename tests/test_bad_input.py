@@ -532,7 +532,12 @@ def test_state_of_another_model(model: Path, tmp_path: Path, capfd: pytest.Captu
         refuse(capfd, "TTE-E060", "state", tmp_path / name, "--build", tmp_path / "0", "-o", tmp_path / "w.npz")
     assert not (tmp_path / "w.npz").exists()
     assert board.load_state(blob) == 0
-    refuse(capfd, "TTE-E050", "state", tmp_path / "other", "--build", tmp_path, "-o", tmp_path / "w.npz")
+    damage = {"": "no such file", "{\n": "line 2, column 1", "[]": "was changed", "\xff": "not JSON"}
+    for content, reason in damage.items():
+        if content:
+            (tmp_path / "build.json").write_text(content, "latin-1")
+        said = refuse(capfd, "TTE-E050", "state", tmp_path / "other", "--build", tmp_path, "-o", tmp_path / "w.npz")
+        assert reason in said and "Error" not in said
 
 
 def test_data_that_do_not_fit(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

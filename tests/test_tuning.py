@@ -271,6 +271,7 @@ def test_a_damaged_file_is_named_and_left_alone(text: str, tmp_path: Path, searc
         with pytest.raises(TTEError, match="no database of schedules") as error:
             use()
         assert (error.value.code, error.value.where) == ("TTE-E090", str(path))
+        assert "Error" not in error.value.what  # no name of Python's
     assert path.read_text() == text
 
 

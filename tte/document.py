@@ -1,6 +1,7 @@
-"""Reads YAML into plain data and remembers the line of every value, for error messages."""
+"""Reads YAML into plain data and remembers the line of every value, for error messages; and JSON."""
 
 import difflib
+import json
 import re
 import reprlib
 from collections.abc import Iterable
@@ -120,6 +121,21 @@ def _to_scalar(text: str, tag: str) -> Any:
     if tag == "bool":
         return text.lower() in ("true", "yes", "on")
     return None if tag == "null" else text
+
+
+def read_json(path: Path, code: str, what: str, fix: str) -> Any:
+    """The content of a file that tte wrote. Raises TTEError with ``code`` and ``fix``; ``what`` it is not."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as problem:
+        raise TTEError(code, f"{what}: there is no such file", where=str(path), fix=fix) from problem
+    except (OSError, ValueError, RecursionError) as problem:  # UnicodeDecodeError is a ValueError
+        reason = "it is not JSON"
+        if isinstance(problem, OSError):
+            reason = f"it cannot be read: {problem.strerror}"
+        elif isinstance(problem, json.JSONDecodeError):
+            reason = f"it is damaged in line {problem.lineno}, column {problem.colno}"
+        raise TTEError(code, f"{what}: {reason}", where=str(path), fix=fix) from problem
 
 
 def suggest(name: str, valid: Iterable[str], kind: str) -> str:

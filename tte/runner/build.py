@@ -1,12 +1,12 @@
 """A folder that tte has written, as the runner sees it: the description in build.json."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tte.document import read_json
 from tte.errors import TTEError
 from tte.target import FLAG
 
@@ -81,8 +81,9 @@ class Build:
     def open(folder: Path | str) -> "Build":
         """Read build.json. Raises TTEError (E050) where ``folder`` is not a project of tte."""
         folder = Path(folder)
+        path = folder / "build.json"
+        data = read_json(path, "TTE-E050", "no project of tte", "give the folder that `tte compile -o` wrote")
         try:
-            data = json.loads((folder / "build.json").read_text())
             return Build(
                 folder,
                 data["name"],
@@ -104,13 +105,9 @@ class Build:
                 ),
                 {role: tuple(map(_call, calls)) for role, calls in data["calls"].items()},
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-            raise TTEError(
-                "TTE-E050",
-                f"no project of tte: {type(problem).__name__}: {problem}",
-                where=str(folder / "build.json"),
-                fix="give the folder that `tte compile -o` wrote",
-            ) from problem
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            what = "no project of this version of tte, or build.json was changed"
+            raise TTEError("TTE-E050", what, where=str(path), fix="compile the model again") from problem
 
     def list_sources(self, selftest: bool = False) -> list[Path]:
         """The C of the program, with or without its self-test."""
