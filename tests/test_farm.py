@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -98,3 +99,22 @@ def test_servers_measure_and_are_lost(
         end(servers[1])
         with pytest.raises(TTEError, match="knows no server"):
             both.run(job)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "where"),
+    [
+        ("no..name", 0, "--host"),
+        ("no.such.host.invalid", 0, "--host"),
+        ("192.0.2.1", 0, "--host"),
+        ("127.0.0.1", 65536, "--port"),
+        ("127.0.0.1", None, "--port"),
+    ],
+)
+def test_where_it_cannot_listen_the_option_is_named(host: str, port: int | None, where: str) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as used,
+        pytest.raises(TTEError, match=r"port|cannot listen") as problem,
+    ):
+        farm._listen(host, used.getsockname()[1] if port is None else port)
+    assert (problem.value.code, problem.value.where) == ("TTE-E059", where)

@@ -98,6 +98,8 @@ def test_the_command_line(model: Path, tmp_path: Path) -> None:
     assert '"optimize": "size"' in (tmp_path / "build" / "build.json").read_text()
     with pytest.raises(TTEError, match="nothing optimizes for 'beauty'"):
         tte.compile(model, optimize="beauty")
+    with pytest.raises(TTEError, match="not chosen by schedules"):
+        tte.compile(model, optimize="size", schedules=tmp_path / "s.json")
 
 
 def function(name: str, body: str) -> dict[str, object]:

@@ -65,7 +65,7 @@ def compile(
     memory_plan:    how many bytes the arena may have: "fastest" for any number, "smallest" for as few as possible, or a
                     number, whose cheapest plan is taken; "auto": so that the scheme's budget of SRAM is met; without
                     one smallest, or up to a sixteenth more where that makes kernels faster
-    schedules:      file that ``tte.tune`` wrote: which kernels are fastest, beside what comes with tte
+    schedules:      file that ``tte.tune`` wrote: which kernels are fastest, beside what comes with tte; not for "size"
     optimize:       "speed", or "size" for least code: kernels that serve many shapes, compiled with -Os
     clock:          core clock for time estimates, "216MHz" or a number in Hz; by default the board's
     disable_passes: passes to leave out, see ``tte.compiler.OPTIONAL``
@@ -84,6 +84,9 @@ def compile(
             )
     if optimize not in FLAG:
         raise TTEError("TTE-E044", f"nothing optimizes for {optimize!r}", where="--optimize", fix=" or ".join(FLAG))
+    if optimize == "size" and schedules is not None:
+        fix = "leave out one of the two: schedules say what is fastest"
+        raise TTEError("TTE-E059", "code for size is not chosen by schedules", where="--schedules", fix=fix)
     plans = ("auto", "fastest", "smallest")
     if memory_plan not in plans and (type(memory_plan) is not int or memory_plan < 1):
         fix = f"{', '.join(plans)}, or how many bytes the arena may have"

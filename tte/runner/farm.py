@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from errno import EADDRNOTAVAIL
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -160,11 +161,16 @@ def serve(tracker: str, key: str, host: str, port: int, ready: Callable[[int], N
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    fix = "another one, or 0 for any"
+    if not 0 <= port <= LAST_PORT:
+        raise TTEError("TTE-E059", f"there is no port {port}", where="--port", fix=fix)
     try:
         return socket.create_server((host, port))
-    except OSError as problem:
-        what = f"cannot listen at {host}:{port}: {problem.strerror}"
-        raise TTEError("TTE-E059", what, where="--port", fix="another one, or 0 for any") from problem
+    except (OSError, UnicodeError) as problem:  # UnicodeError: no name of a host
+        where, reason = "--port", getattr(problem, "strerror", None) or "no name of a host"
+        if not isinstance(problem, OSError) or problem.errno == EADDRNOTAVAIL or isinstance(problem, socket.gaierror):
+            where, fix = "--host", "an IPv4 address of this computer: 127.0.0.1, or 0.0.0.0 for all of them"
+        raise TTEError("TTE-E059", f"cannot listen at {host}:{port}: {reason}", where=where, fix=fix) from problem
 
 
 def _pack(job: Job) -> list[str | bytes]:
