@@ -114,7 +114,7 @@ def test_servers_measure_and_are_lost(
 def test_where_it_cannot_listen_the_option_is_named(host: str, port: int | None, where: str) -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as used,
-        pytest.raises(TTEError, match=r"port|cannot listen") as problem,
+        pytest.raises(TTEError) as problem,
     ):
         farm._listen(host, used.getsockname()[1] if port is None else port)
     assert (problem.value.code, problem.value.where) == ("TTE-E059", where)

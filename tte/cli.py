@@ -123,9 +123,7 @@ def compile_model(
     memory_plan: Annotated[
         str, typer.Option(help="fastest, smallest, or how large the arena may be: 96KB; auto: by the scheme's budget")
     ] = "auto",
-    schedules: Annotated[
-        Path | None, typer.Option(help="what `tte tune` found: kernels are chosen by it, for speed")
-    ] = None,
+    schedules: Annotated[Path | None, typer.Option(help="what `tte tune` found: kernels are chosen by it")] = None,
     optimize: Annotated[str, typer.Option(help="speed; size: least code, for some more instructions")] = "speed",
     clock: Annotated[str | None, typer.Option(help="core clock for time estimates, e.g. 216MHz")] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(help="leave out a pass (again for more)")] = None,

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from errno import EADDRNOTAVAIL
+from errno import EACCES, EADDRINUSE
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -167,9 +167,11 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except (OSError, UnicodeError) as problem:  # UnicodeError: no name of a host
-        where, reason = "--port", getattr(problem, "strerror", None) or "no name of a host"
-        if not isinstance(problem, OSError) or problem.errno == EADDRNOTAVAIL or isinstance(problem, socket.gaierror):
-            where, fix = "--host", "an IPv4 address of this computer: 127.0.0.1, or 0.0.0.0 for all of them"
+        number, reason = (
+            (problem.errno, problem.strerror) if isinstance(problem, OSError) else (None, "no name of a host")
+        )
+        where = "--port" if number in (EACCES, EADDRINUSE) else "--host"
+        fix = fix if where == "--port" else "an address of this computer: 127.0.0.1, or 0.0.0.0 for all that it has"
         raise TTEError("TTE-E059", f"cannot listen at {host}:{port}: {reason}", where=where, fix=fix) from problem
 
 
