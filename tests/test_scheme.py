@@ -216,6 +216,11 @@ def test_new_head_learns() -> None:
         (train({"layer": "a", "weight": {"in_channels": 1.5}}), "TTE-E031", "(0, 1]"),
         (train({"layer": "a", "weight": {"in_channels": 0}}), "TTE-E031", "(0, 1]"),
         (train({"layer": "a", "weight": {"in_channels": True}}), "TTE-E031", "(0, 1]"),
+        (train({"layer": "a", "weight": {"in_channels": [0, 1]}}), "TTE-E031", "said by select: [0, 1]"),
+        (train({"layer": ["a", "b"], "weight": "all"}), "TTE-E031", "a pattern for several layers: {a,b}"),
+        (train({"layer": "a", "bias": [True]}), "TTE-E031", "one value, not a list"),
+        (train("a"), "TTE-E031", "keys: layer, weight, bias"),
+        ({"train": "full", "io": {"input": ["int8"]}}, "TTE-E031", "keys: dtype, layout"),
         (train({"layer": "a", "weight": {"select": [1, 1]}}), "TTE-E031", "different"),
         (train({"layer": "a", "weight": {"select": [-1]}}), "TTE-E031", "from 0"),
         (train({"layer": "a", "weight": {"select": [8]}}), "TTE-E033", "0 to 7"),
@@ -306,7 +311,7 @@ def test_a_layer_without_bias() -> None:
         ("version: 1\ntrain: \0", 2, "YAML"),
         (b"train: \xff\xfe", 0, "UTF-8"),
         ("#" * 300_000, 0, "larger"),
-        ("train: !!python/object/apply:os.system [echo]\n", 1, "dictionary"),
+        ("train: !!python/object/apply:os.system [echo]\n", 1, "mapping"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, text: str | bytes, line: int, said: str) -> None:

@@ -51,7 +51,8 @@ def _parse_count(value: Any) -> int | float:
         return value
     if type(value) is int and value >= 1:
         return value
-    raise ValueError(f"{show(value)} is neither a fraction in (0, 1] nor a number of channels; 1 is one, 1.0 is all")
+    fix = f"which ones is said by select: {show(value)}" if isinstance(value, list | tuple) else "1 is one, 1.0 is all"
+    raise ValueError(f"{show(value)} is neither a fraction in (0, 1] nor a number of channels; {fix}")
 
 
 def _parse_select(value: Any) -> str | tuple[int, ...]:
@@ -336,6 +337,9 @@ _MISSING = {
 }
 
 
+_FORMS = {"bool_type": "values: true, false", "float_type": "a number: 0.01", "int_type": "a whole number"}
+
+
 def _explain(problem: ValidationError, document: Document) -> TTEError:
     errors = problem.errors(include_url=False)
     # A misspelt key is the cause where another is missing.
@@ -344,9 +348,7 @@ def _explain(problem: ValidationError, document: Document) -> TTEError:
     key = "update scheme" if not path else f"item {path[-1]}" if isinstance(path[-1], int) else path[-1]
     value, context, fix = error["input"], error.get("ctx", {}), "see docs/scheme.md for the format"
     if error["type"] == "extra_forbidden":
-        place = _PLACES[tuple(0 if isinstance(p, int) else p for p in path[:-1])]
-        what = f"unknown key {show(key)}"
-        fix = suggest(key, place.model_fields, "keys")
+        what, fix = f"unknown key {show(key)}", suggest(key, _list_keys(path[:-1]), "keys")
     elif error["type"] == "missing":
         what, fix = f"{key} is missing", _MISSING.get(key, fix)
     elif error["type"] == "literal_error":
@@ -356,10 +358,20 @@ def _explain(problem: ValidationError, document: Document) -> TTEError:
     elif error["type"] == "value_error":
         what, _, hint = str(context["error"]).partition("; ")
         what, fix = what if path and isinstance(path[-1], int) else f"{key}: {what}", hint or fix
+    elif error["type"] == "model_type":
+        what, fix = f"{key} is a mapping of keys to values, not {show(value)}", f"keys: {', '.join(_list_keys(path))}"
     else:
         what = f"{error['msg'].replace('Input', str(key), 1)}, not {show(value)}"
-        fix = "values: true, false" if error["type"] == "bool_type" else fix
+        fix = _FORMS.get(error["type"], fix)
+        if isinstance(value, list | tuple):
+            several = "a pattern for several layers: {a,b}, or a rule for each"
+            fix = several if key == "layer" else "one value, not a list"
     return TTEError("TTE-E031", what, where=document.where(path), fix=fix)
+
+
+def _list_keys(path: Place) -> list[str]:
+    """What is valid there."""
+    return list(_PLACES[tuple(0 if isinstance(p, int) else p for p in path)].model_fields)
 
 
 # What a scheme means for a given model.

@@ -167,10 +167,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except (OSError, UnicodeError) as problem:  # UnicodeError: no name of a host
-        number, reason = (
-            (problem.errno, problem.strerror) if isinstance(problem, OSError) else (None, "no name of a host")
-        )
-        where = "--port" if number in (EACCES, EADDRINUSE) else "--host"
+        reason = getattr(problem, "strerror", None) or "no name of a host"
+        where = "--port" if getattr(problem, "errno", None) in (EACCES, EADDRINUSE) else "--host"
         fix = fix if where == "--port" else "an address of this computer: 127.0.0.1, or 0.0.0.0 for all that it has"
         raise TTEError("TTE-E059", f"cannot listen at {host}:{port}: {reason}", where=where, fix=fix) from problem
 
