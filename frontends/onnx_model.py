@@ -51,6 +51,8 @@ INTEGERS = {"int8", "uint8", "int16", "uint16", "int32"}
 MOVES = frozenset(
     "Reshape Flatten Transpose Concat Split Slice Gather Squeeze Unsqueeze Expand Pad Identity MaxPool".split()
 )
+CONVERSIONS = ("_QuantizeLinear", "_DequantizeLinear")
+EXPORTED = r"node_\w+"  # names that PyTorch's exporter makes up for nodes
 NOTHING: Mapping[str, str] = {}
 AXES, MAX_RANK = {"axis", "axes", "batch_dims", "perm", "start"}, 16  # attributes that name dimensions
 CONTROL_FLOW = {"If", "Loop", "Scan"}
@@ -114,7 +116,16 @@ def import_onnx_model(given: Any, name: str) -> Graph:
     names = {t: t for t in named} | {
         n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in named
     }
-    function, layers = import_onnx(model, named, lambda node: layer_of(node, names, scopes))
+    makers = {name: node for node in model.graph.node for name in node.output}
+
+    def find_layer(node: Any) -> str:
+        """What onnxruntime puts between nodes belongs to the layer whose result it quantises."""
+        while node.name.endswith(CONVERSIONS) and node.input[0] in makers:
+            node = makers[node.input[0]]
+        of_input = node.name.endswith(CONVERSIONS) and node.input[0] not in names
+        return str(node.input[0]) if of_input else layer_of(node, names, scopes)
+
+    function, layers = import_onnx(model, named, find_layer)
     weights = {GIVEN + tensor: Weight(tensor, array) for tensor, array in named.items()}
     return lower(Imported(function, GIVEN + _inputs(model)[0].name, weights, layers), name)
 
@@ -133,7 +144,7 @@ def layer_of(node: Any, named: Mapping[str, str] = NOTHING, scopes: frozenset[st
             modules = re.findall(r"'([^']*)'", entry.value)
             return str(modules[-2]) if len(modules) > 1 else ""
     if not node.name.startswith("/"):
-        return str(node.name or node.output[0])
+        return "" if re.fullmatch(EXPORTED, node.name) else str(node.name or node.output[0])
     path = _scope(node)
     # The second call of a module is written as "act_1", like a module of that name; weights tell them apart.
     while (once := re.sub(r"_\d+($|\.)", r"\1", path)) in scopes and once != path:
@@ -462,9 +473,8 @@ def _unsupported(model: Any) -> list[Unsupported]:
             why = "output_shape: export with pads and output_padding"
         if node.op_type not in SUPPORTED or why:
             operands = ", ".join(describe(i) for i in node.input if i)
-            found.append(
-                Unsupported(layer_of(node, {name: name for name in constants}), node.op_type, f"({operands})", why)
-            )
+            layer = layer_of(node, {name: name for name in constants}) or f"node {node.name or node.output[0]}"
+            found.append(Unsupported(layer, node.op_type, f"({operands})", why))
     return found
 
 

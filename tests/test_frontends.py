@@ -380,6 +380,18 @@ def test_unsupported_operators_of_onnx_are_listed_at_once(tmp_path: Path) -> Non
     module = nn.Sequential(nn.Linear(12, 4), Call(torch.sin), nn.ELU())
     error = refusal(export(module, torch.zeros(ROW), tmp_path / "m.onnx", dynamo=False))
     assert error.where.split("\n         ") == ["1: Sin(float[1, 4])", "2: Elu(float[1, 4])"]
+    error = refusal(export(Call(torch.sin), torch.zeros(ROW), tmp_path / "m.onnx", dynamo=False))
+    assert error.where == "node /Sin: Sin(float[1, 12])"
+
+
+def test_names_that_the_exporter_makes_up_are_no_layers(tmp_path: Path) -> None:
+    """Of a module that has no parts, and of a file that has lost what was written beside its nodes."""
+    path = tmp_path / "m.onnx"
+    model = onnx.load(export(nn.Linear(12, 4), torch.zeros(ROW), path, dynamo=True))
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+    assert [node.name for node in model.graph.node] == ["node_linear"]
+    assert [layer.name for layer in tte.analyze(model).layers] == ["weight"]
 
 
 def test_unsupported_forms_of_supported_operators_say_why() -> None:

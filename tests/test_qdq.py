@@ -119,6 +119,12 @@ def test_operators_on_integers_are_refused_with_the_form_that_is_not(form: str, 
     assert problem.value.code == "TTE-E080" and "QuantFormat.QDQ" in str(problem.value.fix)
 
 
+def test_layers_are_named_as_before_they_were_quantised(quantized: Any) -> None:
+    graph = lower(quantized("branches-uint8"))
+    layers = list(dict.fromkeys(node.layer for node in graph.nodes))
+    assert layers == ["input.1", "stem.0", "", "left.0", "right.0", "head.0", "fc"]
+
+
 def test_constants_that_no_layer_reads_are_numbers(quantized: Any) -> None:
     """They have zero points as activations have, and do not learn; weights beside them do."""
     artifact = tte.compile(quantized("numbers"), update_scheme="full")

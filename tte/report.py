@@ -313,7 +313,7 @@ def name_layer(node: Node) -> str:
     """The layer of a node; of a region in pieces, the first and the last."""
     if not node.body or not in_pieces(node):
         return node.layer
-    ends = dict.fromkeys(node.body.nodes[i].layer for i in (0, -1))
+    ends = dict.fromkeys(node.body.nodes[i].layer or main_op(node.body.nodes[i]) for i in (0, -1))
     return " .. ".join(ends)
 
 

@@ -466,7 +466,7 @@ def find_layers(graph: Graph) -> list[Layer]:
             bias = node.inputs[2] if len(node.inputs) > 2 else None
             if not _has_name(weight) and not _has_name(bias):
                 continue
-            name = node.layer or weight.name.removesuffix(".weight")
+            name = node.layer or weight.name.removesuffix("_quantized").removesuffix(".weight")
             stored = (weight if _has_name(weight) else None, bias if _has_name(bias) else None)
             layers.append(Layer(name, node.op, *stored, *_part_axis(node)))
         elif node.op in ("multiply", "add"):
