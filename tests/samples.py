@@ -51,6 +51,10 @@ class Operand:
             return np.asarray(rng.integers(2**21, 2**24) * 2.0**-20, np.float32)
         if self.kind == "exponentials":
             return exponentials(self.high / 64)
+        if self.kind in ("inf", "nan"):
+            return np.asarray(self.kind, np.float32)
+        if self.kind == "holed":  # NaN among numbers
+            return np.where(rng.random(self.shape) > 0.8, np.nan, rng.standard_normal(self.shape)).astype(np.float32)
         if self.kind == "scale":
             return np.asarray(rng.random(self.shape) * 0.01 + 1e-4, np.float32)
         normal = rng.standard_normal(self.shape)
@@ -680,6 +684,9 @@ add("qnn.matmul", Operand((5, 2), INT8), Operand((5, 8), INT8), torch=lambda a, 
 add("qnn.matmul", Operand((2, 5), INT8), Operand((5, 8), INT16), torch=lambda a, b: (
     a.double() @ torch.floor(b.double() / 256)).to(torch.int32))  # fmt: skip
 add("qnn.gradient_unit", (3, 50), torch=lambda g: g.float().abs().max() / 127)
+add("qnn.gradient_unit", Operand((3, 50), "holed"), torch=lambda g: g.float().nan_to_num(0).abs().max() / 127)
+add("qnn.quantize_gradient", Operand((3, 50), "holed"), Operand((), "scale"), torch=lambda g, unit: rounded(
+    g.float().nan_to_num(-math.inf) / unit.float(), 0, -127))  # fmt: skip
 add("qnn.quantize_gradient", Operand((3, 50), "wide"), Operand((), "scale"), torch=lambda g, unit: rounded(
     g.float() / unit.float(), 0, -127))  # fmt: skip
 
@@ -712,8 +719,9 @@ def integer_step(rounding: str, room: int, bits: int, limit: int = 2**31 - 1) ->
     """qnn.integer_sgd with Python integers, whose scale is mantissa / 2^exponent."""
 
     def run(w: Tensor, v: Tensor, scale: Tensor, m: Tensor) -> Tensor:
-        exponent = 31 - math.frexp(float(scale))[1]
-        mantissa, fraction = int(float(scale) * 2**exponent), exponent + bits + room - 64
+        scale = min(float(scale), 2.0**200)
+        exponent = 31 - math.frexp(scale)[1]
+        mantissa, fraction = int(scale * 2.0**exponent), exponent + bits + room - 64
         if fraction < 0:
             mantissa, fraction = 2**31 - 1, 0
         mantissa, fraction = mantissa // 2 ** max(0, fraction - 30), min(fraction, 30)
@@ -740,8 +748,9 @@ for kind in (INT8, INT16, INT32):
             add("qnn.integer_sgd", Operand((4, 3, 3, 5), kind), Operand((4, 3, 3, 5), of), Operand((), "scale"),
                 Operand((4, 1, 1, 1), "fraction"), torch=integer_step(rounding, room, bits), rounding=rounding,
                 room=room, bits=bits)  # fmt: skip
-add("qnn.integer_sgd", Operand((4,), INT32), Operand((4,), INT8), Operand((), "scale"), Operand((4,), "fraction"),
-    torch=integer_step("stochastic", 24, 24, 9), room=24, bits=24, limit=9)  # fmt: skip
+for scale in ("scale", "inf"):
+    add("qnn.integer_sgd", Operand((4,), INT32), Operand((4,), INT8), Operand((), scale), Operand((4,), "fraction"),
+        torch=integer_step("stochastic", 24, 24, 9), room=24, bits=24, limit=9)  # fmt: skip
 
 
 def integer_softmax(q: Tensor, label: Tensor, factors: Tensor) -> Tensor:
@@ -783,6 +792,8 @@ def following(r: Tensor, q: Tensor, e: Tensor, unit: Tensor) -> Tensor:
 for n in (3, 4, 64, 5000):
     add("qnn.observe_gradient", RANGE, Operand((n,), INT8), Operand((), "exponent"), Operand((), "scale"),
         torch=following)  # fmt: skip
+add("qnn.observe_gradient", RANGE, Operand((9,), INT8), Operand((), "exponent"), Operand((), "nan"),
+    torch=lambda r, q, e, unit: r)  # fmt: skip
 
 
 def shifted(v: Tensor, m: Tensor, shift: int) -> Tensor:

@@ -5,6 +5,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from samples import SAMPLES
 from tte.codegen.emit import emit_kernels
 from tte.codegen.kernel import Kernel
 from tte.codegen.schedule import Call, schedule
-from tte.ir import Builder, Graph, Value, evaluate, tensor_type
+from tte.ir import Builder, Graph, TensorType, Value, evaluate, tensor_type
 from tte.passes.autodiff import differentiate
 from tte.passes.fuse import fuse_elementwise, fuse_updates
 from tte.passes.inplace import work_in_place
 from tte.passes.optimizer import attach_sgd
+from tte.passes.regions import wrap
 from tte.runner.toolchain import FLAGS
 
 COMPILERS = {
@@ -103,7 +105,22 @@ def whole_graphs() -> list[Case]:
     return cases
 
 
-CASES = [*single_operators(), *whole_graphs()]
+def cut_weights() -> Iterator[Case]:
+    """Convolutions whose weights are in two pieces along the channels that they make."""
+    for n in (2, 3):
+        shapes = (1, 4, 5, 3), (n, 3, 3, 3), (6 - n, 3, 3, 3)
+        values = tuple(Value(f"x{i}", TensorType(shape)) for i, shape in enumerate(shapes))
+        builder = Builder()
+        w = builder.call("concatenate", *values[1:], axis=0)
+        y = builder.call("nn.conv2d", values[0], w, padding=(1, 1, 1, 1))
+        graph = Graph("main", values, nodes=(wrap(builder.nodes, (y,), {"strategy": "fused"}, ""),), outputs=(y,))
+        arrays = [np.random.default_rng(n).standard_normal(shape).astype(np.float32) for shape in shapes]
+        (call,) = schedule(graph.renumbered())
+        inputs = {v.name: a for v, a in zip(values, arrays, strict=True)}
+        yield Case(f"cut at {n}", call, inputs, evaluate(graph, arrays).outputs[0])
+
+
+CASES = [*single_operators(), *whole_graphs(), *cut_weights()]
 NAMES: dict[Kernel, str] = {}
 for case in CASES:
     NAMES.setdefault(case.call.kernel, f"t_k{len(NAMES)}")

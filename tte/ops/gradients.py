@@ -156,7 +156,7 @@ def _upper(v: np.ndarray, multiplier: np.ndarray) -> np.ndarray:
 
 
 def _unit(g: TensorType, multiplier: TensorType | None = None, *, bits: int = 0) -> TensorType:
-    """What the largest |g| is 127 of, or 0 where there is nothing to learn from: a scalar.
+    """What the largest |g| is 127 of, or 0 where there is nothing to learn from: a scalar. NaN is passed over.
 
     int32 g stand for g * multiplier / 2^bits; then it is a whole number of 2^(32 - bits).
     """
@@ -176,7 +176,7 @@ register(Op("qnn.gradient_unit", _unit, _unit_ref))
 
 
 def _quantize(g: TensorType, unit: TensorType, multiplier: TensorType | None = None, *, bits: int = 0) -> TensorType:
-    """q = round(g / unit), from -127 to 127; 0 where the unit is. Halves to even; of int32, away from zero."""
+    """q = round(g / unit), from -127 to 127; 0 where the unit is. Halves to even; from zero of int32. NaN is -127."""
     _require_fixed(g, multiplier)
     require(unit == TensorType(()), "unit must be a float32 scalar")
     return TensorType(g.shape, "int8")
@@ -243,7 +243,7 @@ def _observe(range: TensorType, q: TensorType, exponent: TensorType, unit: Tenso
 
     It becomes what was seen now, or falls by DECAY if that is more; by an octave where nothing but 0 and -1 is left.
     An element at an end of int8 counts as saturated: the tensor is then taken to be an octave larger than it can hold,
-    two where more than an eighth of it are. A step of unit 0 changes nothing.
+    two where more than an eighth of it are. A step whose unit is 0, or no number, changes nothing.
     """
     _require_ranges(range)
     _require_int8(q=q)
@@ -393,8 +393,11 @@ FINEST = 30  # bits of fraction that a step has at the most
 def take_apart(scale: np.ndarray, bits: int) -> tuple[int, int]:
     """(mantissa, fraction): scale = mantissa * 2^(bits - fraction), |mantissa| < 2^31.
 
-    fraction is 0 to FINEST: a scale that is too large for it becomes the largest, one that is too small loses bits.
+    fraction is 0 to FINEST: a scale that is too large for it, or infinite, becomes the largest, one that is too small
+    loses bits.
     """
+    if np.isinf(scale):
+        return (2**31 - 1) * int(np.sign(scale)), 0
     real, exponent = np.frexp(np.float64(scale))
     mantissa, fraction = int(real * 2.0**31), 31 - int(exponent) + bits
     if fraction < 0:
