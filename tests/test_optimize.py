@@ -1,6 +1,8 @@
 """Code for speed or for size: the same bits, from less code."""
 
+import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +149,18 @@ def test_a_budget_pays_for_all_that_is_linked(model: Path) -> None:
     needed = tte.compile(model, **options, memory_plan="smallest").report["memory"]["static_ram_bytes"]
     within = tte.compile(model, **options | {"update_scheme": {"train": "last-k:5", "budget": {"sram": needed}}})
     assert within.report["memory"]["static_ram_bytes"] <= needed
+
+
+def test_plans_between_the_smallest_and_the_fastest(model: Path) -> None:
+    done = CliRunner().invoke(app, ["analyze", str(model), "-u", "last-k:5", "-t", "cortex-m7", "--json"])
+    assert done.exit_code == 0, done.output
+    table = json.loads(done.output)
+    rows = table["plans"]
+    assert len(rows) > 3 and rows[0]["extra_macs"] > 0
+    for before, after in pairwise(rows):
+        assert before["arena_bytes"] < after["arena_bytes"] and before["cost"] > after["cost"]
+    assert (rows[-1]["cramped"], rows[-1]["regions"], rows[-1]["extra_macs"]) == (0, 0, 0)
+    plain = next(row for row in rows if not row["extra_macs"])
+    assert all(row["arena_bytes"] >= plain["arena_bytes"] for row in table["left_out"].values())
+    refused = CliRunner().invoke(app, ["analyze", str(model), "-t", "cortex-m7"])
+    assert isinstance(refused.exception, TTEError) and refused.exception.where == "--target"

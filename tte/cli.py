@@ -77,6 +77,10 @@ def analyze(
     update_scheme: Annotated[
         str | None, typer.Option("-u", "--update-scheme", help="with a scheme: what its training costs in memory")
     ] = None,
+    target: Annotated[
+        str | None, typer.Option("-t", "--target", help="with a scheme: whose kernels take scratch (default cortex-m7)")
+    ] = None,
+    input_: Annotated[str | None, typer.Option("--input", help="with a scheme: as for `tte compile`")] = None,
     json_: Json = False,
 ) -> None:
     """List the layers of a model: names for a scheme, shapes, parameters, cost, and what can learn.
@@ -90,7 +94,11 @@ def analyze(
             raise TTEError(
                 "TTE-E059", "one reads a scheme, the other writes one", where="--write-scheme", fix="leave out one"
             )
-        return _print_memory(tte.explain_memory(model, update_scheme=update_scheme), json_)
+        given = {"target": target or "cortex-m7", "input": input_ or "caller"}
+        return _print_memory(tte.explain_memory(model, update_scheme=update_scheme, **given), json_)
+    if target or input_:
+        option, fix = "--target" if target else "--input", "give the scheme: --update-scheme"
+        raise TTEError("TTE-E059", "without a scheme no plan is made", where=option, fix=fix)
     if write_scheme and write_scheme.exists():
         raise _unwritable(write_scheme, "there is a file already")
     analysis = tte.analyze(model)
@@ -493,10 +501,13 @@ def _print_memory(table: "MemoryTable", as_json: bool) -> None:
         return _print_json(table.to_dict())
 
     def cells(row: "MemoryRow") -> list[object]:
-        return [row.arena_bytes, row.arena_bytes + table.trained_bytes, row.macs, row.regions]
+        cost = Decimal(f"{row.cost / table.plans[-1].cost:.2f}")
+        sizes = [row.arena_bytes, row.arena_bytes + table.trained_bytes]
+        return [*sizes, row.extra_macs, row.regions, row.cramped, cost]
 
-    columns = ["", "arena", "arena and trained parameters", "MACs", "regions by rows or tiles"]
-    _print_table("plans", columns, [[f"plan {k}", *cells(row)] for k, row in enumerate(table.plans, 1)])
+    columns = ["", "arena", "with what learns", "extra MACs", "regions in pieces", "layers short of scratch", "cost"]
+    title = f"plans of a training step ({table.macs:,} MACs) for {table.target}; cost: estimated, the last one's is 1"
+    _print_table(title, columns, [[f"plan {k}", *cells(row)] for k, row in enumerate(table.plans, 1)])
     rows = [[TECHNIQUES[name], *cells(row)] for name, row in table.left_out.items()]
     _print_table("the smallest plan without", columns, rows)
 

@@ -429,20 +429,20 @@ def _quicken(
     best = make_room(programs, arena, measured, target, optimize)
     if not spare and not 0 < arena.limit < UNLIMITED:
         return best
-    cost, ideal = _estimate(best)
+    cost, ideal = estimate(best)
     shares: tuple[float, ...] = (0.875, 0.75, 0)
     if spare:
         if cost <= (1 + spare) * ideal:
             return best
         arena = replace(arena, limit=int(_arena_bytes(programs) * (1 + spare)))
         best = make_room(programs, arena, measured, target, optimize)
-        cost, _ = _estimate(best)
+        cost, _ = estimate(best)
         shares = (1, 1 - spare / 2)
     for share in shares:
         others = plan_programs(roles, pipeline, replace(arena, limit=int(arena.limit * share)))
         if _arena_bytes(others) <= arena.limit:
             others = make_room(others, arena, measured, target, optimize)
-            if (other := _estimate(others)[0]) < cost:
+            if (other := estimate(others)[0]) < cost:
                 best, cost = others, other
     return best
 
@@ -453,7 +453,7 @@ CRAMPED = 1.4  # times, with less scratch than a kernel would take
 NARROW = 3  # times the instructions, divided by the width of tiles, are lost beside
 
 
-def _estimate(programs: Sequence[Program]) -> tuple[float, int]:
+def estimate(programs: Sequence[Program]) -> tuple[float, int]:
     """What the programs cost: multiply-accumulates, more of kernels that are portable, cramped or in narrow tiles; and
     what they would if there were none of these."""
     cost: dict[tuple[str, str], float] = {}  # a member may have several kernels, for parts of its tiles

@@ -168,8 +168,7 @@ def find_cramped(programs: Sequence[Program]) -> dict[str, Any] | None:
     """
     layers: dict[str, list[str]] = {}
     for program in programs:
-        cramped = [node for _, node, _, slower in program.list_kernels() if slower]
-        layers[program.role] = list(dict.fromkeys(name_layer(node) or name_op(node) for node in cramped))
+        layers[program.role] = list_cramped(program)
     if not any(layers.values()):
         return None
     needed = (
@@ -182,6 +181,12 @@ def find_cramped(programs: Sequence[Program]) -> dict[str, Any] | None:
         for program in programs
     )
     return {"arena_bytes": max(needed), "infer": layers["infer"], "train_step": layers["train"]}
+
+
+def list_cramped(program: Program) -> list[str]:
+    """The layers with kernels that would be faster with more scratch."""
+    cramped = (node for _, node, _, slower in program.list_kernels() if slower)
+    return list(dict.fromkeys(name_layer(node) or name_op(node) for node in cramped))
 
 
 def list_peak(program: Program) -> list[dict[str, Any]]:
