@@ -17,6 +17,7 @@ from tte.runner import Build, open_unicorn
 from tte.runner.build import Call
 from tte.runner.cycles import find_estimator
 from tte.runner.profile import Cost, _split_region, profile
+from tte.runner.qemu import find_qemu
 from tte.runner.toolchain import build_firmware, find_toolchains
 from tte.runner.train import draw_samples
 from tte.runner.unicorn_board import Frame
@@ -171,7 +172,7 @@ def test_on_the_command_line(built: tuple[Artifact, Path], tmp_path: Path) -> No
 MISTAKES = {
     "E050": ("nothing",),
     "E058": ("host",),
-    "E058 ": ("corstone-300",),
+    "E058 ": ("corstone-300", "--metric=cycles"),
     "E059": ("board", "--toolchain", "msvc"),
     "E059 ": ("board", "--optimize=-Ofast"),
     "E059  ": ("board", "--metric=time"),
@@ -187,6 +188,17 @@ def test_mistakes(code: str, arguments: tuple[str, ...], tmp_path: Path) -> None
     what, _, _ = result.stderr.splitlines()
     assert result.returncode == 1 and f"TTE-{code.strip()}" in what and not result.stdout
     assert "Ofast" not in what or "-Ofast" in what
+
+
+@pytest.mark.skipif(not find_qemu(), reason="no qemu-system-arm")
+def test_what_unicorn_does_not_know_is_counted_as_a_whole(tmp_path: Path) -> None:
+    artifact = tte.compile(nn.Linear(3, 2).eval(), (torch.zeros(1, 3),), target="cortex-m55")
+    artifact.export(tmp_path / "build")
+    counted = profile(tmp_path / "build").programs
+    assert all(cost.instructions > 0 and not cost.parts for cost in counted.values())
+    assert counted["train_step"].instructions == artifact.report["train_step"]["instructions"]
+    printed = succeed("bench", tmp_path / "build")
+    assert f"{counted['infer'].instructions:,}" in printed and "counted by QEMU" in printed and "checks" not in printed
 
 
 def test_cycles_beside_instructions(built: tuple[Artifact, Path]) -> None:

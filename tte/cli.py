@@ -353,7 +353,8 @@ def bench(
     metric: Metric = "instructions",
     json_: Json = False,
 ) -> None:
-    """Count the instructions of an inference and of a training step on an emulated board, layer by layer.
+    """Count the instructions of an inference and of a training step on an emulated board, layer by layer; of a
+    Cortex-M55, which only QEMU knows, in all.
 
     Cycles are an estimate: of each block of the program as LLVM knows the core, without memories, caches and branches.
     """
@@ -364,6 +365,7 @@ def bench(
         return _print_json(profiled.to_dict())
     how = f"{profiled.target}, {profiled.toolchain} {profiled.optimize}, flash {profiled.flash_bytes:,} bytes"
     how += f", cycles estimated by {profiled.estimator}" if profiled.estimator else ""
+    how += "" if any(program.parts for program in profiled.programs.values()) else ", whole programs, counted by QEMU"
     columns = ("layer", "operator", "MACs", "instructions", "per MAC", "share, %", "cycles, about")
     for name, program in profiled.programs.items():
         rows = _list_costs(program)
@@ -386,7 +388,8 @@ def _list_costs(program: "Cost") -> Iterator[tuple[Any, ...]]:
         for part in call.parts:
             yield row(f"  {part.layer}", part.op, part.macs, part.instructions, part.cycles)
     rest = program.cycles and program.cycles - sum(call.cycles or 0 for call in program.parts)
-    yield row("", "checks, copies, harness", None, program.own, rest)
+    if program.parts:
+        yield row("", "checks, copies, harness", None, program.own, rest)
     yield row("all", "", program.macs, program.instructions, program.cycles)
 
 

@@ -11,9 +11,11 @@ from tte.runner.board import require_ok
 from tte.runner.build import Build, Call
 from tte.runner.counter import Block
 from tte.runner.cycles import UNIT, find_estimator
+from tte.runner.qemu import open_qemu
+from tte.runner.stream import StreamBoard
 from tte.runner.toolchain import build_firmware, find_toolchains
 from tte.runner.train import draw_samples, find_emulated
-from tte.runner.unicorn_board import Frame, UnicornBoard, add, open_unicorn
+from tte.runner.unicorn_board import Frame, add, open_unicorn
 
 METRICS = ("instructions", "cycles")
 OPTIMIZATIONS = ("-O0", "-O1", "-O2", "-O3", "-Os")
@@ -81,7 +83,8 @@ class Profile:
 def profile(
     folder: Path | str, toolchain: str = "auto", optimize: str | None = None, metric: str = "instructions"
 ) -> Profile:
-    """Count the instructions of the project in ``folder``, on made-up data.
+    """Count the instructions of the project in ``folder``, on made-up data; of whole programs where unicorn, which
+    counts layer by layer, does not know the core.
 
     toolchain: "zig", "gcc", or "auto"; optimize: one of OPTIMIZATIONS, by default that of the project.
     metric: one of METRICS; with "cycles" they are estimated, too.
@@ -98,17 +101,21 @@ def profile(
     ):
         if value not in choices:
             raise TTEError("TTE-E059", f"there is no {value!r}", where=option, fix=f"one of {', '.join(choices)}")
-    if "unicorn" not in target.emulators:
-        raise TTEError(
-            "TTE-E058",
-            f"unicorn, which counts layer by layer, does not know {target.name}",
-            where=str(build.folder),
-            fix=f"`tte run --emulator {target.emulators[0]}` counts whole steps; or compile for another core",
-        )
+    by_layers = "unicorn" in target.emulators
+    if metric == "cycles" and not by_layers:
+        what = f"unicorn, which counts blocks of a program, does not know {target.name}"
+        fix = "count instructions, or compile for another core"
+        raise TTEError("TTE-E058", what, where=str(build.folder), fix=fix)
     estimator = find_estimator(target) if metric == "cycles" else None
-    firmware = build_firmware(build, target, toolchain, optimize=optimize)
+    machine = "board" if by_layers else "qemu"
+    firmware = build_firmware(build, target, toolchain, machine=machine, optimize=optimize)
     programs = {}
     for name, role in (("infer", "infer"), ("train_step", "train")):
+        if not by_layers:
+            with closing(open_qemu(build, firmware)) as whole:
+                macs = sum(call.macs for call in build.calls[role])
+                programs[name] = Cost(name, "", macs, _run_once(whole, role))
+            continue
         weights: Mapping[Block, int] = {}
         if estimator:  # once to see which blocks there are
             with closing(open_unicorn(build, firmware)) as board:
@@ -124,7 +131,7 @@ def profile(
     return Profile(build.name, target.name, firmware.toolchain, optimize, firmware.flash_bytes, ram, programs, version)
 
 
-def _run_once(board: UnicornBoard, role: str) -> int:
+def _run_once(board: StreamBoard, role: str) -> int:
     """The instructions of one call after start-up."""
     samples = draw_samples(board.build, 1)
     require_ok(board.init(), "init")
