@@ -117,11 +117,11 @@ def compile(
         )
         compiled = replace(compiled, notes=(*compiled.notes, *renamed))
         artifact = Artifact(compiled, scheme, board, clock_hz, _find_module(model))
-        rest = artifact.count_rest() if memory_plan == "auto" and artifact.exceeds_sram() else 0
-        if rest <= reserved:
+        rest = artifact.find_rest(reserved) if memory_plan == "auto" else None
+        if rest is None:
             artifact.require_budget(memory_plan)
             return artifact
-        reserved = rest  # known now: a smaller arena may do
+        reserved = rest  # a smaller arena may do
 
 
 def _known(schedules: Path | str | None) -> Database:
@@ -234,14 +234,15 @@ class Artifact:
 
         return prove(self, steps, data, tolerance)
 
-    def exceeds_sram(self) -> bool:
-        limit = self.scheme.budget.sram
-        return limit is not None and self.report["memory"]["static_ram_bytes"] > limit
-
-    def count_rest(self) -> int:
-        """Bytes of RAM that are neither arena nor trained: stack, library, the caller's buffers."""
+    def find_rest(self, reserved: int) -> int | None:
+        """Bytes of RAM that are neither arena nor trained (stack, library, the caller's buffers) where the budget is
+        exceeded because they are more than was reserved for them."""
+        budget = self.scheme.budget.sram
+        if budget is None:
+            return None
         memory = self.report["memory"]
-        return int(memory["static_ram_bytes"] - memory["arena_bytes"] - memory["trained_bytes"])
+        planned, needed = memory["arena_bytes"] + memory["trained_bytes"], memory["static_ram_bytes"]
+        return int(needed - planned) if planned + reserved <= budget < needed else None
 
     def require_budget(self, memory_plan: str | int) -> None:
         """Raises TTEError (E049) where the scheme's budget is exceeded, naming the tensors that hold the peak."""
