@@ -34,15 +34,17 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
     if 2 * channels * SIZES[end.result] + SIZES[end.result] > 4095:
         return None
 
+    quads = kernel_size == [1, 1] and all(part["start"] % 4 == 0 == part["stop"] % 4 for part in w["segments"])
+    joined = w["dtype"] == "int8" and w["axis"] == 3 and len(w["segments"]) > 1 and not quads
+
     def place(block: int) -> dict[str, int]:
-        window = 0 if plain else 2 * kernel_size[0] * kernel_size[1] * depth
+        window = 0 if plain and not joined else 2 * kernel_size[0] * kernel_size[1] * depth
         return lay_out(list_parts(block, groups, channels, end) | {"window": window})
 
     block = next((share for share in list_shares(pixels, block) if place(share)["end"] <= room), 0)
     if not block:
         return None
     at = place(block)
-    quads = all(part["start"] % 4 == 0 == part["stop"] % 4 for part in w["segments"])
     pairs = find_pairs(block, groups, channels, end, thin)
     dot, passed = multiply(groups, channels, end, unroll, pairs)
     more = asdict(end) | {"block": block, "at": at, "quads": quads, "passed": passed}
