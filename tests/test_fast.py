@@ -36,10 +36,11 @@ def convolution(
     split: tuple[int, int] | None = None,
     zero: int = 3,
     shift: int = 0,
-    add: bool = False,
+    add: bool | str = False,
     **attrs: object,
 ) -> Graph:
-    """int8 (H, W, C) by ``channels`` filters, as int8 again. split: axis and place at which the weights are cut."""
+    """int8 (H, W, C) by ``channels`` filters, as int8 again. split: axis and place at which the weights are cut;
+    add: another tensor, which the sum takes the place of if "kept" does not say otherwise."""
     builder = Builder()
     groups = int(str(attrs.get("groups", 1)))
     inputs = [Value("x", x if isinstance(x, TensorType) else TensorType((1, *x), "int8"))]
@@ -65,7 +66,7 @@ def convolution(
         terms = {"a_scale": 0.1, "a_zero": -7, "b_scale": 0.08, "b_zero": 11, "scale": 0.11, "bits": 19}
         made = (builder.call("qnn.add", made[0], inputs[-1], **terms), *made[1:])
     whole = wrap(builder.nodes, made, {"strategy": "fused"}, "layer")
-    if add:  # in place
+    if add is True:  # in place
         whole = replace(whole, inplace=(whole.inputs.index(inputs[-1]), *[None] * (len(made) - 1)))
     return Graph("main", tuple(inputs), nodes=(whole,), outputs=made).renumbered()
 
@@ -179,6 +180,11 @@ def product_cases() -> Iterator[Case]:
         for mask, add in ((False, False), (True, True)):
             graph = convolution((h, w, depth), channels, (1, 1), split=split, mask=mask, add=add)
             yield Case(f"1x1 {h}x{w} {depth}->{channels} split {split} mask {mask}, no room", graph, 0)
+    for size, (depth, o), add, room in product(
+        [(16, 16), (5, 5)], [(16, 8), (7, 6), (9, 5)], (True, "kept"), (EVERYTHING, 900)
+    ):
+        graph = convolution((*size, depth), o, (1, 1), ("float", "fixed")[o % 2 == 0], add=add)
+        yield Case(f"1x1 {size} {depth}->{o} adds {add} in {room} bytes", graph, room)
     for room in (300, 700, 2000):
         yield Case(f"1x1 16x17 8->6 in {room} bytes", convolution((16, 17, 8), 6, (1, 1)), room)
     for weights in ("int8", "int16"):

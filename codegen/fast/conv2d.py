@@ -1,7 +1,7 @@
 """int8 convolutions as products of matrices of 16 bits."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tte.codegen.fast.form import LIMIT, WIDEN, assembly, form, lay_out, make_form, pass_on
@@ -29,7 +29,7 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
     if context["attrs"]["groups"] > 1 or channels < 2 or pixels < 2:
         return None
     groups = -(-kernel_size[0] * kernel_size[1] * depth // 4)
-    end = find_end(context, channels)
+    end, added = find_end(context, channels), find_sum(context) if unroll else None
     plain = kernel_size == [1, 1] and not any(context["attrs"]["padding"])
     if 2 * channels * SIZES[end.result] + SIZES[end.result] > 4095:
         return None
@@ -37,17 +37,21 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
     quads = kernel_size == [1, 1] and all(part["start"] % 4 == 0 == part["stop"] % 4 for part in w["segments"])
     joined = w["dtype"] == "int8" and w["axis"] == 3 and len(w["segments"]) > 1 and not quads
 
+    def find_last(block: int) -> End:
+        once = pixels % block == block % 2 == channels % 2 == 0  # what is written over is read once
+        return replace(end, result="int8", adds=added["bits"]) if added and (once or added["c"] != "y0") else end
+
     def place(block: int) -> dict[str, int]:
         window = 0 if plain and not joined else 2 * kernel_size[0] * kernel_size[1] * depth
-        return lay_out(list_parts(block, groups, channels, end) | {"window": window})
+        return lay_out(list_parts(block, groups, channels, find_last(block)) | {"window": window})
 
     block = next((share for share in list_shares(pixels, block) if place(share)["end"] <= room), 0)
     if not block:
         return None
-    at = place(block)
+    at, end = place(block), find_last(block)
     pairs = find_pairs(block, groups, channels, end, thin)
     dot, passed = multiply(groups, channels, end, unroll, pairs)
-    more = asdict(end) | {"block": block, "at": at, "quads": quads, "passed": passed}
+    more = asdict(end) | {"block": block, "at": at, "quads": quads, "passed": passed, "added": added}
     parts = dot, WIDEN, *([LIMIT] if end.bits else [])
     return make_form(kernel, context | more, "dsp/conv2d", at["end"], *parts)
 
@@ -56,7 +60,7 @@ def list_parts(block: int, groups: int, channels: int, end: "End") -> dict[str, 
     """Bytes of the scratch of a product by dot2x2: ``block`` rows of so many groups of four, by ``channels``."""
     return {
         "panel": -(-block // 2) * groups * 16,
-        "stream": (2 + groups * 4 + (0 if end.scale == "none" else 3)) * 4,
+        "stream": (2 + groups * 4 + (0 if end.scale == "none" else 7 if end.adds else 3)) * 4,
         "sums": 0 if end.result == "int8" else block * channels * SIZES[end.result],
     }
 
@@ -111,12 +115,14 @@ class End:
     scale   "fixed", "float", or "none"; shift: of the multiplier, beyond 32 bits of fraction
     result  "int8": finished, "int16": scaled, to be limited, "int32": sums
     bits    eight at a time become int8 and bits
+    adds    bits of a sum with another tensor that are shifted out; 0: there is none
     """
 
     scale: str = "none"
     shift: int = 0
     result: str = "int32"
     bits: bool = False
+    adds: int = 0
 
 
 def find_end(context: Mapping[str, Any], channels: int) -> End:
@@ -133,6 +139,23 @@ def find_end(context: Mapping[str, Any], channels: int) -> End:
     if full and single and not attrs["mask"]:
         return End(scale, -attrs["shift"], "int8")
     return End(scale, -attrs["shift"], "int16", full and single and channels % 8 == 0)
+
+
+def find_sum(context: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A sum with another tensor behind the rescaling, in integers: result * of + other * by + start, less its bits."""
+    first, *rest = context["tail"] or [None]
+    if len(rest) != 1 or rest[0]["op"] != "qnn_add" or first["op"] != "qnn_requantize":
+        return None
+    limits = [(step["attrs"]["low"], step["attrs"]["high"], step["attrs"].get("mask", False)) for step in (first, *rest)]
+    attrs, operands, bits = rest[0]["attrs"], rest[0]["operands"], rest[0]["attrs"]["bits"]
+    others = [o for o in operands if o["kind"] == "flat" and o["dtype"] == "int8"]
+    if limits != [(-128, 127, False)] * 2 or attrs["tflite"] or not 0 < bits < 32 or len(others) != 1:
+        return None
+    a, b = (round(attrs[name] / attrs["scale"] * 2**bits) for name in ("a_scale", "b_scale"))
+    start = (attrs["zero_point"] << bits) + (1 << bits >> 1) - a * attrs["a_zero"] - b * attrs["b_zero"]
+    reach = 128 * (abs(a) + abs(b)) + abs(start)
+    of, by = (b, a) if operands[0] in others else (a, b)
+    return {"c": others[0]["c"], "of": of, "by": by, "start": start, "bits": bits} if reach < 2**31 else None
 
 
 def find_gradient_end(context: Mapping[str, Any]) -> End:
