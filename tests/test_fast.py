@@ -185,8 +185,9 @@ def product_cases() -> Iterator[Case]:
     ):
         graph = convolution((*size, depth), o, (1, 1), ("float", "fixed")[o % 2 == 0], add=add)
         yield Case(f"1x1 {size} {depth}->{o} adds {add} in {room} bytes", graph, room)
-    for room in (300, 700, 2000):
-        yield Case(f"1x1 16x17 8->6 in {room} bytes", convolution((16, 17, 8), 6, (1, 1)), room)
+    for room, scale in product((300, 700, 2000), ("float", "fixed")):
+        yield Case(f"1x1 16x17 8->6 {scale} in {room} bytes", convolution((16, 17, 8), 6, (1, 1), scale), room)
+    yield Case("1x1 4x5 8->7 fixed split (0, 3)", convolution((4, 5, 8), 7, (1, 1), "fixed", split=(0, 3)))
     for weights in ("int8", "int16"):
         for split in (None, (3, 4), (3, 8), (3, 5), (0, 3), (0, 4)):
             for depth in (12, 13):
@@ -288,6 +289,10 @@ def piece_cases() -> Iterator[Case]:
     wide = {"channels": 40, "kernel": (3, 3), "padding": (1, 1, 1, 1), "zero": -128}
     graph = chain((7, 5, 30), [wide, {"channels": 5, "kernel": (1, 1)}], strategy="rows")
     yield Case("rows of 1x1 behind 3x3, no room", graph, 0, fast=False)  # the window has none
+    graph = chain(
+        (7, 12, 30), [wide | {"channels": 8}, {"channels": 5, "kernel": (1, 1), "scale": "fixed"}], strategy="rows"
+    )
+    yield Case("rows of thin 1x1", graph)
     for width in (4, 2):
         first = {"channels": 8, "kernel": (3, 3), "padding": (1, 1, 1, 1), "groups": 8}
         layers = [first, first | {"kernel": (5, 5)}, first | {"kernel": (5, 3)}]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tte.codegen.fast.form import LIMIT, WIDEN, assembly, form, lay_out, make_form, pass_on
+from tte.codegen.fast.form import LIMIT, SPREAD, WIDEN, assembly, form, lay_out, make_form, pass_on
 from tte.codegen.kernel import Kernel
 
 DOT = ("const uint32_t *a", "const uint32_t *b", "void *y", "int pairs")
@@ -90,6 +90,37 @@ def list_shares(pixels: int, most: int) -> list[int]:
     return [min(pixels, -(-share // 4) * 4) for share in even]
 
 
+@form(small={"unroll": 0}, block=(512, 256, 128), unroll=(8, 4))
+def convolve_thin(kernel: Kernel, context: dict[str, Any], room: int, block: int, unroll: int) -> Kernel | None:
+    """One filter at a time by pixels of 4 or 8 channels: filters of 1 x 1 and stride 1, int8, fixed-point scales.
+
+    block   pixels of a block at the most
+    unroll  pixels in a loop at the most; 0: none, there is code for all shapes
+    """
+    (x, w, *_), attrs = context["ins"], context["attrs"]
+    if context["tile"] or x["steps"] or (x["dtype"], w["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
+        return None
+    channels, *kernel_size, depth = w["shape"]
+    pixels = context["out"]["shape"][2] * (1 if context["rows"] is not None else context["out"]["shape"][1])
+    plain = kernel_size == attrs["strides"] == [1, 1] and not any(attrs["padding"]) and attrs["groups"] == 1
+    whole, end = len(w["segments"]) == 1 or w["axis"] == 0, find_end(context, channels)
+    if not plain or not whole or not unroll or depth not in (4, 8) or end.scale == "float":
+        return None
+
+    def place(block: int) -> dict[str, int]:
+        sums = 0 if end.result == "int8" else block * channels * SIZES[end.result]
+        return lay_out({"panel": 2 * block * depth, "stream": 2 * depth + 12, "sums": sums})
+
+    block = next((share for share in list_shares(pixels, block) if place(share)["end"] <= room), 0)
+    unroll = next((n for n in range(unroll, 3, -1) if block and block % n == 0), 0)
+    if not unroll or channels * SIZES[end.result] * (unroll - 1) > 4095:
+        return None
+    dot = {"words": depth // 2, "pixels": block, "unroll": unroll, "stride": channels}
+    more = asdict(end) | {"words": depth // 2, "block": block, "at": place(block)}
+    parts = assembly("dsp/thin", asdict(end) | dot, DOT), SPREAD, *([LIMIT] if end.bits else [])
+    return make_form(kernel, context | more, "dsp/conv2d_thin", more["at"]["end"], *parts)
+
+
 @form()
 def convolve_directly(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """The same without scratch: filters of 1 x 1 and stride 1, int8, whole or split by the channels that they read."""
@@ -146,7 +177,9 @@ def find_sum(context: Mapping[str, Any]) -> dict[str, Any] | None:
     first, *rest = context["tail"] or [None]
     if len(rest) != 1 or rest[0]["op"] != "qnn_add" or first["op"] != "qnn_requantize":
         return None
-    limits = [(step["attrs"]["low"], step["attrs"]["high"], step["attrs"].get("mask", False)) for step in (first, *rest)]
+    limits = [
+        (step["attrs"]["low"], step["attrs"]["high"], step["attrs"].get("mask", False)) for step in (first, *rest)
+    ]
     attrs, operands, bits = rest[0]["attrs"], rest[0]["operands"], rest[0]["attrs"]["bits"]
     others = [o for o in operands if o["kind"] == "flat" and o["dtype"] == "int8"]
     if limits != [(-128, 127, False)] * 2 or attrs["tflite"] or not 0 < bits < 32 or len(others) != 1:

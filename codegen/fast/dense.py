@@ -4,11 +4,10 @@ from dataclasses import asdict
 from typing import Any
 
 from tte.codegen.fast.conv2d import SIZES, find_end
-from tte.codegen.fast.form import assembly, form, lay_out, make_form
+from tte.codegen.fast.form import SPREAD, assembly, form, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
 DOT = ("const int16_t *a", "const int8_t *b", "void *y", "const uint32_t *ends")
-SPREAD = assembly("dsp/spread", {}, ("int16_t *y", "const int8_t *a", "int n", "uint32_t add"))
 
 
 @form(small={"unroll": 1}, unroll=(8, 16, 4, 2))
