@@ -210,6 +210,9 @@ def window_cases() -> Iterator[Case]:
         yield Case(f"3x3 split {split}", graph)
     graph = convolution((6, 6, 4), 8, (3, 3), "fixed", mask=True, padding=(1, 1, 1, 1), weights="int16")
     yield Case("3x3 int16 mask", graph)
+    for c, split in ((5, (3, 2)), (3, (0, 3)), (48, None)):
+        graph = convolution((6, 6, c), 6, (3, 3), padding=(1, 1, 1, 1), weights="int16", split=split)
+        yield Case(f"3x3 {c}->6 int16 split {split}", graph)
 
 
 def vector_cases() -> Iterator[Case]:
@@ -293,6 +296,9 @@ def piece_cases() -> Iterator[Case]:
         (7, 12, 30), [wide | {"channels": 8}, {"channels": 5, "kernel": (1, 1), "scale": "fixed"}], strategy="rows"
     )
     yield Case("rows of thin 1x1", graph)
+    for c, more in product((3, 4), ({"strides": (2, 2)}, {"dilation": (1, 2)})):
+        layers = [{"channels": c, "kernel": (2, 2)}, {"channels": 5, "kernel": (3, 3), "padding": (1, 1, 1, 1)} | more]
+        yield Case(f"rows of 3x3 from a ring of {c} channels {more}", chain((9, 13, 3), layers, strategy="rows"))
     for width in (4, 2):
         first = {"channels": 8, "kernel": (3, 3), "padding": (1, 1, 1, 1), "groups": 8}
         layers = [first, first | {"kernel": (5, 5)}, first | {"kernel": (5, 3)}]

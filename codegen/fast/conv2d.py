@@ -9,6 +9,7 @@ from tte.codegen.kernel import Kernel
 
 DOT = ("const uint32_t *a", "const uint32_t *b", "void *y", "int pairs")
 ANY_DOT = (*DOT, "int groups", "int next", "int shift")
+GATHER = ("uint32_t *y", "const int8_t *a", "const int8_t *b", "const int *at", "uint32_t add")
 DIRECT = ("const int8_t *a", "const int8_t *b", "int32_t *y", "int n", "uint32_t add")
 SIZES = {"int8": 1, "int16": 2, "int32": 4}
 
@@ -34,15 +35,16 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
     if 2 * channels * SIZES[end.result] + SIZES[end.result] > 4095:
         return None
 
-    quads = kernel_size == [1, 1] and all(part["start"] % 4 == 0 == part["stop"] % 4 for part in w["segments"])
-    joined = w["dtype"] == "int8" and w["axis"] == 3 and len(w["segments"]) > 1 and not quads
+    quads = plain and all(part["start"] % 4 == 0 == part["stop"] % 4 for part in w["segments"])
+    joined = w["dtype"] == "int16" or (w["axis"] == 3 and len(w["segments"]) > 1 and not quads)
+    runs, n = ([], 0) if plain else list_runs(context)
 
     def find_last(block: int) -> End:
         once = pixels % block == block % 2 == channels % 2 == 0  # what is written over is read once
         return replace(end, result="int8", adds=added["bits"]) if added and (once or added["c"] != "y0") else end
 
     def place(block: int) -> dict[str, int]:
-        window = 0 if plain and not joined else 2 * kernel_size[0] * kernel_size[1] * depth
+        window = 2 * kernel_size[0] * kernel_size[1] * depth if runs or joined else 0
         return lay_out(list_parts(block, groups, channels, find_last(block)) | {"window": window})
 
     block = next((share for share in list_shares(pixels, block) if place(share)["end"] <= room), 0)
@@ -51,9 +53,20 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
     at, end = place(block), find_last(block)
     pairs = find_pairs(block, groups, channels, end, thin)
     dot, passed = multiply(groups, channels, end, unroll, pairs)
-    more = asdict(end) | {"block": block, "at": at, "quads": quads, "passed": passed, "added": added}
-    parts = dot, WIDEN, *([LIMIT] if end.bits else [])
+    more = asdict(end) | {"block": block, "at": at, "runs": runs, "joined": joined, "passed": passed, "added": added}
+    widen = assembly("dsp/gather", {"runs": len(runs), "n": n}, GATHER) if runs else WIDEN
+    parts = dot, widen, *([LIMIT] if end.bits else [])
     return make_form(kernel, context | more, "dsp/conv2d", at["end"], *parts)
+
+
+def list_runs(context: Mapping[str, Any]) -> tuple[list[tuple[int, int]], int]:
+    """Where the runs of elements under a window begin, in a filter and in the picture, and how long they are."""
+    (x, w, *_), (down, across) = context["ins"], context["attrs"]["dilation"]
+    _, height, width, depth = w["shape"]
+    places = range(width if across > 1 else 1)  # a run to itself in a row
+    n = width // len(places) * depth
+    rows, columns = x["strides"][1] * down, x["strides"][2] * across
+    return [((kh * len(places) + kw) * n, kh * rows + kw * columns) for kh in range(height) for kw in places], n
 
 
 def list_parts(block: int, groups: int, channels: int, end: "End") -> dict[str, int]:
