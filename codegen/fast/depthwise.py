@@ -12,7 +12,7 @@ BLOCKS = 8  # words of a row that are packed in a loop at the most
 WIDEST = 128  # outputs of a row each of which has code of its own, at the most
 SHORT = 4  # rows of a result each of which has code of its own, at the most
 BANDS = (64, 32, 16, 8, 4, 2, 1)
-PACKING = {4: 1.8, 2: 2.5, 1: 3.0}  # channels at a time: instructions per element
+PACKING = {4: 1.5, 2: 1.8, 1: 3.0}  # channels at a time: instructions per element
 PACK = ("const int8_t *x", "uint32_t *y", "int rows")
 READ = ("const uint32_t *x", "uint32_t *stream", "void *y", "int times")
 ANY_PACK = (*PACK, "int columns", "int before", "int behind", "int pixel", "int rest", "int plane", "uint32_t add")
@@ -353,4 +353,7 @@ def _loop(planes: Planes, pixel: int, apart: int) -> dict[str, int]:
         return none
     passes = -(-len(full) // unroll)
     unroll = len(full) // passes
+    if planes.form == "pairs":  # two at a time: as few as can be are left for one
+        unroll = min(range(2, unroll + 3, 2), key=lambda n: (len(full) % n, -n))
+        passes = len(full) // unroll
     return {"begin": full[0], "unroll": unroll, "passes": passes}
