@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tte.codegen.fast.form import LIMIT, SPREAD, WIDEN, assembly, form, lay_out, make_form, pass_on
+from tte.codegen.fast.form import LIMIT, SPREAD, WIDEN, WIDEN_PAIRS, assembly, form, lay_out, make_form, pass_on
 from tte.codegen.kernel import Kernel
 
 DOT = ("const uint32_t *a", "const uint32_t *b", "void *y", "int pairs")
@@ -55,7 +55,9 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
     dot, passed = multiply(groups, channels, end, unroll, pairs)
     more = asdict(end) | {"block": block, "at": at, "runs": runs, "joined": joined, "passed": passed, "added": added}
     widen = assembly("dsp/gather", {"runs": len(runs), "n": n}, GATHER) if runs else WIDEN
-    parts = dot, widen, *([LIMIT] if end.bits else [])
+    even = plain and (context["rows"] is not None or context["attrs"]["strides"] == [1, 1])  # pixels are evenly apart
+    more |= {"even": even}
+    parts = dot, widen, *([WIDEN_PAIRS] if even else []), *([LIMIT] if end.bits else [])
     return make_form(kernel, context | more, "dsp/conv2d", at["end"], *parts)
 
 

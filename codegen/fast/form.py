@@ -75,7 +75,12 @@ def pass_on(*numbers: int) -> str:
 
 COLUMNS = assembly("dsp/columns", {}, ("uint32_t *y", "const int8_t *a", "int stride", "int n", "uint32_t add"))
 SPREAD = assembly("dsp/spread", {}, ("int16_t *y", "const int8_t *a", "int n", "uint32_t add"))
-WIDEN = assembly("dsp/widen", {}, ("uint32_t *y", "const int8_t *a", "const int8_t *b", "int n", "uint32_t add"))
+WIDEN = assembly(
+    "dsp/widen", {"pairs": False}, ("uint32_t *y", "const int8_t *a", "const int8_t *b", "int n", "uint32_t add")
+)
+WIDEN_PAIRS = assembly(
+    "dsp/widen", {"pairs": True}, ("uint32_t *y", "const int8_t *a", "int next", "int n", "uint32_t add", "int pairs")
+)
 
 # Makes int8 and bits of eight elements of 16 bits, then of the next, whose results lie ``step`` further.
 LIMIT = assembly("dsp/limit", {}, ("const int16_t *x", "int8_t *y", "uint8_t *bits", "int times", "int step"))
