@@ -188,6 +188,10 @@ def product_cases() -> Iterator[Case]:
     for room, scale in product((300, 700, 2000), ("float", "fixed")):
         yield Case(f"1x1 16x17 8->6 {scale} in {room} bytes", convolution((16, 17, 8), 6, (1, 1), scale), room)
     yield Case("1x1 4x5 8->7 fixed split (0, 3)", convolution((4, 5, 8), 7, (1, 1), "fixed", split=(0, 3)))
+    for turn, (size, depth, o) in enumerate(product([(3, 3), (4, 5)], [100, 101, 102, 103, 161], [5, 8])):
+        more = ({}, {"mask": True}, {"add": True}, {"add": "kept", "split": (3, 7)})[turn % 4]
+        graph = convolution((*size, depth), o, (1, 1), ("float", "fixed")[turn // 2 % 2], **more)
+        yield Case(f"1x1 {size} {depth}->{o} {more}, no room", graph, 0)
     for weights in ("int8", "int16"):
         for split in (None, (3, 4), (3, 8), (3, 5), (0, 3), (0, 4)):
             for depth in (12, 13):
@@ -296,6 +300,8 @@ def piece_cases() -> Iterator[Case]:
         (7, 12, 30), [wide | {"channels": 8}, {"channels": 5, "kernel": (1, 1), "scale": "fixed"}], strategy="rows"
     )
     yield Case("rows of thin 1x1", graph)
+    layers = [{"channels": 120, "kernel": (1, 1)}, {"channels": 8, "kernel": (1, 1), "strides": (1, 2)}]
+    yield Case("rows of 120 channels, no room", chain((5, 19, 8), layers, strategy="rows"), 0)
     for c, more in product((3, 4), ({"strides": (2, 2)}, {"dilation": (1, 2)})):
         layers = [{"channels": c, "kernel": (2, 2)}, {"channels": 5, "kernel": (3, 3), "padding": (1, 1, 1, 1)} | more]
         yield Case(f"rows of 3x3 from a ring of {c} channels {more}", chain((9, 13, 3), layers, strategy="rows"))

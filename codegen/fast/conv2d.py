@@ -8,9 +8,11 @@ from tte.codegen.fast.form import LIMIT, SPREAD, WIDEN, WIDEN_PAIRS, assembly, f
 from tte.codegen.kernel import Kernel
 
 DOT = ("const uint32_t *a", "const uint32_t *b", "void *y", "int pairs")
+RAW_DOT = ("const int8_t *a", *DOT[1:], "uint32_t add")
 ANY_DOT = (*DOT, "int groups", "int next", "int shift")
 GATHER = ("uint32_t *y", "const int8_t *a", "const int8_t *b", "const int *at", "uint32_t add")
 DIRECT = ("const int8_t *a", "const int8_t *b", "int32_t *y", "int n", "uint32_t add")
+FEW = 8  # pixels that are worth widening all weights for
 SIZES = {"int8": 1, "int16": 2, "int32": 4}
 
 
@@ -32,7 +34,7 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
     groups = -(-kernel_size[0] * kernel_size[1] * depth // 4)
     end, added = find_end(context, channels), find_sum(context) if unroll else None
     plain = kernel_size == [1, 1] and not any(context["attrs"]["padding"])
-    if 2 * channels * SIZES[end.result] + SIZES[end.result] > 4095:
+    if 2 * channels + 1 > 4095:  # what a store reaches
         return None
 
     quads = plain and all(part["start"] % 4 == 0 == part["stop"] % 4 for part in w["segments"])
@@ -43,21 +45,30 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
         once = pixels % block == block % 2 == channels % 2 == 0  # what is written over is read once
         return replace(end, result="int8", adds=added["bits"]) if added and (once or added["c"] != "y0") else end
 
-    def place(block: int) -> dict[str, int]:
+    def place(block: int, raw: bool) -> dict[str, int]:
+        last = find_last(block)
+        parts = list_parts(block, groups, 8 if last.bits else 2, last) | ({"panel": 0} if raw else {})
         window = 2 * kernel_size[0] * kernel_size[1] * depth if runs or joined else 0
-        return lay_out(list_parts(block, groups, channels, find_last(block)) | {"window": window})
+        return lay_out(parts | {"window": window})
 
-    block = next((share for share in list_shares(pixels, block) if place(share)["end"] <= room), 0)
-    if not block:
-        return None
-    at, end = place(block), find_last(block)
-    pairs = find_pairs(block, groups, channels, end, thin)
-    dot, passed = multiply(groups, channels, end, unroll, pairs)
-    more = asdict(end) | {"block": block, "at": at, "runs": runs, "joined": joined, "passed": passed, "added": added}
-    widen = assembly("dsp/gather", {"runs": len(runs), "n": n}, GATHER) if runs else WIDEN
     even = plain and (context["rows"] is not None or context["attrs"]["strides"] == [1, 1])  # pixels are evenly apart
-    more |= {"even": even}
-    parts = dot, widen, *([WIDEN_PAIRS] if even else []), *([LIMIT] if end.bits else [])
+    apart = x["strides"][2] * context["attrs"]["strides"][1]
+    widened = [(share, False) for share in list_shares(pixels, block)]
+    read = [(share, True) for share in list_shares(pixels, 512) if even and unroll and apart + depth < 4096]
+    few = min(pixels, FEW)
+    order = [*(way for way in widened if way[0] >= few), *read, *(way for way in widened if way[0] < few)]
+    way = next((way for way in order if place(*way)["end"] <= room), None)
+    if way is None:
+        return None
+    block, raw = way
+    at, end = place(block, raw), find_last(block)
+    stride = channels if end.result == "int8" else 8 if end.bits else 2
+    pairs = find_pairs(block, groups, stride, end, thin)
+    dot, passed = multiply(groups, stride, end, unroll, pairs, (depth, apart) if raw else None)
+    more = asdict(end) | {"block": block, "at": at, "runs": runs, "joined": joined, "passed": passed, "added": added}
+    more |= {"even": even, "raw": raw, "stride": stride}
+    widen = assembly("dsp/gather", {"runs": len(runs), "n": n}, GATHER) if runs else WIDEN
+    parts = dot, widen, *([WIDEN_PAIRS] if even and not raw else []), *([LIMIT] if end.bits else [])
     return make_form(kernel, context | more, "dsp/conv2d", at["end"], *parts)
 
 
@@ -85,17 +96,20 @@ def find_pairs(block: int, groups: int, channels: int, end: "End", thin: int) ->
     return 2 if block % 4 == 0 and groups <= thin and 4 * channels * SIZES[end.result] <= 4095 else 1
 
 
-def multiply(groups: int, channels: int, end: "End", unroll: int, pairs: int = 1) -> tuple[Kernel, str]:
+def multiply(
+    groups: int, channels: int, end: "End", unroll: int, pairs: int = 1, raw: tuple[int, int] | None = None
+) -> tuple[Kernel, str]:
     """dot2x2, and what is passed to it, too.
 
     unroll: groups in a loop at the most, of which all loops have about as many; 0: a function for all shapes
+    raw: bytes of a row and from one to the next, where rows are widened only as they are read
     """
     if not unroll:
         own = asdict(end) | {"shift": end.shift > 0, "bits": False}
         return assembly("dsp/dot2x2_any", own, ANY_DOT), pass_on(groups, channels * SIZES[end.result], end.shift)
     even = -(-groups // -(-groups // unroll))
-    own = {"groups": groups, "unroll": even, "stride": channels, "pairs": pairs}
-    return assembly("dsp/dot2x2", asdict(end) | own, DOT), ""
+    own = {"groups": groups, "unroll": even, "stride": channels, "pairs": pairs, "raw": raw}
+    return assembly("dsp/dot2x2", asdict(end) | own, RAW_DOT if raw else DOT), ""
 
 
 def list_shares(pixels: int, most: int) -> list[int]:
@@ -121,16 +135,17 @@ def convolve_thin(kernel: Kernel, context: dict[str, Any], room: int, block: int
     whole, end = len(w["segments"]) == 1 or w["axis"] == 0, find_end(context, channels)
     if not plain or not whole or not unroll or depth not in (4, 8) or end.scale == "float":
         return None
+    stride = channels if end.result == "int8" else 8 if end.bits else 1
 
     def place(block: int) -> dict[str, int]:
-        sums = 0 if end.result == "int8" else block * channels * SIZES[end.result]
+        sums = 0 if end.result == "int8" else block * stride * SIZES[end.result]
         return lay_out({"panel": 2 * block * depth, "stream": 2 * depth + 12, "sums": sums})
 
     block = next((share for share in list_shares(pixels, block) if place(share)["end"] <= room), 0)
     unroll = next((n for n in range(unroll, 3, -1) if block and block % n == 0), 0)
-    if not unroll or channels * SIZES[end.result] * (unroll - 1) > 4095:
+    if not unroll or stride * SIZES[end.result] * (unroll - 1) > 4095:
         return None
-    dot = {"words": depth // 2, "pixels": block, "unroll": unroll, "stride": channels}
+    dot = {"words": depth // 2, "pixels": block, "unroll": unroll, "stride": stride}
     more = asdict(end) | {"words": depth // 2, "block": block, "at": place(block)}
     parts = assembly("dsp/thin", asdict(end) | dot, DOT), SPREAD, *([LIMIT] if end.bits else [])
     return make_form(kernel, context | more, "dsp/conv2d_thin", more["at"]["end"], *parts)
