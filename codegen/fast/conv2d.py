@@ -12,7 +12,6 @@ RAW_DOT = ("const int8_t *a", *DOT[1:], "uint32_t add")
 ANY_DOT = (*DOT, "int groups", "int next", "int shift")
 GATHER = ("uint32_t *y", "const int8_t *a", "const int8_t *b", "const int *at", "uint32_t add")
 DIRECT = ("const int8_t *a", "const int8_t *b", "int32_t *y", "int n", "uint32_t add")
-FEW = 8  # pixels that are worth widening all weights for
 SIZES = {"int8": 1, "int16": 2, "int32": 4}
 
 
@@ -55,9 +54,7 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
     apart = x["strides"][2] * context["attrs"]["strides"][1]
     widened = [(share, False) for share in list_shares(pixels, block)]
     read = [(share, True) for share in list_shares(pixels, 512) if even and unroll and apart + depth < 4096]
-    few = min(pixels, FEW)
-    order = [*(way for way in widened if way[0] >= few), *read, *(way for way in widened if way[0] < few)]
-    way = next((way for way in order if place(*way)["end"] <= room), None)
+    way = next((way for way in widened + read if place(*way)["end"] <= room), None)
     if way is None:
         return None
     block, raw = way
