@@ -15,7 +15,7 @@ DIRECT = ("const int8_t *a", "const int8_t *b", "int32_t *y", "int n", "uint32_t
 SIZES = {"int8": 1, "int16": 2, "int32": 4}
 
 
-@form(small={"unroll": 0}, block=(128, 256, 512), unroll=(16, 32, 64), thin=(8, 64))
+@form(small={"unroll": 0}, block=(256, 128, 512), unroll=(16, 32, 64), thin=(8, 64))
 def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unroll: int, thin: int) -> Kernel | None:
     """Two pixels times two channels at a time: (H, W, C) int8 by (O, KH, KW, C) int8 or int16.
 
@@ -89,8 +89,11 @@ def list_parts(block: int, groups: int, channels: int, end: "End") -> dict[str, 
 
 
 def find_pairs(block: int, groups: int, channels: int, end: "End", thin: int) -> int:
-    """Pairs of rows that a loop makes: two where sums are short, so that the loop itself counts, and stores reach."""
-    return 2 if block % 4 == 0 and groups <= thin and 4 * channels * SIZES[end.result] <= 4095 else 1
+    """Pairs of rows that a loop makes: more where sums are short, so that the loop itself counts, and stores reach."""
+    most = 4 if groups <= 4 else 2 if groups <= thin else 1
+    return next(
+        (n for n in (4, 2) if n <= most and not block % (2 * n) and 2 * n * channels * SIZES[end.result] < 4096), 1
+    )
 
 
 def multiply(
@@ -116,7 +119,7 @@ def list_shares(pixels: int, most: int) -> list[int]:
     return [min(pixels, -(-share // 4) * 4) for share in even]
 
 
-@form(small={"unroll": 0}, block=(512, 256, 128), unroll=(8, 4))
+@form(small={"unroll": 0}, block=(512, 256, 128), unroll=(16, 8, 4))
 def convolve_thin(kernel: Kernel, context: dict[str, Any], room: int, block: int, unroll: int) -> Kernel | None:
     """One filter at a time by pixels of 4 or 8 channels: filters of 1 x 1 and stride 1, int8, fixed-point scales.
 

@@ -256,7 +256,7 @@ def read_pairs(context: Mapping[str, Any], most: int) -> Planes | None:
     unroll = -(-tiles // max(1, -(-tiles // most)))
     passes = tiles // max(1, unroll)
     more = {"unroll": unroll, "passes": passes if passes > 1 else 0}
-    return Planes("pairs", row, 1, "dsp/window3", more, tall=2 if stride == 1 else 1)
+    return Planes("pairs", row, 1, "dsp/window3", more, tall=2)
 
 
 def read_terms(context: Mapping[str, Any]) -> Planes | None:
