@@ -188,8 +188,8 @@ def product_cases() -> Iterator[Case]:
     for room, scale in product((300, 700, 2000), ("float", "fixed")):
         yield Case(f"1x1 16x17 8->6 {scale} in {room} bytes", convolution((16, 17, 8), 6, (1, 1), scale), room)
     yield Case("1x1 4x5 8->7 fixed split (0, 3)", convolution((4, 5, 8), 7, (1, 1), "fixed", split=(0, 3)))
-    for turn, (size, depth, o) in enumerate(product([(3, 3), (4, 5)], [100, 101, 102, 103, 161], [5, 8])):
-        more = ({}, {"mask": True}, {"add": True}, {"add": "kept", "split": (3, 7)})[turn % 4]
+    for turn, (size, depth, o) in enumerate(product([(3, 3), (4, 5)], [100, 101, 102, 103, 161, 403, 641], [5, 8])):
+        more = ({}, {"mask": True}, {"add": True}, {"add": "kept"})[turn % 4]
         graph = convolution((*size, depth), o, (1, 1), ("float", "fixed")[turn // 2 % 2], **more)
         yield Case(f"1x1 {size} {depth}->{o} {more}, no room", graph, 0)
     for weights in ("int8", "int16"):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from itertools import product
 
 from tte.codegen.fast import mve
-from tte.codegen.fast.conv2d import convolve, convolve_directly, convolve_thin
+from tte.codegen.fast.conv2d import convolve, convolve_directly, convolve_raw, convolve_thin
 from tte.codegen.fast.conv2d_transpose import multiply_columns
 from tte.codegen.fast.conv2d_weight_grad import correlate
 from tte.codegen.fast.dense import dense
@@ -30,7 +30,7 @@ from tte.codegen.measured import Measured, identify, name_shape
 
 Forms = Mapping[str, tuple[Form, ...]]  # those of each template, the best first
 DSP: Forms = {
-    "conv2d": (convolve_thin, convolve, convolve_directly, convolve_floats),
+    "conv2d": (convolve_thin, convolve, convolve_raw, convolve_directly, convolve_floats),
     "dense": (dense,),
     "depthwise_conv2d": (convolve_channels, convolve_depthwise_floats),
     "conv2d_transpose": (multiply_columns, update_pixels, convolve_back),

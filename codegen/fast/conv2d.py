@@ -21,52 +21,99 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
 
     block   pixels of a block at the most: each block widens all weights
     unroll  groups of four products in a loop at the most: code against four instructions per round; 0: see ``multiply``
-    thin    groups of an output up to which a loop makes two pairs of pixels
+    thin    groups of an output up to which a loop makes several pairs of pixels
     """
-    out, (x, w, *_) = context["out"], context["ins"]
-    if context["tile"] or x["steps"] or x["dtype"] != "int8" or context["acc"] != "int32_t":
+    if (size := find_size(context)) is None:
         return None
-    channels, *kernel_size, depth = w["shape"]
-    pixels = out["shape"][2] * (1 if context["rows"] is not None else out["shape"][1])
-    if context["attrs"]["groups"] > 1 or channels < 2 or pixels < 2:
-        return None
-    groups = -(-kernel_size[0] * kernel_size[1] * depth // 4)
+    (pixels, channels, depth), w = size, context["ins"][1]
+    groups, plain = -(-depth // 4), is_plain(context)
     end, added = find_end(context, channels), find_sum(context) if unroll else None
-    plain = kernel_size == [1, 1] and not any(context["attrs"]["padding"])
-    if 2 * channels + 1 > 4095:  # what a store reaches
-        return None
-
     quads = plain and all(part["start"] % 4 == 0 == part["stop"] % 4 for part in w["segments"])
-    joined = w["dtype"] == "int16" or (w["axis"] == 3 and len(w["segments"]) > 1 and not quads)
+    joined = w["dtype"] == "int16" or (is_split(w) and not quads)
     runs, n = ([], 0) if plain else list_runs(context)
 
-    def find_last(block: int) -> End:
-        once = pixels % block == block % 2 == channels % 2 == 0  # what is written over is read once
-        return replace(end, result="int8", adds=added["bits"]) if added and (once or added["c"] != "y0") else end
+    def place(block: int) -> dict[str, int]:
+        last = add_sum(end, added, pixels, channels, block)
+        window = 2 * depth if runs or joined else 0
+        return lay_out(list_parts(block, groups, last.sums, last) | {"window": window})
 
-    def place(block: int, raw: bool) -> dict[str, int]:
-        last = find_last(block)
-        parts = list_parts(block, groups, 8 if last.bits else 2, last) | ({"panel": 0} if raw else {})
-        window = 2 * kernel_size[0] * kernel_size[1] * depth if runs or joined else 0
-        return lay_out(parts | {"window": window})
-
+    block = next((share for share in list_shares(pixels, block) if place(share)["end"] <= room), 0)
+    if not block:
+        return None
+    at, end = place(block), add_sum(end, added, pixels, channels, block)
+    stride = end.sums or channels
+    pairs = find_pairs(block, groups, stride, end, thin)
+    dot, passed = multiply(groups, stride, end, unroll, pairs)
     even = plain and (context["rows"] is not None or context["attrs"]["strides"] == [1, 1])  # pixels are evenly apart
+    more = asdict(end) | {"block": block, "at": at, "runs": runs, "joined": joined, "passed": passed, "added": added}
+    more |= {"even": even, "stride": stride}
+    widen = assembly("dsp/gather", {"runs": len(runs), "n": n}, GATHER) if runs else WIDEN
+    parts = dot, widen, *([WIDEN_PAIRS] if even else []), *([LIMIT] if end.bits else [])
+    return make_form(kernel, context | more, "dsp/conv2d", at["end"], *parts)
+
+
+@form(small={"unroll": 0}, unroll=(16, 32, 64), thin=(8, 64))
+def convolve_raw(kernel: Kernel, context: dict[str, Any], room: int, unroll: int, thin: int) -> Kernel | None:
+    """The same by less scratch: only the weights of two filters of 1 x 1 are widened, or parts of them, one after the
+    other, to which sums go on; pixels as they are read. Knobs: see ``convolve``; without ``unroll`` there is none."""
+    if (size := find_size(context)) is None or not is_plain(context) or not unroll:
+        return None
+    (x, w, *_), (pixels, channels, depth) = context["ins"], size
     apart = x["strides"][2] * context["attrs"]["strides"][1]
-    widened = [(share, False) for share in list_shares(pixels, block)]
-    read = [(share, True) for share in list_shares(pixels, 512) if even and unroll and apart + depth < 4096]
-    way = next((way for way in widened + read if place(*way)["end"] <= room), None)
+    if (context["rows"] is None and context["attrs"]["strides"] != [1, 1]) or apart + depth > 4095:
+        return None
+    if w["dtype"] == "int16" or is_split(w):
+        return None
+    end, added = find_end(context, channels), find_sum(context)
+
+    def place(block: int, part: int) -> dict[str, int]:
+        last = add_sum(end, added, pixels, channels, block)
+        going_on = {"going_on": 8 * block if part < depth else 0}
+        return lay_out(list_parts(block, -(-part // 4), last.sums, last) | {"panel": 0} | going_on)
+
+    parts = [depth, *(-(-depth // n // 4) * 4 for n in (2, 3, 4, 6, 8) if depth >= 16 * n)]
+    ways = [(share, part) for part in parts for share in list_shares(pixels, 512) if part == depth or share % 2 == 0]
+    way = next((way for way in ways if place(*way)["end"] <= room), None)
     if way is None:
         return None
-    block, raw = way
-    at, end = place(block, raw), find_last(block)
-    stride = channels if end.result == "int8" else 8 if end.bits else 2
-    pairs = find_pairs(block, groups, stride, end, thin)
-    dot, passed = multiply(groups, stride, end, unroll, pairs, (depth, apart) if raw else None)
-    more = asdict(end) | {"block": block, "at": at, "runs": runs, "joined": joined, "passed": passed, "added": added}
-    more |= {"even": even, "raw": raw, "stride": stride}
-    widen = assembly("dsp/gather", {"runs": len(runs), "n": n}, GATHER) if runs else WIDEN
-    parts = dot, widen, *([WIDEN_PAIRS] if even and not raw else []), *([LIMIT] if end.bits else [])
-    return make_form(kernel, context | more, "dsp/conv2d", at["end"], *parts)
+    (block, part), at = way, place(*way)
+    end = add_sum(end, added, pixels, channels, block)
+    stride, rest = end.sums or channels, depth - (-(-depth // part) - 1) * part
+    pairs = find_pairs(block, -(-rest // 4), stride, end, thin)
+    whole = part == depth
+    dots = [multiply_raw(rest, apart, stride, end, unroll, pairs, not whole)]
+    if not whole:
+        dots.append(multiply_raw(part, apart, 2, End(), unroll, 1, True))
+    more = asdict(end) | {"block": block, "at": at, "added": added, "part": part, "rest": rest, "stride": stride}
+    return make_form(kernel, context | more, "dsp/conv2d_raw", at["end"], WIDEN, *dots, *([LIMIT] if end.bits else []))
+
+
+def find_size(context: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Pixels, channels, and products of a sum, of a convolution of int8 that is in one piece; None of others."""
+    out, (x, w, *_) = context["out"], context["ins"]
+    pixels = out["shape"][2] * (1 if context["rows"] is not None else out["shape"][1])
+    channels, height, width, depth = w["shape"]
+    whole = not context["tile"] and not x["steps"] and context["attrs"]["groups"] == 1
+    integers = x["dtype"] == "int8" and context["acc"] == "int32_t"
+    if not whole or not integers or min(pixels, channels) < 2 or 2 * channels + 1 > 4095:  # what a store reaches
+        return None
+    return pixels, channels, height * width * depth
+
+
+def is_plain(context: Mapping[str, Any]) -> bool:
+    """Filters of 1 x 1 without padding."""
+    return bool(context["ins"][1]["shape"][1:3] == [1, 1] and not any(context["attrs"]["padding"]))
+
+
+def is_split(w: Mapping[str, Any]) -> bool:
+    """A filter lies in several pieces."""
+    return len(w["segments"]) > 1 and w["axis"] == 3
+
+
+def add_sum(end: "End", added: Mapping[str, Any] | None, pixels: int, channels: int, block: int) -> "End":
+    """The end with a sum with another tensor, if it can be done: what is written over must be read once."""
+    once = pixels % block == block % 2 == channels % 2 == 0
+    return replace(end, result="int8", adds=added["bits"]) if added and (once or added["c"] != "y0") else end
 
 
 def list_runs(context: Mapping[str, Any]) -> tuple[list[tuple[int, int]], int]:
@@ -96,20 +143,25 @@ def find_pairs(block: int, groups: int, channels: int, end: "End", thin: int) ->
     )
 
 
-def multiply(
-    groups: int, channels: int, end: "End", unroll: int, pairs: int = 1, raw: tuple[int, int] | None = None
-) -> tuple[Kernel, str]:
+def multiply(groups: int, channels: int, end: "End", unroll: int, pairs: int = 1) -> tuple[Kernel, str]:
     """dot2x2, and what is passed to it, too.
 
     unroll: groups in a loop at the most, of which all loops have about as many; 0: a function for all shapes
-    raw: bytes of a row and from one to the next, where rows are widened only as they are read
     """
     if not unroll:
         own = asdict(end) | {"shift": end.shift > 0, "bits": False}
         return assembly("dsp/dot2x2_any", own, ANY_DOT), pass_on(groups, channels * SIZES[end.result], end.shift)
     even = -(-groups // -(-groups // unroll))
-    own = {"groups": groups, "unroll": even, "stride": channels, "pairs": pairs, "raw": raw}
-    return assembly("dsp/dot2x2", asdict(end) | own, RAW_DOT if raw else DOT), ""
+    own = {"groups": groups, "unroll": even, "stride": channels, "pairs": pairs, "raw": None, "going_on": False}
+    return assembly("dsp/dot2x2", asdict(end) | own, DOT), ""
+
+
+def multiply_raw(n: int, apart: int, channels: int, end: "End", unroll: int, pairs: int, going_on: bool) -> Kernel:
+    """dot2x2 of n bytes of pixels that are so many bytes apart; going_on: from sums that are there."""
+    groups = -(-n // 4)
+    own = {"groups": groups, "unroll": unroll, "stride": channels, "pairs": pairs, "raw": (n, apart)}
+    parameters = (*RAW_DOT, "const int32_t *sums") if going_on else RAW_DOT
+    return assembly("dsp/dot2x2", asdict(end) | own | {"going_on": going_on}, parameters)
 
 
 def list_shares(pixels: int, most: int) -> list[int]:
@@ -126,20 +178,20 @@ def convolve_thin(kernel: Kernel, context: dict[str, Any], room: int, block: int
     block   pixels of a block at the most
     unroll  pixels in a loop at the most; 0: none, there is code for all shapes
     """
-    (x, w, *_), attrs = context["ins"], context["attrs"]
-    if context["tile"] or x["steps"] or (x["dtype"], w["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
+    if (size := find_size(context)) is None or not is_plain(context) or not unroll:
         return None
-    channels, *kernel_size, depth = w["shape"]
-    pixels = context["out"]["shape"][2] * (1 if context["rows"] is not None else context["out"]["shape"][1])
-    plain = kernel_size == attrs["strides"] == [1, 1] and not any(attrs["padding"]) and attrs["groups"] == 1
-    whole, end = len(w["segments"]) == 1 or w["axis"] == 0, find_end(context, channels)
-    if not plain or not whole or not unroll or depth not in (4, 8) or end.scale == "float":
+    (pixels, channels, depth), w = size, context["ins"][1]
+    end = find_end(context, channels)
+    if context["attrs"]["strides"] != [1, 1] or w["dtype"] == "int16" or is_split(w):
         return None
-    stride = channels if end.result == "int8" else 8 if end.bits else 1
+    if depth not in (4, 8) or end.scale == "float":
+        return None
+    sums = min(end.sums, 8 if end.bits else 1)
+    stride = sums or channels
 
     def place(block: int) -> dict[str, int]:
-        sums = 0 if end.result == "int8" else block * stride * SIZES[end.result]
-        return lay_out({"panel": 2 * block * depth, "stream": 2 * depth + 12, "sums": sums})
+        sizes = {"panel": 2 * block * depth, "stream": 2 * depth + 12, "sums": block * sums * SIZES[end.result]}
+        return lay_out(sizes)
 
     block = next((share for share in list_shares(pixels, block) if place(share)["end"] <= room), 0)
     unroll = next((n for n in range(unroll, 3, -1) if block and block % n == 0), 0)
@@ -177,6 +229,7 @@ class End:
     result  "int8": finished, "int16": scaled, to be limited, "int32": sums
     bits    eight at a time become int8 and bits
     adds    bits of a sum with another tensor that are shifted out; 0: there is none
+    sums    channels of which sums are kept until they are finished; 0: they are
     """
 
     scale: str = "none"
@@ -184,6 +237,10 @@ class End:
     result: str = "int32"
     bits: bool = False
     adds: int = 0
+
+    @property
+    def sums(self) -> int:
+        return 0 if self.result == "int8" else 8 if self.bits else 2
 
 
 def find_end(context: Mapping[str, Any], channels: int) -> End:
