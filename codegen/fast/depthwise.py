@@ -89,7 +89,7 @@ class Band:
 
 
 KNOBS = {
-    "most": (8192, 16384, 32768, 65536),  # bytes of scratch, where more than one row is made at once
+    "most": (16384, 8192, 32768, 65536),  # bytes of scratch, where more than one row is made at once
     "lanes": (4, 2, 1),  # channels at a time, at the most
     "unroll": (4,),  # pairs of outputs in a loop at the most; 0: functions for all shapes
 }
