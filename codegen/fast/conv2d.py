@@ -15,7 +15,7 @@ DIRECT = ("const int8_t *a", "const int8_t *b", "int32_t *y", "int n", "uint32_t
 SIZES = {"int8": 1, "int16": 2, "int32": 4}
 
 
-@form(small={"unroll": 0}, block=(256, 128, 512), unroll=(16, 32, 64), thin=(8, 64))
+@form(small={"unroll": 0}, block=(128, 256, 512), unroll=(16, 32, 64), thin=(8, 64))
 def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unroll: int, thin: int) -> Kernel | None:
     """Two pixels times two channels at a time: (H, W, C) int8 by (O, KH, KW, C) int8 or int16.
 
