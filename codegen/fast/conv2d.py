@@ -42,6 +42,8 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
         return None
     at, end = place(block), add_sum(end, added, pixels, channels, block)
     stride = end.sums or channels
+    if 2 * stride > 4094:  # what a store reaches
+        return None
     pairs = find_pairs(block, groups, stride, end, thin)
     dot, passed = multiply(groups, stride, end, unroll, pairs)
     even = plain and (context["rows"] is not None or context["attrs"]["strides"] == [1, 1])  # pixels are evenly apart
@@ -79,6 +81,8 @@ def convolve_raw(kernel: Kernel, context: dict[str, Any], room: int, unroll: int
     (block, part), at = way, place(*way)
     end = add_sum(end, added, pixels, channels, block)
     stride, rest = end.sums or channels, depth - (-(-depth // part) - 1) * part
+    if 2 * stride > 4094:  # what a store reaches
+        return None
     pairs = find_pairs(block, -(-rest // 4), stride, end, thin)
     whole = part == depth
     dots = [multiply_raw(rest, apart, stride, end, unroll, pairs, not whole)]
@@ -95,9 +99,7 @@ def find_size(context: Mapping[str, Any]) -> tuple[int, int, int] | None:
     channels, height, width, depth = w["shape"]
     whole = not context["tile"] and not x["steps"] and context["attrs"]["groups"] == 1
     integers = x["dtype"] == "int8" and context["acc"] == "int32_t"
-    if not whole or not integers or min(pixels, channels) < 2 or 2 * channels + 1 > 4095:  # what a store reaches
-        return None
-    return pixels, channels, height * width * depth
+    return (pixels, channels, height * width * depth) if whole and integers and min(pixels, channels) > 1 else None
 
 
 def is_plain(context: Mapping[str, Any]) -> bool:
@@ -206,15 +208,11 @@ def convolve_thin(kernel: Kernel, context: dict[str, Any], room: int, block: int
 @form()
 def convolve_directly(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """The same without scratch: filters of 1 x 1 and stride 1, int8, whole or split by the channels that they read."""
-    out, (x, w, *_) = context["out"], context["ins"]
-    if context["tile"] or x["steps"] or (x["dtype"], w["dtype"], context["acc"]) != ("int8", "int8", "int32_t"):
+    if (size := find_size(context)) is None or not is_plain(context):
         return None
-    channels, *kernel_size, depth = w["shape"]
-    pixels = out["shape"][2] * (1 if context["rows"] is not None else out["shape"][1])
-    attrs = context["attrs"]
-    plain = kernel_size == [1, 1] and not any(attrs["padding"]) and attrs["strides"] == [1, 1] and attrs["groups"] == 1
+    (_, _, depth), w = size, context["ins"][1]
     whole = len(w["segments"]) == 1 or w["axis"] == 3
-    if not plain or not whole or channels < 2 or pixels < 2 or depth > 4095:
+    if w["dtype"] != "int8" or context["attrs"]["strides"] != [1, 1] or not whole or depth > 4095:
         return None
     ends = [depth] if len(w["segments"]) == 1 else [part["stop"] - part["start"] for part in w["segments"]]
     parts = [assembly("dsp/direct2x2", {"pixel": depth, "filter": n}, DIRECT) for n in ends]
