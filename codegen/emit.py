@@ -446,7 +446,7 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str], s
             "portable": "",
             "stack": 0,
             "needs": "MVE" if kernel.template.startswith("mve/") else "DSP",
-            "numbers": "",
+            "numbers": False,
             "instead": "",
         } | kernel.arguments()
         function["parts"] = [kernels[part] for part in kernel.parts]

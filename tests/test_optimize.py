@@ -115,6 +115,8 @@ def function(name: str, body: str) -> dict[str, object]:
         ("y[3] = x + 40;", "y[5] = x + 40;", "y[shape[0]] = x + 40;", [[3], [5]]),
         ("f(3, 7, 3);", "f(5, 9, 5);", "f(shape[0], shape[1], shape[0]);", [[3, 7], [5, 9]]),
         ("f(8u);", "f(4294967295u);", "f((uint32_t)shape[0]);", [[8], [-1]]),
+        ("f(70000);", "f(6);", "f((int32_t)((uint32_t)shape[0] << 16 | (uint16_t)shape[1]));", [[1, 4464], [0, 6]]),
+        ("f(3000065535u);", "f(0u);", "f(((uint32_t)shape[0] << 16 | (uint16_t)shape[1]));", [[-19759, 24063], [0, 0]]),
         ("f(4);", "f(4);", "f(4);", [[], []]),
         ("    int8_t a[3];", "    int8_t a[4];", None, None),
         ("#pragma GCC unroll 2", "#pragma GCC unroll 4", None, None),
@@ -126,7 +128,7 @@ def test_what_is_shared(first: str, second: str, shared: str | None, shapes: lis
     made = share([function("a", first), function("b", second)])
     assert [f["name"] for f in made] == (["a_any", "a", "b"] if shared else ["a", "b"])
     if shared:
-        assert made[0]["body"] == shared and [f["shape"] for f in made[1:]] == shapes
+        assert made[0]["body"] == shared and [f["shape"]["body"] for f in made[1:]] == shapes
 
 
 def test_what_lacks_scratch_is_known_and_what_it_takes(model: Path) -> None:
