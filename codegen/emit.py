@@ -447,6 +447,7 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str], s
             "stack": 0,
             "needs": "MVE" if kernel.template.startswith("mve/") else "DSP",
             "numbers": False,
+            "given": {},
             "instead": "",
         } | kernel.arguments()
         function["parts"] = [kernels[part] for part in kernel.parts]
