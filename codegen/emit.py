@@ -108,8 +108,8 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
         if kernel not in kernels:
             kernels[kernel] = f"{interface.name}_k{len(kernels):02d}_{kernel.template.rpartition('/')[2]}"
     functions = _functions(environment, kernels, interface.optimize == "size")
-    instead = {f["name"]: f["instead"] for f in functions["functions"] if f["instead"]}
-    symbols = {kernel: instead.get(name, name) for kernel, name in kernels.items()}
+    called = {f["name"]: f["instead"] or f["name"] for f in reversed(functions["functions"])}
+    symbols = {kernel: called[name] for kernel, name in kernels.items()}
     bodies, listed = [], {}
     for program in programs:
         bodies.append(_program(program, program.calls, kernels, layout, names))
@@ -445,11 +445,12 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str], s
             "assembly": [],
             "portable": "",
             "stack": 0,
-            "needs": "MVE" if kernel.template.startswith("mve/") else "DSP",
+            "needs": f"{environment.globals['P']}_{'MVE' if kernel.template.startswith('mve/') else 'DSP'}",
             "numbers": False,
             "given": {},
             "instead": "",
         } | kernel.arguments()
+        function["guard"] = function["needs"] if function["assembly"] else ""
         function["parts"] = [kernels[part] for part in kernel.parts]
         function["body"] = _kernel_body(environment, function)
         if kernel.portable:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 Function = Mapping[str, Any]  # what the templates print of a kernel
-SIDES = ("body", "portable")
 
 # With its sign where it has one; a subtraction has a space behind its minus, or an operand before it.
 NUMBER = re.compile(r"((?<![\w.)\]])-|(?<=_t\))-)?(?<![\w.])(\d+)(u?)(?![\w.])")
@@ -17,46 +16,56 @@ CONSTANT = re.compile(r"\s*(#|static const |(const )?\w+ \w+\[)")
 def share(functions: Sequence[Function]) -> list[dict[str, Any]]:
     """The functions in their order, before the first of those that are alike the one that is to be called for all.
 
+    Where there is a portable form it is a function of its own, under the opposite guard.
+
     numbers  whether one that is to be called is given any
     given    the functions that it is given: name -> parameters
-    instead  of the others: its name; and "shape": by side, the numbers for it as int16; "given": functions for it
+    instead  of the others: its name; and "shape": the numbers for it as int16; "given": the functions for it
     """
+    forms = [form for function in functions for form in _split(function)]
     assembly = {f["name"]: f["assembly"] for f in functions if f["assembly"]}
     groups: dict[tuple[str, ...], list[_Draft]] = {}
-    for function in functions:
-        draft = _Draft.of(function, assembly)
+    for form in forms:
+        draft = _Draft.of(form, assembly)
         groups.setdefault(draft.outline, []).append(draft)
-    made: dict[str, list[dict[str, Any]]] = {}
+    made: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for drafts in groups.values():
         for draft, printed in zip(drafts, _join(drafts), strict=True):
-            made[draft.function["name"]] = printed
-    return [printed for function in functions for printed in made[function["name"]]]
+            made[draft.function["name"], draft.function["guard"]] = printed
+    return [printed for form in forms for printed in made[form["name"], form["guard"]]]
+
+
+def _split(function: Function) -> list[Function]:
+    if not function["portable"]:
+        return [function]
+    fast = dict(function) | {"portable": "", "guard": function["needs"]}
+    return [fast, fast | {"body": function["portable"], "guard": "!" + function["needs"], "stack": 0}]
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A function whose calls of assembly are to be filled in: texts by side, the functions called, their parameters."""
+    """A function whose calls of assembly are to be filled in: its text, the functions called, their parameters."""
 
     function: Function
-    texts: dict[str, str]
+    text: str
     called: tuple[str, ...]
     parameters: tuple[Sequence[str], ...]
 
     @staticmethod
     def of(function: Function, assembly: Mapping[str, Sequence[str]]) -> "_Draft":
-        called = tuple(part for part in dict.fromkeys(function["parts"]) if part in assembly)
-        texts = {side: function[side] for side in SIDES}
+        text = function["body"]
+        called = tuple(name for name in dict.fromkeys(function["parts"]) if name in assembly and name in text)
         for i, name in enumerate(called):
-            texts["body"] = re.sub(rf"\b{name}\b", f"part{i}", texts["body"])
-        return _Draft(function, texts, called, tuple(assembly[name] for name in called))
+            text = re.sub(rf"\b{name}\b", f"part{i}", text)
+        return _Draft(function, text, called, tuple(assembly[name] for name in called))
 
     @property
     def outline(self) -> tuple[str, ...]:
         """What has to be equal: all but numbers and names, and how it is called."""
         if self.function["assembly"]:
             return (self.function["name"],)
-        kept = [repr(self.function[key]) for key in ("template", "args", "rows", "columns", "tile", "stack")]
-        return (*kept, repr(self.parameters), *(_edit(text, lambda n: "0" + n[3]) for text in self.texts.values()))
+        kept = [repr(self.function[key]) for key in ("guard", "args", "rows", "columns", "tile", "stack")]
+        return (*kept, repr(self.parameters), _edit(self.text, lambda n: "0" + n[3]))
 
 
 def _join(drafts: Sequence[_Draft]) -> list[list[dict[str, Any]]]:
@@ -64,26 +73,17 @@ def _join(drafts: Sequence[_Draft]) -> list[list[dict[str, Any]]]:
     first = drafts[0]
     if len(drafts) == 1:
         return [[dict(first.function)]]
-    joined = {side: _join_texts([draft.texts[side] for draft in drafts]) for side in SIDES}
-    whole = dict(first.function) | {side: text for side, (text, _) in joined.items()}
+    text, shapes = _join_texts([draft.text for draft in drafts])
     given = [i for i in range(len(first.called)) if len({draft.called[i] for draft in drafts}) > 1]
     for i, name in enumerate(first.called):
-        if i not in given:
-            whole["body"] = re.sub(rf"\bpart{i}\b", name, whole["body"])
-    whole |= {
-        "name": f"{first.function['name']}_any",
-        "numbers": any(any(shapes) for _, shapes in joined.values()),
-        "given": {f"part{i}": first.parameters[i] for i in given},
-    }
+        text = text if i in given else re.sub(rf"\bpart{i}\b", name, text)
+    joined = {"numbers": any(shapes), "given": {f"part{i}": first.parameters[i] for i in given}}
+    whole = dict(first.function) | {"name": f"{first.function['name']}_any", "body": text} | joined
     others = [
         dict(draft.function)
-        | {
-            "instead": whole["name"],
-            "numbers": whole["numbers"],
-            "shape": {side: shapes[k] for side, (_, shapes) in joined.items()},
-            "given": [draft.called[i] for i in given],
-        }
-        for k, draft in enumerate(drafts)
+        | joined
+        | {"instead": whole["name"], "shape": shape, "given": [draft.called[i] for i in given]}
+        for draft, shape in zip(drafts, shapes, strict=True)
     ]
     return [[whole, others[0]], *([other] for other in others[1:])]
 

@@ -105,7 +105,7 @@ def test_the_command_line(model: Path, tmp_path: Path) -> None:
 
 
 def function(name: str, body: str, parts: Sequence[str] = (), assembly: Sequence[str] = ()) -> dict[str, object]:
-    called = {"template": "t", "args": [], "rows": None, "columns": None, "tile": None, "stack": 0}
+    called = {"args": [], "rows": None, "columns": None, "tile": None, "stack": 0, "guard": ""}
     return called | {"name": name, "assembly": assembly, "parts": parts, "body": body, "portable": ""}
 
 
@@ -132,7 +132,7 @@ def test_what_is_shared(first: str, second: str, shared: str | None, shapes: lis
     made = share([function("a", first), function("b", second)])
     assert [f["name"] for f in made] == (["a_any", "a", "b"] if shared else ["a", "b"])
     if shared:
-        assert made[0]["body"] == shared and [f["shape"]["body"] for f in made[1:]] == shapes
+        assert made[0]["body"] == shared and [f["shape"] for f in made[1:]] == shapes
 
 
 def test_what_lacks_scratch_is_known_and_what_it_takes(model: Path) -> None:
