@@ -1,6 +1,7 @@
 """Code for speed or for size: the same bits, from less code."""
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -84,6 +85,15 @@ def test_only_one_form_of_a_function_may_be_given_numbers(model: Path) -> None:
     scheme = {"train": "full", "quantized": {"gradients": "int8"}}
     artifact = tte.compile(model, update_scheme=scheme, target="stm32f746", memory_plan=5000, optimize="size")
     assert artifact.host().init() == 0
+
+
+def test_no_constant_is_stored_twice(built: dict[str, tuple[Artifact, Path]]) -> None:
+    """Of each integer layer that learns one vector of floats: steps and gradients read the same scales."""
+    for _, folder in built.values():
+        text = (folder / "Core" / "Src" / "net_weights.c").read_text()
+        arrays = re.findall(r"const (\w+) net_w_\w+\[(\d+)\] = \{(.*?)\};", text, re.S)
+        assert len(set(arrays)) == len(arrays)
+        assert sum(ctype == "float" and int(size) > 1 for ctype, size, _ in arrays) == 4
 
 
 def test_what_says_for_what(built: dict[str, tuple[Artifact, Path]]) -> None:
