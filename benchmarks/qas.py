@@ -12,9 +12,10 @@ import numpy as np
 
 from tte.compiler import lower
 from tte.ir import Builder, Const, Graph, Node, Param, evaluate, rewrite, verify
+from tte.ops.quantized import DEAD
 from tte.passes.autodiff import differentiate
 from tte.passes.loss import append_loss
-from tte.passes.optimizer import DEAD, attach_sgd
+from tte.passes.optimizer import attach_sgd, step_size
 from tte.passes.quantized import Settings, keep_saturation_masks, lower_qdq
 from tte.passes.select_updates import select_updates
 from tte.passes.simplify import eliminate_dead_code
@@ -84,7 +85,7 @@ def measure(source: Graph, pictures: list[list[np.ndarray]]) -> dict[str, dict[s
             for (name, call), gradient in zip(calls.items(), evaluate(wanted, arrays).outputs, strict=True):
                 alive, real = units(stored[name], readers[name])
                 # A float network takes the gradient itself; integers take steps of a scale each.
-                step = gradient * (call.inputs[3].data * real if call.op == "qnn.sgd" else 1.0)  # type: ignore[attr-defined]
+                step = gradient * (step_size(call, np.float32(1.0)) * real if call.op == "qnn.sgd" else 1.0)
                 squares[name] += float(((step * alive) ** 2).sum()) / len(pictures)
         curves[curve] = {}
         for name, square in squares.items():

@@ -22,7 +22,7 @@ from tte.codegen.schedule import UNLIMITED, Call, Room, schedule
 from tte.codegen.share import share
 from tte.ir import Const, Graph, Node, Param, TensorType, Value
 from tte.ir.rows import STRATEGIES, expand, in_pieces
-from tte.ops.quantized import add_terms, tflite_terms
+from tte.ops.quantized import DEAD, add_terms, tflite_terms
 from tte.target import FLAG
 
 # What makes integers of floats: a NaN would not reach the loss.
@@ -108,8 +108,8 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
         if kernel not in kernels:
             kernels[kernel] = f"{interface.name}_k{len(kernels):02d}_{kernel.template.rpartition('/')[2]}"
     functions = _functions(environment, kernels, interface.optimize == "size")
-    instead = {f["name"]: f["instead"] for f in functions["functions"] if f["instead"]}
-    symbols = {kernel: instead.get(name, name) for kernel, name in kernels.items()}
+    called = {f["name"]: f["instead"] or f["name"] for f in reversed(functions["functions"])}
+    symbols = {kernel: called[name] for kernel, name in kernels.items()}
     bodies, listed = [], {}
     for program in programs:
         bodies.append(_program(program, program.calls, kernels, layout, names))
@@ -124,7 +124,10 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
         "programs": bodies,
         "forward": _find_forward({body["role"]: body["calls"] for body in bodies}),
         **functions,
-        "weights": [_array(names[c.name], c) for c in constants if names[c.name] in used] + slots,
+        "weights": [
+            _array(*pair) for pair in {names[c.name]: c for c in reversed(constants)}.items() if pair[0] in used
+        ]
+        + slots,
         "state": layout,
         "slots": slots,
         "hash_bytes": [str(b) for b in bytes.fromhex(interface.model_hash)[:16]],
@@ -319,16 +322,21 @@ def _identifier(name: str) -> str:
 
 
 def _c_names(prefix: str, constants: Sequence[Const]) -> dict[str, str]:
-    """A distinct C identifier for every constant, as near to the user's name as C allows."""
+    """A C identifier for every constant, as near to the user's name as C allows; the same for the same content."""
     names: dict[str, str] = {}
     taken: set[str] = set()
+    known: dict[tuple[str, bytes], str] = {}
     for const in constants:
+        content = CTYPES[const.type.dtype], const.data.tobytes()
+        if content in known:
+            names[const.name] = known[content]
+            continue
         base = name = f"{prefix}_w_{_identifier(const.name)}"
         number = 2
         while name in taken:
             name, number = f"{base}_{number}", number + 1
         taken.add(name)
-        names[const.name] = name
+        names[const.name] = known[content] = name
     return names
 
 
@@ -437,10 +445,12 @@ def _functions(environment: jinja2.Environment, kernels: Mapping[Kernel, str], s
             "assembly": [],
             "portable": "",
             "stack": 0,
-            "needs": "MVE" if kernel.template.startswith("mve/") else "DSP",
-            "numbers": "",
+            "needs": f"{environment.globals['P']}_{'MVE' if kernel.template.startswith('mve/') else 'DSP'}",
+            "numbers": False,
+            "given": {},
             "instead": "",
         } | kernel.arguments()
+        function["guard"] = function["needs"] if function["assembly"] else ""
         function["parts"] = [kernels[part] for part in kernel.parts]
         function["body"] = _kernel_body(environment, function)
         if kernel.portable:
@@ -489,7 +499,7 @@ def _environment(prefix: str) -> jinja2.Environment:
         "cycles": _cycles,
         "json": lambda v: json.dumps(v, indent=2),
     }
-    environment.globals |= {"p": prefix, "P": prefix.upper(), "ctypes": CTYPES, "nan_ends": NAN_ENDS}
+    environment.globals |= {"p": prefix, "P": prefix.upper(), "ctypes": CTYPES, "nan_ends": NAN_ENDS, "dead": DEAD}
     return environment
 
 

@@ -269,10 +269,10 @@ def _call(
         pointers[f"a{len(pointers)}"] = value
         return f"a{len(pointers) - 1}"
 
-    def operand(value: Value, result: Mapping[str, Any]) -> dict[str, Any]:
+    def operand(value: Value, result: Mapping[str, Any], literal: bool) -> dict[str, Any]:
         source = outer.get(value.name, value)
         source = (around or {}).get(source.name, source)
-        if isinstance(source, Const) and source.type.size == 1:
+        if literal and isinstance(source, Const) and source.type.size == 1:
             return {"kind": "literal", "value": source.data.item(), "dtype": value.type.dtype}
         return _operand(tensor(value, pointer(value)), result)
 
@@ -349,10 +349,11 @@ def _steps(
     names: dict[str, str],
     result: Mapping[str, Any],
     prefix: str,
-    operand: Callable[[Value, Mapping[str, Any]], dict[str, Any]],
+    operand: Callable[[Value, Mapping[str, Any], bool], dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Elementwise operators one after the other, each on what was made before (by ``names``, which grows) and on
-    operands that are read at the index of ``result``."""
+    operands that are read at the index of ``result``. Constant numbers are in the code, but for those of steps: layers
+    of one shape share it."""
     steps = []
     for k, node in enumerate(nodes):
         arguments: list[dict[str, Any]] = []
@@ -360,7 +361,9 @@ def _steps(
             if value.name in names:
                 arguments.append({"kind": "register", "c": names[value.name]})
             else:
-                arguments.append(operand(value, result) | {"name": f"{prefix}v{k}_{len(arguments)}"})
+                arguments.append(
+                    operand(value, result, node.op != "qnn.sgd") | {"name": f"{prefix}v{k}_{len(arguments)}"}
+                )
         attrs = {key: _plain(v) for key, v in node.attrs.items()} | {"types": [v.type.dtype for v in node.inputs]}
         ctype, name = CTYPES[node.output.type.dtype], f"{prefix}{k}"
         steps.append(

@@ -8,10 +8,10 @@ import numpy as np
 
 from tte.ir import Builder, Const, Graph, Node, Param, TensorType, Value, rewrite
 from tte.ops.gradients import integer_multiplier
+from tte.ops.quantized import DEAD, scale_rate, weight_scales
 from tte.passes.quantized import bias_limit
 
 LEARNING_RATE = "learning_rate"
-DEAD = 1e-6  # a weight's scale below this: the channel is zero whatever its integers are, and 1 / scale^2 is huge
 
 
 def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: str = "stochastic") -> Graph:
@@ -41,11 +41,12 @@ def attach_sgd(graph: Graph, learning_rate: float, qas: bool = True, rounding: s
                 attrs["rounding"] = rounding
                 if param.type.dtype == "int32":
                     attrs["limit"] = bias_limit(reader.inputs[1], producer)
-                updates.append((param, _step(builder, param, gradient, rate, factor, producer, attrs)))
+                scale = weight_scales(_weight(param, reader).type, param.type.rank)
+                updates.append((param, _step(builder, param, gradient, rate, factor, scale, producer, attrs)))
                 continue
             gradient = builder.call("multiply", gradient, builder.const(factor.astype(np.float32)), **attrs)
-        elif (scale := _user_scale(param, qas)) is not None:
-            square = _squeeze_uniform(scale) ** 2
+        elif (folded := _user_scale(param, qas)) is not None:
+            square = _squeeze_uniform(folded) ** 2
             gradient = builder.call("multiply", gradient, builder.const(square.astype(np.float32)), **attrs)
         updates.append((param, builder.call("nn.sgd", param, gradient, rate, **attrs)))
     return rewrite(
@@ -66,21 +67,46 @@ def _step(
     gradient: Value,
     rate: Param,
     factor: np.ndarray,
+    scale: np.ndarray,
     producer: Mapping[str, Node],
     attrs: dict[str, Any],
 ) -> Value:
     """A step of stored integers: without floats where their gradient is integers."""
     made = producer.get(gradient.name)
     if made is None or made.op != "qnn.dequantize_gradient":
-        return builder.call("qnn.sgd", param, gradient, rate, builder.const(factor.astype(np.float32)), **attrs)
-    value, scale, *factors = made.inputs
+        unit, power = _find_power(factor, scale)
+        constants = (builder.const(v) for v in (scale.astype(np.float32), unit))
+        return builder.call("qnn.sgd", param, gradient, rate, *constants, power=power, **attrs)
+    value, unit_of, *factors = made.inputs
     for const in factors:
         assert isinstance(const, Const)
         factor = factor * const.data
     multiplier, bits = integer_multiplier(factor * (256 if param.type.dtype == "int16" else 1))
-    steps = builder.call("qnn.gradient_scale", *producer[scale.name].inputs, rate, layer=attrs["layer"])
+    steps = builder.call("qnn.gradient_scale", *producer[unit_of.name].inputs, rate, layer=attrs["layer"])
     attrs |= {"room": made.attrs["room"], "bits": bits}
     return builder.call("qnn.integer_sgd", param, value, steps, builder.const(multiplier), **attrs)
+
+
+def step_size(step: Node, rate: np.float32) -> np.ndarray:
+    """What the gradient of an ``nn.sgd`` or ``qnn.sgd`` is multiplied by."""
+    if step.op == "nn.sgd":
+        return np.asarray(rate)
+    scale, unit = (v.data for v in step.inputs[3:] if isinstance(v, Const))
+    power = step.attrs["power"]
+    assert isinstance(power, int)
+    return scale_rate(np.asarray(rate), scale, unit, power)
+
+
+def _find_power(factor: np.ndarray, scale: np.ndarray) -> tuple[float, int]:
+    """(unit, power) of factor = unit * scale^power, but for dead channels."""
+    alive = scale >= DEAD
+    if not alive.any():
+        return 0.0, 0
+    for power in (0, -1, -2, 1):
+        units = factor[alive] / scale[alive] ** power
+        if np.ptp(units) <= 1e-6 * units.max():
+            return float(np.median(units)), power
+    raise AssertionError("the factor of a step is no power of the scale")
 
 
 def _user_scale(param: Param, qas: bool) -> np.ndarray | None:
@@ -97,12 +123,14 @@ def _integer_factor(param: Param, reader: Node, qas: bool) -> np.ndarray:
     A bias is dead with its channel's weights: its own scale, s_x * s_w, may be that small in a channel that lives.
     """
     assert param.type.quant is not None
-    weight = reader.inputs[1] if param in reader.inputs[2:] else param
-    assert weight.type.quant is not None
     scale = np.asarray(param.type.quant.scale)
-    alive = np.asarray(weight.type.quant.scale) >= DEAD
-    factor = np.where(alive, 1.0 / scale if qas else scale, 0.0)
-    return factor.reshape(-1, *[1] * (param.type.rank - 1))
+    factor = (1.0 / scale if qas else scale).reshape(-1, *[1] * (param.type.rank - 1))
+    return np.where(weight_scales(_weight(param, reader).type, param.type.rank) >= DEAD, factor, 0.0)
+
+
+def _weight(param: Param, reader: Node) -> Value:
+    """The weight that a bias belongs to, or itself."""
+    return reader.inputs[1] if param in reader.inputs[2:] else param
 
 
 def _fold_factor(factor: np.ndarray, gradient: Value, producer: Mapping[str, Node]) -> tuple[np.ndarray, Value]:

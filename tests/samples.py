@@ -638,7 +638,7 @@ add("qnn.add", Operand((1, 5, 9), INT8), Operand((1, 5, 9), INT8), torch=lambda 
     (a.double() + 3) * 0.75 + (b.double() - 20) * 0.425), 1), tflite=True, **halves)  # fmt: skip
 
 
-def stored_step(rounding: str) -> Callable[..., Tensor]:
+def stored_step(rounding: str, power: int = -1) -> Callable[..., Tensor]:
     """qnn.sgd with Python integers: an independent reading of the formula."""
 
     def one(w: int, d: float, bits: int) -> int:
@@ -648,9 +648,11 @@ def stored_step(rounding: str) -> Callable[..., Tensor]:
         h = (h ^ (h >> 15 | (0xFFFE0000 if h >> 31 else 0))) * 0x85EBCA6B & 0xFFFFFFFF
         return w + math.floor(np.float32(d) + np.float32((h >> 8) * 2.0**-24))
 
-    def run(w: Tensor, g: Tensor, rate: Tensor, factor: Tensor) -> Tensor:
+    def run(w: Tensor, g: Tensor, rate: Tensor, scale: Tensor, unit: Tensor) -> Tensor:
         limits = torch.iinfo(w.dtype)
-        d = -(rate.float() * factor.float() * g.float())
+        scale, size = scale.float(), rate.float() * unit.float()
+        size = {-2: size / (scale * scale), -1: size / scale, 0: size, 1: size * scale}[power]
+        d = -(torch.where(scale < 1e-6, torch.zeros(()), size) * g.float())
         stepped = [one(int(a), float(b), limits.bits) for a, b in zip(w.flatten(), d.flatten(), strict=True)]
         return torch.tensor(stepped).clamp(limits.min, limits.max).to(w.dtype).reshape(w.shape)
 
@@ -658,10 +660,11 @@ def stored_step(rounding: str) -> Callable[..., Tensor]:
 
 
 for kind in (INT8, INT16, INT32):
-    for rounding in ("stochastic", "nearest"):
+    for rounding, power in (("stochastic", -2), ("stochastic", 0), ("nearest", -1), ("nearest", 1)):
         add("qnn.sgd", Operand((4, 3, 3, 5), kind), Operand((4, 3, 3, 5)), Operand((), "scale"),
-            Operand((4, 1, 1, 1), "wide"), torch=stored_step(rounding), rounding=rounding)  # fmt: skip
-add("qnn.sgd", Operand((4,), INT32), Operand((4,)), Operand((), "scale"), Operand((4,), "wide"),
+            Operand((4, 1, 1, 1), "wide"), Operand((), "positive"), torch=stored_step(rounding, power),
+            rounding=rounding, power=power)  # fmt: skip
+add("qnn.sgd", Operand((4,), INT32), Operand((4,)), Operand((), "scale"), Operand((4,), "wide"), Operand(()),
     torch=lambda *a: stored_step("stochastic")(*a).clamp(-9, 9), limit=9)  # fmt: skip
 
 

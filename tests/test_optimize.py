@@ -1,6 +1,7 @@
 """Code for speed or for size: the same bits, from less code."""
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -86,6 +87,15 @@ def test_only_one_form_of_a_function_may_be_given_numbers(model: Path) -> None:
     assert artifact.host().init() == 0
 
 
+def test_no_constant_is_stored_twice(built: dict[str, tuple[Artifact, Path]]) -> None:
+    """Of each integer layer that learns one vector of floats: steps and gradients read the same scales."""
+    for _, folder in built.values():
+        text = (folder / "Core" / "Src" / "net_weights.c").read_text()
+        arrays = re.findall(r"const (\w+) net_w_\w+\[(\d+)\] = \{(.*?)\};", text, re.S)
+        assert len(set(arrays)) == len(arrays)
+        assert sum(ctype == "float" and int(size) > 1 for ctype, size, _ in arrays) == 4
+
+
 def test_what_says_for_what(built: dict[str, tuple[Artifact, Path]]) -> None:
     for optimize, flag in (("speed", "-O2"), ("size", "-Os")):
         artifact, folder = built[optimize]
@@ -104,9 +114,9 @@ def test_the_command_line(model: Path, tmp_path: Path) -> None:
         tte.compile(model, optimize="size", schedules=tmp_path / "s.json")
 
 
-def function(name: str, body: str) -> dict[str, object]:
-    called = {"template": "t", "args": [], "rows": None, "columns": None, "tile": None, "stack": 0}
-    return called | {"name": name, "assembly": [], "body": body, "portable": ""}
+def function(name: str, body: str, parts: Sequence[str] = (), assembly: Sequence[str] = ()) -> dict[str, object]:
+    called = {"args": [], "rows": None, "columns": None, "tile": None, "stack": 0, "guard": ""}
+    return called | {"name": name, "assembly": assembly, "parts": parts, "body": body, "portable": ""}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +125,12 @@ def function(name: str, body: str) -> dict[str, object]:
         ("y[3] = x + 40;", "y[5] = x + 40;", "y[shape[0]] = x + 40;", [[3], [5]]),
         ("f(3, 7, 3);", "f(5, 9, 5);", "f(shape[0], shape[1], shape[0]);", [[3, 7], [5, 9]]),
         ("f(8u);", "f(4294967295u);", "f((uint32_t)shape[0]);", [[8], [-1]]),
+        ("f(70000);", "f(6);", "f((int32_t)((uint32_t)shape[0] << 16 | (uint16_t)shape[1]));", [[1, 4464], [0, 6]]),
+        ("f(3000065535u);", "f(0u);", "f(((uint32_t)shape[0] << 16 | (uint16_t)shape[1]));", [[-19759, 24063], [0, 0]]),
+        ("f(-4);", "f(6);", "f(+shape[0]);", [[-4], [6]]),
+        ("a[i] -3;", "a[i] -5;", "a[i] +shape[0];", [[-3], [-5]]),
+        ("(x)-3;", "(x)-5;", "(x)-shape[0];", [[3], [5]]),
+        ("(int32_t)3;", "(int32_t)-5;", "(int32_t)shape[0];", [[3], [-5]]),
         ("f(4);", "f(4);", "f(4);", [[], []]),
         ("    int8_t a[3];", "    int8_t a[4];", None, None),
         ("#pragma GCC unroll 2", "#pragma GCC unroll 4", None, None),
@@ -164,3 +180,20 @@ def test_plans_between_the_smallest_and_the_fastest(model: Path) -> None:
     assert all(row["arena_bytes"] >= plain["arena_bytes"] for row in table["left_out"].values())
     refused = CliRunner().invoke(app, ["analyze", str(model), "-t", "cortex-m7"])
     assert isinstance(refused.exception, TTEError) and refused.exception.where == "--target"
+
+
+def test_assembly_is_given_to_what_differs_in_it_alone() -> None:
+    made = share([
+        function("p", "", (), ["int *a"]), function("q", "", (), ["int *a"]), function("r", "", (), ["int a"]),
+        function("a", "p(x, 3); q(x);", ["p", "q"]), function("b", "q(x, 5); q(x);", ["q", "q"]),
+        function("c", "q(x, 5); p(x);", ["q", "p"]), function("d", "r(x, 7); q(x);", ["r", "q"]),
+        function("e", "p(x, 3); q(x); y();", ["p", "q"]), function("f", "p(x, 5); q(x); y();", ["p", "q"]),
+    ])  # fmt: skip
+    assert [f["name"] for f in made] == ["p", "q", "r", "a_any", "a", "b", "c", "d", "e_any", "e", "f"]
+    whole, same = made[3], made[8]
+    assert whole["body"] == "part0(x, shape[0]); part1(x);" and whole["given"] == {
+        "part0": ["int *a"],
+        "part1": ["int *a"],
+    }
+    assert [f["given"] for f in (made[4], made[6])] == [["p", "q"], ["q", "p"]]
+    assert same["body"] == "p(x, shape[0]); q(x); y();" and same["given"] == {}

@@ -401,7 +401,7 @@ def test_gradients_of_a_network(mode: str, storage: str, part: Any) -> None:
 def sgd(w: np.ndarray, d: np.ndarray, **attrs: Any) -> np.ndarray:
     """qnn.sgd of a step that is d before rounding."""
     one = np.float32(1.0)
-    return OPS["qnn.sgd"].ref(w, -d.astype(np.float32), one, one, **OPS["qnn.sgd"].complete(attrs))
+    return OPS["qnn.sgd"].ref(w, -d.astype(np.float32), one, one, one, **OPS["qnn.sgd"].complete(attrs))
 
 
 @pytest.mark.parametrize("size", [0.003, 0.07, 0.5, 3.0])

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tte.ir import OPS, Node, Param, evaluate
+from tte.ops.quantized import DEAD
 from tte.oracle import backpropagate, run_integers
 from tte.passes.loss import skip_last_rounding
-from tte.passes.optimizer import DEAD, attach_sgd
+from tte.passes.optimizer import attach_sgd, step_size
 from tte.passes.quantized import Settings, lower_qdq
 from tte.proof import SMALL_LOSS, _masks
 from tte.runner.board import Board, require_ok, unpack_state
@@ -83,7 +84,7 @@ def prove_integers(
             row["apart"] = max(row["apart"], _distance(before, after, step))
             one = np.float32(1.0)
             rounded = OPS["qnn.sgd"].ref(
-                before, -step.astype(np.float32), one, one, rounding=quantized.rounding, limit=2**31 - 1
+                before, -step.astype(np.float32), one, one, one, power=0, rounding=quantized.rounding, limit=2**31 - 1
             )
             row["different"] += int((rounded != after).sum())
     for param in params:
@@ -140,11 +141,11 @@ def _steps_before_rounding(artifact: "Artifact", inputs: list[np.ndarray]) -> di
     rate = np.float32(scheme.optimizer.lr)
     graph = attach_sgd(compiled.gradients, scheme.optimizer.lr, scheme.quantized.qas, scheme.quantized.rounding)
     producer = graph.producer()
-    operands = {p.name: (producer[v.name].inputs[1], producer[v.name].inputs[3:]) for p, v in graph.updates}
+    operands = {p.name: (producer[v.name].inputs[1], producer[v.name]) for p, v in graph.updates}
     results = evaluate(replace(graph, outputs=tuple(g for g, _ in operands.values()), updates=()), inputs).outputs
     steps = {}
-    for (name, (_, factor)), gradient in zip(operands.items(), results, strict=True):
-        steps[name] = -rate * gradient * (factor[0].data if factor else np.float32(1.0))  # type: ignore[attr-defined]
+    for (name, (_, node)), gradient in zip(operands.items(), results, strict=True):
+        steps[name] = -step_size(node, rate) * gradient
     return steps
 
 

@@ -179,7 +179,7 @@ def _scales(type: TensorType) -> np.ndarray:
     return np.asarray(type.quant.scale, np.float64)
 
 
-def _weight_scales(w: TensorType, rank: int) -> np.ndarray:
+def weight_scales(w: TensorType, rank: int) -> np.ndarray:
     """Along the output channels, which are a weight's first axis, for tensors of ``rank``; not so small that a
     quotient is infinite: the step of such a channel is 0 times this gradient."""
     return np.broadcast_to(_scales(w), (w.shape[0],)).reshape(-1, *[1] * (rank - 1)).clip(1e-30)
@@ -191,7 +191,7 @@ def _layer_grad(backward, dy, x, w, b, gradients, **attrs):  # type: ignore[no-u
     With acc = sum (q_x - z) q_w, standing for s_x s_w acc: dx = sum (dy s_w) q_w, and the same product dy s_w serves
     the weights: dw = s_x / s_w sum (q_x - z) (dy s_w). So one gradient tensor is kept, not two.
     """
-    scale = _weight_scales(w.type, 1).reshape(-1).astype(np.float32)
+    scale = weight_scales(w.type, 1).reshape(-1).astype(np.float32)
     scaled = backward.wants(0)
     if scaled:
         dy = backward.call("multiply", dy, backward.const(scale))
@@ -199,13 +199,13 @@ def _layer_grad(backward, dy, x, w, b, gradients, **attrs):  # type: ignore[no-u
     if dw is not None:
         part = backward.wanted(1)
         factor = float(_scales(x.type)[0]) / (
-            _weight_scales(w.type, w.type.rank) if scaled else np.ones([1] * w.type.rank)
+            weight_scales(w.type, w.type.rank) if scaled else np.ones([1] * w.type.rank)
         )
         if dw.type.shape[0] < factor.shape[0]:  # only the trained filters' gradients were computed
             factor = factor[part.start : part.stop]
         dw = backward.call("multiply", dw, backward.const(factor.astype(np.float32)))
     if db is not None and scaled:
-        db = backward.call("multiply", db, backward.const((1.0 / _weight_scales(w.type, 1)).astype(np.float32)))
+        db = backward.call("multiply", db, backward.const((1.0 / weight_scales(w.type, 1)).astype(np.float32)))
     return (dx, dw) if b is None else (dx, dw, db)
 
 
@@ -488,6 +488,7 @@ def _round_grad(backward, dy, w, *, mask, **attrs):  # type: ignore[no-untyped-d
 register(Op("qnn.round", _round, _round_ref, _round_grad, kind="elementwise"))
 
 ROUNDINGS = ("stochastic", "nearest")
+DEAD = 1e-6  # a weight's scale below this: the channel is zero whatever its integers are, and 1 / scale^2 is huge
 
 
 def _hash_fraction(d: np.ndarray) -> np.ndarray:
@@ -497,34 +498,57 @@ def _hash_fraction(d: np.ndarray) -> np.ndarray:
     return ((h >> np.uint32(8)).astype(np.float32)) * np.float32(2.0**-24)
 
 
+def scale_rate(rate: np.ndarray, scale: np.ndarray, unit: np.ndarray, power: int) -> np.ndarray:
+    """rate * unit * scale^power in float32, from the left; 0 where a channel is dead."""
+    rate = rate * unit
+    with np.errstate(divide="ignore", over="ignore"):
+        scaled = {
+            -2: lambda: rate / (scale * scale),
+            -1: lambda: rate / scale,
+            0: lambda: rate,
+            1: lambda: rate * scale,
+        }
+        result: np.ndarray = np.where(scale >= np.float32(DEAD), scaled[power](), np.float32(0.0))
+    return result
+
+
 def _sgd(
     w: TensorType,
     g: TensorType,
     rate: TensorType,
-    factor: TensorType,
+    scale: TensorType,
+    unit: TensorType,
     *,
+    power: int = -1,
     rounding: str = "stochastic",
     limit: int = 2**31 - 1,
 ) -> TensorType:
-    """w - rate * factor * g on stored integers, saturating; factor: 1 / scale of w per channel, broadcast to w.
+    """w - rate * unit * scale^power * g on stored integers, saturating: a gradient of reals in steps of integers.
 
+    scale: of the weights, per channel, broadcast to w: the backward pass reads the same, so that flash holds one vector
+    per layer; channels whose scale is below ``DEAD`` stay. unit: a number, in memory and not in the code, which layers
+    of one shape share.
     w: int8, or int32 (biases), or int16 with eight bits of fraction that keep what rounding would lose; g: float32.
     rounding: "stochastic" rounds up with the probability of the fraction, by a hash of the step's own bits: the same on
     every machine, and without bias; "nearest" loses every step below a half. int16 rounds its last bit to nearest.
     limit: where int32 saturates, so that sums of products still have room in 32 bits.
     """
     require(w.dtype in ("int8", "int16", "int32"), f"w must be an integer, not {w.dtype}")
-    require(g.dtype == "float32" and factor.dtype == "float32" and rate.dtype == "float32", "g, rate, factor: float32")
-    require(w.shape == g.shape and rate.shape == (), f"w {w.shape} and g {g.shape} must agree, rate be a scalar")
-    require(np.broadcast_shapes(w.shape, factor.shape) == w.shape, f"factor {factor.shape} does not fit w {w.shape}")
+    floats = all(type.dtype == "float32" for type in (g, rate, scale, unit))
+    require(floats, "g, rate, scale, unit must be float32")
+    require(w.shape == g.shape, f"w {w.shape} and g {g.shape} must agree")
+    require(rate.shape == unit.shape == (), f"rate {rate.shape} and unit {unit.shape} must be scalars")
+    require(np.broadcast_shapes(w.shape, scale.shape) == w.shape, f"scale {scale.shape} does not fit w {w.shape}")
+    require(-2 <= power <= 1, f"power must be -2 to 1, not {power}")
     require(rounding in ROUNDINGS, f"rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}")
     require(0 < limit < 2**31, f"limit must be 1 to 2^31 - 1, not {limit}")
     return w
 
 
-def _sgd_ref(w, g, rate, factor, *, rounding, limit):  # type: ignore[no-untyped-def]
+def _sgd_ref(w, g, rate, scale, unit, *, power, rounding, limit):  # type: ignore[no-untyped-def]
     # Each product is rounded to float32, as in C: the hash sees its bits.
-    d = -((rate * factor) * g.astype(np.float32)).astype(np.float32)
+    rate, scale, unit = (np.asarray(v, np.float32) for v in (rate, scale, unit))
+    d = -(scale_rate(rate, scale, unit, power) * g.astype(np.float32)).astype(np.float32)
     if w.dtype == np.int16:
         d = d * np.float32(256.0)
     stochastic = rounding == "stochastic" and w.dtype != np.int16
