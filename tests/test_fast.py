@@ -347,11 +347,11 @@ def backward_cases() -> Iterator[Case]:
         yield Case(f"back 4x5 {depth}->{channels} {end} {single}", graph)
     for split in ((3, 2), (3, 3), (3, 5), (0, 4), (0, 8)):
         yield Case(f"back 4x4 9->7 split {split}", backward((4, 4), 9, 7, "masked", split=split))
-    for split in ((3, 1), (0, 3)):
-        yield Case(f"back 4x4 9->7 split {split}", backward((4, 4), 9, 7, "masked", split=split), fast=False)
+    yield Case("back 4x4 9->7 split (0, 3)", backward((4, 4), 9, 7, "masked", split=(0, 3)))
+    yield Case("back 4x4 9->7 split (3, 1)", backward((4, 4), 9, 7, "masked", split=(3, 1)), fast=False)
     for room in (300, 700, 2000):
         yield Case(f"back 16x17 8->6 in {room} bytes", backward((16, 17), 8, 6, "masked"), room)
-    yield Case("back, stride 2", backward((3, 3), 4, 4, "masked", strides=(2, 2)), fast=False)
+    yield from backward_window_cases()
     for (h, w), kernel, channels in product([(4, 4), (5, 7), (8, 8)], [(3, 3), (5, 5), (7, 7), (2, 3), (1, 1)], [3, 8]):
         for turn, padding in enumerate([(0, 0, 0, 0), (1, 1, 1, 1), (2, 0, 1, 2)]):
             if max(padding[:2]) < min(kernel):
@@ -390,6 +390,21 @@ def backward_cases() -> Iterator[Case]:
             node = replace(builder.nodes[0], inplace=place)
             graph = Graph("main", tuple(inputs), nodes=(node,), outputs=(y,)).renumbered()
             yield Case(f"range of {n} {place}", graph)
+
+
+def backward_window_cases() -> Iterator[Case]:
+    """The same of other windows, strides, paddings and dilations."""
+    kernels = [(3, 3), (1, 5), (2, 2), (5, 3), (1, 1)]
+    strides = [(1, 1), (2, 2), (1, 2), (3, 2), (3, 3)]
+    for turn, ((h, w), kernel, stride) in enumerate(product([(1, 4), (3, 3), (4, 5)], kernels, strides)):
+        depth, channels, dilation = (3, 4, 8, 1)[turn % 4], (2, 3, 8)[turn % 3], ((1, 1), (1, 1), (2, 3))[turn % 3]
+        more = {"kernel": kernel, "strides": stride, "dilation": dilation, "output_padding": (turn % 2, 0)}
+        more["padding"] = tuple(min(n, k // 2) for n, k in zip((1, 2, turn % 2, 1), kernel * 2, strict=True))
+        more["weights"] = ("int8", "int8", "int16")[turn // 5 % 3]
+        more["split"] = (None, (0, depth // 2), (3, channels // 2))[turn % 3] if min(depth, channels) > 3 else None
+        graph = backward((h, w), depth, channels, ("masked", "added", "sums")[turn // 2 % 3], bool(turn % 2), **more)
+        room = (EVERYTHING, 1100)[turn % 2]
+        yield Case(f"back {h}x{w} {depth}->{channels} {kernel} {stride} {turn}", graph, room)
 
 
 EACH = 8  # of the cases, how many are one whose small code is tried, too
