@@ -375,12 +375,15 @@ def backward_cases() -> Iterator[Case]:
         graph = backward((h, w), more["groups"], 1, end, bool(turn % 2), **more)
         yield Case(f"back {h}x{w} depthwise {kernel} stride {strides} {end}", graph, (EVERYTHING, 1200)[turn % 2])
     for (h, w), c, o, part in product([(1, 1), (1, 3), (5, 5), (8, 8)], [2, 3, 8], [2, 5, 12], (0, 1)):
-        builder = Builder()
-        inputs = [Value("x", TensorType((1, h, w, c), "int8")), Value("g", TensorType((1, h, w, o), "int8"))]
-        options = {"kernel_size": (1, 1), "zero_point": -5, "out_channels": o - part}
-        y = builder.call("qnn.conv2d_weight_grad", *inputs, **options)
-        graph = Graph("main", tuple(inputs), nodes=tuple(builder.nodes), outputs=(y,)).renumbered()
-        yield Case(f"weight gradient {h}x{w} {c}x{o - part} of {o}", graph, fast=o - part > 1)
+        yield weight_gradient((h, w), (1, 1), c, o, part)
+    windows = product([(1, 9), (6, 8), (7, 6)], [(3, 3), (1, 5), (2, 2), (4, 3), (1, 1)], [(1, 1), (2, 2), (1, 2), (3, 3)])
+    for turn, ((h, w), kernel, strides) in enumerate(windows):
+        more = {"strides": strides, "dilation": ((1, 1), (1, 1), (2, 1))[turn % 3]}
+        more["padding"] = tuple(min(n, k // 2) for n, k in zip((1, 2, turn % 2, 1), kernel * 2, strict=True))
+        if kernel[0] == 1 or h > 1:
+            c, o = (1, 2, 3, 4)[turn // 2 % 4], (2, 5, 8)[turn % 3]
+            more["fast"] = c * kernel[1] > 1
+            yield weight_gradient((h, w), kernel, c, o, turn % 2, (EVERYTHING, 900)[turn % 2], **more)
     for n in (1, 3, 4, 7, 64, 1001):
         builder = Builder()
         types = {"range": ((2,), "int32"), "q": ((n,), "int8"), "e": ((), "int32"), "unit": ((), "float32")}
@@ -390,6 +393,27 @@ def backward_cases() -> Iterator[Case]:
             node = replace(builder.nodes[0], inplace=place)
             graph = Graph("main", tuple(inputs), nodes=(node,), outputs=(y,)).renumbered()
             yield Case(f"range of {n} {place}", graph)
+
+
+def weight_gradient(
+    pixels: tuple[int, int],
+    kernel: tuple[int, int],
+    channels: int,
+    outputs: int,
+    frozen: int = 0,
+    room: int = EVERYTHING,
+    fast: bool = True,
+    **attrs: object,
+) -> Case:
+    """(H, W, channels) by a gradient of as many channels, of which the last ``frozen`` do not count."""
+    x = Value("x", TensorType((1, *pixels, channels), "int8"))
+    like = convolution((*pixels, channels), outputs, kernel, **attrs).outputs[0]
+    inputs = x, Value("g", replace(like.type, quant=None))
+    builder, options = Builder(), {"kernel_size": kernel, "zero_point": -5, "out_channels": outputs - frozen}
+    y = builder.call("qnn.conv2d_weight_grad", *inputs, **options, **attrs)
+    graph = Graph("main", inputs, nodes=tuple(builder.nodes), outputs=(y,)).renumbered()
+    id = f"weight gradient {pixels} {kernel} {channels}x{outputs - frozen} of {outputs} {attrs} {room}"
+    return Case(id, graph, room, fast=fast and outputs - frozen > 1)
 
 
 def backward_window_cases() -> Iterator[Case]:
