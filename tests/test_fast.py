@@ -376,7 +376,9 @@ def backward_cases() -> Iterator[Case]:
         yield Case(f"back {h}x{w} depthwise {kernel} stride {strides} {end}", graph, (EVERYTHING, 1200)[turn % 2])
     for (h, w), c, o, part in product([(1, 1), (1, 3), (5, 5), (8, 8)], [2, 3, 8], [2, 5, 12], (0, 1)):
         yield weight_gradient((h, w), (1, 1), c, o, part)
-    windows = product([(1, 9), (6, 8), (7, 6)], [(3, 3), (1, 5), (2, 2), (4, 3), (1, 1)], [(1, 1), (2, 2), (1, 2), (3, 3)])
+    windows = product(
+        [(1, 9), (6, 8), (7, 6)], [(3, 3), (1, 5), (2, 2), (4, 3), (1, 1)], [(1, 1), (2, 2), (1, 2), (3, 3)]
+    )
     for turn, ((h, w), kernel, strides) in enumerate(windows):
         more = {"strides": strides, "dilation": ((1, 1), (1, 1), (2, 1))[turn % 3]}
         more["padding"] = tuple(min(n, k // 2) for n, k in zip((1, 2, turn % 2, 1), kernel * 2, strict=True))

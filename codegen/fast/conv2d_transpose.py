@@ -17,14 +17,15 @@ def multiply_columns(
 
     Knobs: see ``convolve``.
     """
-    out, (x, w, *_), strides = context["out"], context["ins"], context["attrs"]["strides"]
+    out, (_, w, *_), strides = context["out"], context["ins"], context["attrs"]["strides"]
     depth, channels, strided = w["shape"][0], out["shape"][3], strides != [1, 1]
     if not is_product(context):
         return None
     reach = find_reach(context)
     pixels = math.prod(-(-n // s) for n, s in zip(out["shape"][1:3], strides, strict=True))
-    widths = [part["stop"] - part["start"] for part in w["segments"]] if w["axis"] == 3 else [channels]
-    if min(widths[:1] if len(w["segments"]) == 1 else widths) < 2 or (pixels < 2 and not strided):
+    beside = w["axis"] == 3 and len(w["segments"]) > 1
+    widths = [part["stop"] - part["start"] for part in w["segments"]] if beside else [channels]
+    if min(widths) < 2 or (pixels < 2 and not strided):
         return None
     groups = -(-depth // 4) * math.prod(max(count for _, count in axis) for axis in reach)
     end = find_gradient_end(context)
@@ -68,12 +69,14 @@ def find_reach(context: dict[str, Any]) -> list[list[tuple[int, int]]]:
 def find_hops(context: dict[str, Any]) -> list[tuple[int, int]]:
     """By axis, how far it is from a tap to the next that reaches the same place, and between what they read."""
     pairs = zip(context["attrs"]["strides"], context["attrs"]["dilation"], strict=True)
-    return [(stride // math.gcd(stride, dilation), dilation // math.gcd(stride, dilation)) for stride, dilation in pairs]
+    return [
+        (stride // math.gcd(stride, dilation), dilation // math.gcd(stride, dilation)) for stride, dilation in pairs
+    ]
 
 
 def is_product(context: dict[str, Any]) -> bool:
     """Whether it is the whole input gradient of a convolution of int8 by integers."""
-    attrs, (x, w, *start) = context["attrs"], context["ins"]
+    attrs, (x, _, *start) = context["attrs"], context["ins"]
     if context["tile"] or context["rows"] is not None or x["steps"] or start or attrs["groups"] > 1:
         return False
     return bool(x["dtype"] == "int8" and context["acc"] == "int32_t")
