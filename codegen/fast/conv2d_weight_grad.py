@@ -1,5 +1,6 @@
 """Weight gradients of int8 convolutions as products of matrices of 16 bits."""
 
+from itertools import product
 from typing import Any
 
 from tte.codegen.fast.conv2d import End, multiply
@@ -18,26 +19,35 @@ def correlate(kernel: Kernel, context: dict[str, Any], room: int, unroll: int) -
     plain = is_pointwise(context)
     if width % 4:  # the rows that one tap reads do not begin with a group of four
         hop = high
-    rows = height + (high - 1) // hop * skip
-    groups = -(-height * width // 4)
+    taps = -(-high // hop)  # of which one copy serves all
 
-    def place(block: int) -> dict[str, int]:
+    def place(rows: int, block: int) -> dict[str, int]:
+        above = rows + (taps - 1) * skip
         return lay_out(
             {
-                "panel": block // 2 * groups * 16,
-                "stream": 8 + -(-rows * width // 4) * 16,
-                "sums": block * 8,
-                "window": 0 if plain else rows * width * 2,
+                "panel": block // 2 * -(-rows * width // 4) * 16,
+                "stream": 8 + -(-above * width // 4) * 16,
+                "sums": taps * block * 8,
+                "more": 0 if rows == height else block * 8,
+                "window": 0 if plain else above * width * 2,
             }
         )
 
-    shares = sorted({-(-outputs // n) // 2 * 2 for n in range(1, outputs // 2 + 1)}, reverse=True)
-    block = next((share for share in shares if place(share)["end"] <= room), None)
-    if block is None:
+    def estimate(rows: int, block: int) -> float:
+        """About how many instructions a pixel takes."""
+        copies = (4 if plain else 7) * (rows + (taps - 1) * skip) / rows
+        again = 0.0 if rows == height else 2 * block + taps * (9 * block + 50) / (rows * width)
+        return (copies + again + 1.4 * taps * block) * -(-outputs // block)
+
+    blocks = {-(-outputs // n) // 2 * 2 for n in range(1, outputs // 2 + 1)}
+    choices = product([rows for rows in range(1, height + 1) if height % rows == 0], sorted(blocks))
+    fitting = [choice for choice in choices if place(*choice)["end"] <= room]
+    if not fitting:
         return None
-    at = place(block)
-    dot, passed = multiply(groups, 2, End(), unroll)
-    more = {"block": block, "at": at, "passed": passed, "plain": plain, "hop": hop, "skip": skip}
+    rows, block = min(fitting, key=lambda choice: estimate(*choice))
+    at = place(rows, block)
+    dot, passed = multiply(-(-rows * width // 4), 2, End(), unroll)
+    more = {"height": rows, "block": block, "at": at, "passed": passed, "plain": plain, "hop": hop, "skip": skip}
     return make_form(kernel, context | more, "dsp/conv2d_weight_grad", at["end"], dot, COLUMNS)
 
 
