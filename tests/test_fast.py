@@ -377,6 +377,11 @@ def backward_cases() -> Iterator[Case]:
     for (h, w), c, o, part in product([(1, 1), (1, 3), (5, 5), (8, 8)], [2, 3, 8], [2, 5, 12], (0, 1)):
         yield weight_gradient((h, w), (1, 1), c, o, part)
     yield weight_gradient((16, 17), (1, 1), 8, 6, 0, 700)
+    for turn, (kernel, stride, c) in enumerate(product([(3, 3), (5, 4), (1, 1)], [1, 2, 3], [2, 3, 8])):
+        padding = (kernel[0] // 2, kernel[1] // 2, (kernel[0] - 1) // 2, (kernel[1] - 1) // 2)
+        more = {"groups": c, "strides": (stride, stride), "padding": padding}
+        yield weight_gradient(((9, 8), (12, 9))[turn % 2], kernel, c, c, 0, (EVERYTHING, 700)[turn // 2 % 2], **more)
+    yield weight_gradient((6, 5), (3, 3), 2, 4, fast=False, groups=2, padding=(1, 1, 1, 1))
     windows = product(
         [(1, 9), (6, 8), (18, 12)], [(3, 3), (1, 5), (2, 2), (4, 3), (1, 1)], [(1, 1), (2, 2), (1, 2), (3, 3)]
     )

@@ -12,8 +12,11 @@ from tte.codegen.kernel import Kernel
 @form(small={"unroll": 0}, unroll=(24, 64))
 def correlate(kernel: Kernel, context: dict[str, Any], room: int, unroll: int) -> Kernel | None:
     """Two output channels times two places of a window's row at a time: (H, W, C) int8 by (OH, OW, O) int8."""
-    (_, g), (outputs, high, wide, channels) = context["ins"], context["out"]["shape"]
-    if not is_product(context) or outputs < 2 or wide * channels < 2:
+    (x, g), (outputs, high, wide, channels) = context["ins"], context["out"]["shape"]
+    groups = context["attrs"]["groups"]
+    if not is_product(context) or outputs < 2 or (groups == 1 and wide * channels < 2):
+        return None
+    if groups > 1 and not groups == outputs == x["shape"][3]:
         return None
     (_, height, width, _), (hop, skip) = g["shape"], find_hops(context)[0]
     plain = is_pointwise(context)
@@ -39,7 +42,7 @@ def correlate(kernel: Kernel, context: dict[str, Any], room: int, unroll: int) -
         again = 0.0 if rows == height else 2 * block + taps * (9 * block + 50) / (rows * width)
         return (copies + again + 1.4 * taps * block) * -(-outputs // block)
 
-    blocks = {-(-outputs // n) // 2 * 2 for n in range(1, outputs // 2 + 1)}
+    blocks = {-(-outputs // n) // 2 * 2 for n in range(1, outputs // 2 + 1)} if groups == 1 else {2}
     choices = product([rows for rows in range(1, height + 1) if height % rows == 0], sorted(blocks))
     fitting = [choice for choice in choices if place(*choice)["end"] <= room]
     if not fitting:
@@ -54,14 +57,14 @@ def correlate(kernel: Kernel, context: dict[str, Any], room: int, unroll: int) -
 def is_product(context: dict[str, Any]) -> bool:
     """Whether it is the whole weight gradient of a convolution of int8 by int8."""
     x, g = context["ins"]
-    if context["tile"] or context["rows"] is not None or g["steps"] or context["attrs"]["groups"] > 1:
+    if context["tile"] or context["rows"] is not None or g["steps"]:
         return False
     return (x["dtype"], g["dtype"], context["acc"]) == ("int8", "int8", "int32_t")
 
 
 def is_pointwise(context: dict[str, Any]) -> bool:
-    """Whether it is that of a 1 x 1 convolution, stride 1."""
+    """Whether it is that of a 1 x 1 convolution, stride 1, of one group."""
     attrs = context["attrs"]
-    if not is_product(context) or any(attrs["padding"]):
+    if not is_product(context) or any(attrs["padding"]) or attrs["groups"] > 1:
         return False
     return bool(context["out"]["shape"][1:3] == [1, 1] == attrs["strides"])
