@@ -131,7 +131,7 @@ def draw(graph: Graph, seed: int, spread: str) -> list[np.ndarray]:
             arrays.append(np.asarray(rng.integers(0, 2), np.float32))
         elif dtype == "int32" and shape == ():
             arrays.append(rng.integers(-3, 4, shape).astype(np.int32))
-        elif value.name == "m" and shift is None:
+        elif value.name[0] == "m" and shift is None:
             arrays.append(rng.integers(-(2**30), 2**30 + 1, shape, np.int32))
         elif value.name == "exponent":
             arrays.append(rng.integers(-12, 3, shape, np.int32))
@@ -297,6 +297,7 @@ def backward(
     split: tuple[int, int] | None = None,
     kernel: tuple[int, int] = (1, 1),
     weights: str = "int8",
+    other: str = "int8",
     **attrs: object,
 ) -> Graph:
     """int8 (H, W, depth) by (depth, *kernel, channels), down the columns; rescaled and masked, added in place, or sums.
@@ -317,7 +318,7 @@ def backward(
             "e": TensorType((), "int32"),
             "to": TensorType((), "int32"),
             "bits": TensorType(y.type.shape, "bit"),
-            "other": TensorType(y.type.shape, "int8"),
+            "other": TensorType(y.type.shape, other),
         }
         given = {name: Value(name, type) for name, type in named.items()}
         m, e, to = given["m"], given["e"], given["to"]
@@ -401,6 +402,24 @@ def backward_cases() -> Iterator[Case]:
             node = replace(builder.nodes[0], inplace=place)
             graph = Graph("main", tuple(inputs), nodes=(node,), outputs=(y,)).renumbered()
             yield Case(f"range of {n} {place}", graph)
+    yield from (Case(f"back, tiles of {width} {stride}", fork(width, stride)) for width in (2, 4) for stride in (1, 2))
+
+
+def fork(width: int, stride: int) -> Graph:
+    """Two input gradients that add up, by tiles of channels."""
+    more = {"kernel": (3, 3), "padding": (1, 1, 1, 1), "strides": (stride, stride)}
+    graphs = [backward((4, 5), 6, 8, end, other="int32", **more) for end in ("sums", "added")]
+    (first,), (last,) = (graph.nodes for graph in graphs)
+    names = [{v.name: replace(v, name=f"{v.name}{i}") for v in graph.inputs} for i, graph in enumerate(graphs)]
+    made = replace(first.output, name="%0")
+    names[1]["other"] = made
+    nodes = [
+        replace(node, inputs=tuple(known[v.name] for v in node.inputs), outputs=(y,), inplace=())
+        for node, known, y in zip((first, last), names, (made, replace(last.output, name="%1")), strict=True)
+    ]
+    whole = wrap(nodes, nodes[1].outputs, {"strategy": "tiles", "width": width}, "layer")
+    inputs = tuple(v for known in names for v in known.values() if v != made)
+    return verify(Graph("main", inputs, nodes=(whole,), outputs=nodes[1].outputs).renumbered())
 
 
 def weight_gradient(

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from tte.codegen.fast.conv2d import SIZES, find_gradient_end, find_pairs, list_parts, list_shares, multiply
+from tte.codegen.fast.conv2d import SIZES, End, find_gradient_end, find_pairs, list_parts, list_shares, multiply
 from tte.codegen.fast.form import COLUMNS, WIDEN, form, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
@@ -28,7 +28,7 @@ def multiply_columns(
     if min(widths) < 2 or (pixels < 2 and not strided):
         return None
     groups = -(-depth // 4) * math.prod(max(count for _, count in axis) for axis in reach)
-    end = find_gradient_end(context)
+    end = End() if context["tile"] else find_gradient_end(context)
     if not groups or (2 * channels * SIZES[end.result] + SIZES[end.result] > 4095 and not strided):
         return None
     plain = is_pointwise(context)
@@ -75,16 +75,16 @@ def find_hops(context: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def is_product(context: dict[str, Any]) -> bool:
-    """Whether it is the whole input gradient of a convolution of int8 by integers."""
+    """Whether it is the input gradient of a convolution of int8 by integers, whole or some of its channels."""
     attrs, (x, _, *start) = context["attrs"], context["ins"]
-    if context["tile"] or context["rows"] is not None or x["steps"] or start or attrs["groups"] > 1:
+    if (context["tile"] or {}).get("sum") or context["rows"] is not None or x["steps"] or start or attrs["groups"] > 1:
         return False
     return bool(x["dtype"] == "int8" and context["acc"] == "int32_t")
 
 
 def is_pointwise(context: dict[str, Any]) -> bool:
-    """Whether it is that of a 1 x 1 convolution, stride 1, of int8 by int8."""
+    """Whether it is the whole of that of a 1 x 1 convolution, stride 1, of int8 by int8."""
     out, attrs, (x, w, *_) = context["out"], context["attrs"], context["ins"]
-    if not is_product(context) or w["dtype"] != "int8" or any(attrs["padding"]):
+    if not is_product(context) or context["tile"] or w["dtype"] != "int8" or any(attrs["padding"]):
         return False
     return bool(w["shape"][1:3] == [1, 1] == attrs["strides"] and x["shape"][1:3] == out["shape"][1:3])
