@@ -40,7 +40,7 @@ def correlate(kernel: Kernel, context: dict[str, Any], room: int, unroll: int) -
         """About how many instructions a pixel takes."""
         copies = (4 if plain else 7) * (rows + (taps - 1) * skip) / rows
         again = 0.0 if rows == height else 2 * block + taps * (9 * block + 50) / (rows * width)
-        return (copies + again + 1.4 * taps * block) * -(-outputs // block)
+        return float((copies + again + 1.4 * taps * block) * -(-outputs // block))
 
     blocks = {-(-outputs // n) // 2 * 2 for n in range(1, outputs // 2 + 1)} if groups == 1 else {2}
     choices = product([rows for rows in range(1, height + 1) if height % rows == 0], sorted(blocks))
