@@ -447,8 +447,8 @@ def backward_window_cases() -> Iterator[Case]:
     """The same of other windows, strides, paddings and dilations."""
     kernels = [(3, 3), (1, 5), (2, 2), (5, 3), (1, 1)]
     strides = [(1, 1), (2, 2), (1, 2), (3, 2), (3, 3)]
-    for turn, ((h, w), kernel, stride) in enumerate(product([(1, 4), (3, 3), (4, 5)], kernels, strides)):
-        depth, channels, dilation = (3, 4, 8, 1)[turn % 4], (2, 3, 8)[turn % 3], ((1, 1), (1, 1), (2, 3))[turn % 3]
+    for turn, ((h, w), kernel, stride) in enumerate(product([(1, 4), (4, 5)], kernels, strides)):
+        depth, channels, dilation = (3, 6, 8, 1)[turn % 4], (2, 4, 5)[turn % 3], ((1, 1), (1, 1), (2, 3))[turn % 3]
         more = {"kernel": kernel, "strides": stride, "dilation": dilation, "output_padding": (turn % 2, 0)}
         more["padding"] = tuple(min(n, k // 2) for n, k in zip((1, 2, turn % 2, 1), kernel * 2, strict=True))
         more["weights"] = ("int8", "int8", "int16")[turn // 5 % 3]
