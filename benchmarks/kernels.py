@@ -141,10 +141,17 @@ def list_inference(folder: Path) -> Iterator[Figure]:
         yield Figure(name, "inference, per MAC", measured.per_mac("infer"), anchor, "CMSIS-NN", goal)
 
 
-def list_float(folder: Path) -> Iterator[Figure]:
-    """Training all of a float network."""
+def list_full(folder: Path) -> Iterator[Figure]:
+    """Training all of a network: of floats, and of int8 with gradients of each kind."""
     measured = _export(mlperf.compile_float("resnet8"), folder / "float")
     yield Figure("resnet8, float32, full update", "step, per MAC", measured.per_mac("train_step"), goal=FLOAT_STEP)
+    for gradients in ("float32", "int8"):
+        artifact = mlperf.compile_int8("resnet8", folder, scheme="full", gradients=gradients)
+        measured, network = (
+            _export(artifact, folder / f"full-{gradients}"),
+            f"resnet8, {gradients} gradients, full update",
+        )
+        yield Figure(network, "step, per MAC", measured.per_mac("train_step"))
 
 
 def list_flags(folder: Path) -> Iterator[Figure]:
@@ -206,7 +213,7 @@ TABLES = {
     "training": list_training,
     "size": list_size,
     "inference": list_inference,
-    "float": list_float,
+    "full": list_full,
     "flags": list_flags,
     "plans": list_plans,
     "m55": list_vectors,

@@ -110,11 +110,14 @@ def quantize(network: nn.Module, shape: tuple[int, ...], model: Path) -> None:
     tte.quantize(network, {"x": x}, model, int8_head=True)
 
 
-def compile_int8(name: str, folder: Path, target: str = "cortex-m7") -> tte.Artifact:
-    """All layers int8, and int8 in; the biases learn, so that all weights stay in the flash."""
+def compile_int8(
+    name: str, folder: Path, target: str = "cortex-m7", scheme: str = "bias-only", gradients: str = "float32"
+) -> tte.Artifact:
+    """All layers int8, and int8 in; where only the biases learn, all weights stay in the flash."""
     shape, model = SHAPES[name], folder / f"{name}.onnx"
     quantize(make(name), shape.input, model)
-    rules = {"loss": shape.loss, "train": "bias-only", "io": {"input": {"dtype": "int8", "std": [128]}}}
+    rules = {"loss": shape.loss, "train": scheme, "io": {"input": {"dtype": "int8", "std": [128]}}}
+    rules["quantized"] = {"gradients": gradients}
     if shape.loss == "mse":
         rules["io"]["target"] = "input"
     elif len(shape.input) == 4:

@@ -266,12 +266,12 @@ static inline float tte_real(uint64_t m, int32_t e, uint32_t sign) {
 /* f = mantissa * 2^exponent, sign aside; the mantissa has 24 bits but for subnormal numbers. */
 static inline uint32_t tte_significand(float f) {
     const uint32_t bits = (uint32_t)tte_to_bits(f);
-    return (bits & 0x7fffff) | (bits & 0x7f800000 ? 0x800000u : 0u);
+    return (bits & 0x7fffff) | (uint32_t)((bits & 0x7f800000) != 0) << 23;
 }
 
 static inline int32_t tte_exponent(float f) {
     const int32_t field = tte_to_bits(f) >> 23 & 255;
-    return (field ? field : 1) - 150;
+    return field + (field == 0) - 150;
 }
 
 /* x * y * 2^e, rounded once. */
@@ -362,9 +362,10 @@ static inline int32_t tte_fraction_of(float scale, int32_t bits) {
 
 static inline int32_t tte_mantissa_of(float scale, int32_t bits) {
     const int32_t fraction = bits - tte_exponent(scale) + 7, sign = tte_to_bits(scale) >> 31;
-    uint32_t size = tte_significand(scale) << 7;
-    size = fraction < 0 && size ? (uint32_t)INT32_MAX : size;
-    return ((int32_t)(size ^ (uint32_t)sign) - sign) >> (fraction < 30 ? 0 : fraction > 61 ? 31 : fraction - 30);
+    uint32_t size = tte_significand(scale) << 7; /* without branches, so that compilers take it out of loops */
+    size |= (uint32_t)INT32_MAX & (0u - (uint32_t)((fraction < 0) & (size != 0)));
+    const int32_t finer = fraction < 30 ? 0 : fraction - 30;
+    return ((int32_t)(size ^ (uint32_t)sign) - sign) >> (finer < 31 ? finer : 31);
 }
 
 /* -v * rate, of which ``fraction`` bits of the upper half are fraction: to nearest ... */
@@ -377,7 +378,7 @@ static inline int32_t tte_step_at_random(int32_t v, int32_t rate, int32_t fracti
     const int64_t product = (int64_t)v * rate;
     const int32_t upper = (int32_t)(product >> 32);
     uint32_t h = ((uint32_t)product ^ (uint32_t)upper ^ (uint32_t)w) * 0x9e3779b9u;
-    h = (h ^ (h >> 15 | (h >> 31 ? 0xfffe0000u : 0u))) * 0x85ebca6bu;
+    h = (h ^ (uint32_t)((int32_t)h >> 15)) * 0x85ebca6bu;
     return ((int32_t)(h >> 2 >> (30 - fraction)) - upper) >> fraction;
 }
 

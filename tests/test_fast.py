@@ -132,7 +132,7 @@ def draw(graph: Graph, seed: int, spread: str) -> list[np.ndarray]:
             arrays.append(np.asarray(rng.integers(0, 2), np.float32))
         elif dtype == "int32" and shape == ():
             arrays.append(rng.integers(-3, 4, shape).astype(np.int32))
-        elif value.name == "m" and shift is None:
+        elif value.name[0] == "m" and shift is None:
             arrays.append(rng.integers(-(2**30), 2**30 + 1, shape, np.int32))
         elif value.name == "exponent":
             arrays.append(rng.integers(-12, 3, shape, np.int32))
@@ -320,6 +320,7 @@ def backward(
     split: tuple[int, int] | None = None,
     kernel: tuple[int, int] = (1, 1),
     weights: str = "int8",
+    other: str = "int8",
     **attrs: object,
 ) -> Graph:
     """int8 (H, W, depth) by (depth, *kernel, channels), down the columns; rescaled and masked, added in place, or sums.
@@ -340,7 +341,7 @@ def backward(
             "e": TensorType((), "int32"),
             "to": TensorType((), "int32"),
             "bits": TensorType(y.type.shape, "bit"),
-            "other": TensorType(y.type.shape, "int8"),
+            "other": TensorType(y.type.shape, other),
         }
         given = {name: Value(name, type) for name, type in named.items()}
         m, e, to = given["m"], given["e"], given["to"]
@@ -370,11 +371,11 @@ def backward_cases() -> Iterator[Case]:
         yield Case(f"back 4x5 {depth}->{channels} {end} {single}", graph)
     for split in ((3, 2), (3, 3), (3, 5), (0, 4), (0, 8)):
         yield Case(f"back 4x4 9->7 split {split}", backward((4, 4), 9, 7, "masked", split=split))
-    for split in ((3, 1), (0, 3)):
-        yield Case(f"back 4x4 9->7 split {split}", backward((4, 4), 9, 7, "masked", split=split), fast=False)
+    yield Case("back 4x4 9->7 split (0, 3)", backward((4, 4), 9, 7, "masked", split=(0, 3)))
+    yield Case("back 4x4 9->7 split (3, 1)", backward((4, 4), 9, 7, "masked", split=(3, 1)), fast=False)
     for room in (300, 700, 2000):
         yield Case(f"back 16x17 8->6 in {room} bytes", backward((16, 17), 8, 6, "masked"), room)
-    yield Case("back, stride 2", backward((3, 3), 4, 4, "masked", strides=(2, 2)), fast=False)
+    yield from backward_window_cases()
     for (h, w), kernel, channels in product([(4, 4), (5, 7), (8, 8)], [(3, 3), (5, 5), (7, 7), (2, 3), (1, 1)], [3, 8]):
         for turn, padding in enumerate([(0, 0, 0, 0), (1, 1, 1, 1), (2, 0, 1, 2)]):
             if max(padding[:2]) < min(kernel):
@@ -398,12 +399,23 @@ def backward_cases() -> Iterator[Case]:
         graph = backward((h, w), more["groups"], 1, end, bool(turn % 2), **more)
         yield Case(f"back {h}x{w} depthwise {kernel} stride {strides} {end}", graph, (EVERYTHING, 1200)[turn % 2])
     for (h, w), c, o, part in product([(1, 1), (1, 3), (5, 5), (8, 8)], [2, 3, 8], [2, 5, 12], (0, 1)):
-        builder = Builder()
-        inputs = [Value("x", TensorType((1, h, w, c), "int8")), Value("g", TensorType((1, h, w, o), "int8"))]
-        options = {"kernel_size": (1, 1), "zero_point": -5, "out_channels": o - part}
-        y = builder.call("qnn.conv2d_weight_grad", *inputs, **options)
-        graph = Graph("main", tuple(inputs), nodes=tuple(builder.nodes), outputs=(y,)).renumbered()
-        yield Case(f"weight gradient {h}x{w} {c}x{o - part} of {o}", graph, fast=o - part > 1)
+        yield weight_gradient((h, w), (1, 1), c, o, part)
+    yield weight_gradient((16, 17), (1, 1), 8, 6, 0, 700)
+    for turn, (kernel, stride, c) in enumerate(product([(3, 3), (5, 4), (1, 1)], [1, 2, 3], [2, 3, 8])):
+        padding = (kernel[0] // 2, kernel[1] // 2, (kernel[0] - 1) // 2, (kernel[1] - 1) // 2)
+        more = {"groups": c, "strides": (stride, stride), "padding": padding}
+        yield weight_gradient(((9, 8), (12, 9))[turn % 2], kernel, c, c, 0, (EVERYTHING, 700)[turn // 2 % 2], **more)
+    yield weight_gradient((6, 5), (3, 3), 2, 4, fast=False, groups=2, padding=(1, 1, 1, 1))
+    windows = product(
+        [(1, 9), (6, 8), (18, 12)], [(3, 3), (1, 5), (2, 2), (4, 3), (1, 1)], [(1, 1), (2, 2), (1, 2), (3, 3)]
+    )
+    for turn, ((h, w), kernel, strides) in enumerate(windows):
+        more = {"strides": strides, "dilation": ((1, 1), (1, 1), (2, 1))[turn % 3]}
+        more["padding"] = tuple(min(n, k // 2) for n, k in zip((1, 2, turn % 2, 1), kernel * 2, strict=True))
+        if kernel[0] == 1 or h > 1:
+            c, o = (1, 2, 3, 4)[turn // 2 % 4], (2, 5, 8)[turn % 3]
+            more["fast"] = c * kernel[1] > 1
+            yield weight_gradient((h, w), kernel, c, o, turn % 2, (EVERYTHING, 900)[turn % 5 < 3], **more)
     for n in (1, 3, 4, 7, 64, 1001):
         builder = Builder()
         types = {"range": ((2,), "int32"), "q": ((n,), "int8"), "e": ((), "int32"), "unit": ((), "float32")}
@@ -413,6 +425,60 @@ def backward_cases() -> Iterator[Case]:
             node = replace(builder.nodes[0], inplace=place)
             graph = Graph("main", tuple(inputs), nodes=(node,), outputs=(y,)).renumbered()
             yield Case(f"range of {n} {place}", graph)
+    yield from (Case(f"back, tiles of {width} {stride}", fork(width, stride)) for width in (2, 4) for stride in (1, 2))
+
+
+def fork(width: int, stride: int) -> Graph:
+    """Two input gradients that add up, by tiles of channels."""
+    more = {"kernel": (3, 3), "padding": (1, 1, 1, 1), "strides": (stride, stride)}
+    graphs = [backward((4, 5), 6, 8, end, other="int32", **more) for end in ("sums", "added")]
+    (first,), (last,) = (graph.nodes for graph in graphs)
+    names = [{v.name: replace(v, name=f"{v.name}{i}") for v in graph.inputs} for i, graph in enumerate(graphs)]
+    made = replace(first.output, name="%0")
+    names[1]["other"] = made
+    nodes = [
+        replace(node, inputs=tuple(known[v.name] for v in node.inputs), outputs=(y,), inplace=())
+        for node, known, y in zip((first, last), names, (made, replace(last.output, name="%1")), strict=True)
+    ]
+    whole = wrap(nodes, nodes[1].outputs, {"strategy": "tiles", "width": width}, "layer")
+    inputs = tuple(v for known in names for v in known.values() if v != made)
+    return verify(Graph("main", inputs, nodes=(whole,), outputs=nodes[1].outputs).renumbered())
+
+
+def weight_gradient(
+    pixels: tuple[int, int],
+    kernel: tuple[int, int],
+    channels: int,
+    outputs: int,
+    frozen: int = 0,
+    room: int = EVERYTHING,
+    fast: bool = True,
+    **attrs: object,
+) -> Case:
+    """(H, W, channels) by a gradient of as many channels, of which the last ``frozen`` do not count."""
+    x = Value("x", TensorType((1, *pixels, channels), "int8"))
+    like = convolution((*pixels, channels), outputs, kernel, **attrs).outputs[0]
+    inputs = x, Value("g", replace(like.type, quant=None))
+    builder, options = Builder(), {"kernel_size": kernel, "zero_point": -5, "out_channels": outputs - frozen}
+    y = builder.call("qnn.conv2d_weight_grad", *inputs, **options, **attrs)
+    graph = Graph("main", inputs, nodes=tuple(builder.nodes), outputs=(y,)).renumbered()
+    id = f"weight gradient {pixels} {kernel} {channels}x{outputs - frozen} of {outputs} {attrs} {room}"
+    return Case(id, graph, room, fast=fast and outputs - frozen > 1)
+
+
+def backward_window_cases() -> Iterator[Case]:
+    """The same of other windows, strides, paddings and dilations."""
+    kernels = [(3, 3), (1, 5), (2, 2), (5, 3), (1, 1)]
+    strides = [(1, 1), (2, 2), (1, 2), (3, 2), (3, 3)]
+    for turn, ((h, w), kernel, stride) in enumerate(product([(1, 4), (4, 5)], kernels, strides)):
+        depth, channels, dilation = (3, 6, 8, 1)[turn % 4], (2, 4, 5)[turn % 3], ((1, 1), (1, 1), (2, 3))[turn % 3]
+        more = {"kernel": kernel, "strides": stride, "dilation": dilation, "output_padding": (turn % 2, 0)}
+        more["padding"] = tuple(min(n, k // 2) for n, k in zip((1, 2, turn % 2, 1), kernel * 2, strict=True))
+        more["weights"] = ("int8", "int8", "int16")[turn // 5 % 3]
+        more["split"] = (None, (0, depth // 2), (3, channels // 2))[turn % 3] if min(depth, channels) > 3 else None
+        graph = backward((h, w), depth, channels, ("masked", "added", "sums")[turn // 2 % 3], bool(turn % 2), **more)
+        room = (EVERYTHING, 1100)[turn % 2]
+        yield Case(f"back {h}x{w} {depth}->{channels} {kernel} {stride} {turn}", graph, room)
 
 
 EACH = 8  # of the cases, how many are one whose small code is tried, too
