@@ -38,6 +38,11 @@ TTE_INLINE void tte_store4(void *to, uint32_t word) {
     __builtin_memcpy(to, &word, 4);
 }
 
+/* Where element k of row q (0 or 1) lies in the halfwords that widen makes. */
+TTE_INLINE int tte_lane(int k, int q) {
+    return (k / 4 * 4 + q * 2 + (k & 1)) * 2 + ((k >> 1) & 1);
+}
+
 TTE_INLINE void tte_copy(int8_t *to, const int8_t *from, int n) {
 #if TTE_MVE
     __asm__ volatile("wlstp.8 lr, %2, 2f\n"

@@ -209,6 +209,8 @@ def window_cases() -> Iterator[Case]:
                 yield Case(f"{kernel} {h}x{w} {c}->5 {stride} {padding}", graph, fast=pixels > 1)
     graph = convolution((9, 9, 4), 6, (3, 3), dilation=(2, 3), padding=(2, 3, 2, 3))
     yield Case("3x3 dilated", graph)
+    graph = convolution((4, 9, 3), 4, (3, 3), dilation=(2, 2), padding=(1, 2, 1, 2))
+    yield Case("3x3 that never lies inside", graph)
     for split in ((3, 2), (0, 3)):
         graph = convolution((6, 6, 4), 6, (3, 3), padding=(1, 1, 1, 1), split=split)
         yield Case(f"3x3 split {split}", graph)
