@@ -115,7 +115,9 @@ def is_split(w: Mapping[str, Any]) -> bool:
 def add_sum(end: "End", added: Mapping[str, Any] | None, pixels: int, channels: int, block: int) -> "End":
     """The end with a sum with another tensor, if it can be done: what is written over must be read once."""
     once = pixels % block == block % 2 == channels % 2 == 0
-    return replace(end, result="int8", adds=added["bits"]) if added and (once or added["c"] != "y0") else end
+    if not added or end.scale == "none" or (added["c"] == "y0" and not once):
+        return end
+    return replace(end, result="int8", adds=added["bits"])
 
 
 def list_runs(context: Mapping[str, Any]) -> tuple[list[tuple[int, int]], int]:
