@@ -143,7 +143,15 @@ def weight_gradient(
 
 
 def chain(
-    pixels: int, narrow: int, wide: int, kernel: int, tile: int, tail: str, begin: bool, kept: bool = False
+    pixels: int,
+    narrow: int,
+    wide: int,
+    kernel: int,
+    tile: int,
+    tail: str,
+    begin: bool,
+    kept: bool = False,
+    strides: tuple[int, int] = (1, 1),
 ) -> Graph:
     """The gradient through an inverted bottleneck, ``tile`` of its ``wide`` channels at a time. kept: the gradients
     between the convolutions are results, too."""
@@ -154,11 +162,12 @@ def chain(
     y = region.finish(builder.call("nn.conv2d_transpose", y, region.weights((narrow, 1, 1, wide))), tail)
     g = y
     w = region.weights((wide, kernel, kernel, 1))
-    y = builder.call("nn.conv2d_transpose", y, w, groups=wide, padding=(half,) * 4)
+    y = builder.call("nn.conv2d_transpose", y, w, groups=wide, padding=(half,) * 4, strides=strides)
     y = region.finish(y, tail)
-    more = [region.input((1, pixels, pixels, narrow))] if begin else []
+    whole = (*y.type.shape[:3], narrow)
+    more = [region.input(whole)] if begin else []
     dx = builder.call("nn.conv2d_transpose", y, region.weights((wide, 1, 1, narrow)), *more)
-    x = region.input((1, pixels, pixels, narrow), "int8")
+    x = region.input(whole, "int8")
     dw = builder.call("nn.conv2d_weight_grad", x, y, kernel_size=(1, 1), zero_point=3)
     db = builder.call("sum", g, axis=(0, 1, 2), keepdims=False)
     return region.graph(dx, dw, db, *([g, y] if kept else []), strategy="tiles", width=tile)
@@ -271,6 +280,8 @@ def tile_cases() -> Iterator[Case]:
         for room in (EVERYTHING, 600, 0):
             graph = chain(4, 10, 48, 3, tile, tail, begin)
             yield Case(f"tiles of {tile} {tail} {begin} {room}", graph, room)
+    for strides, kernel in product([(2, 2), (3, 2), (1, 19)], [3, 5]):
+        yield Case(f"tiles of 1 {kernel} {strides}", chain(16, 2, 2, kernel, 1, "ms", False, strides=strides))
     for tail in ("r", "ms"):
         yield Case(f"tiles that are kept {tail}", chain(4, 10, 48, 3, 8, tail, False, kept=True))
 

@@ -171,7 +171,7 @@ def convolve_columns_back(kernel: Kernel, context: dict[str, Any], room: int) ->
         return None
     if (channels > 1 and apart > 1) or not x["strides"][2] == out["strides"][2] == channels:
         return None  # there are too few columns of a kind
-    most = 16 // channels
+    most = min(16 // channels, 1 + 255 // apart)  # registers, and words that a store reaches
     more = _follow_back(context)
     pieces = [
         (first + i * apart, apart, min(most, count - i), tap, taps, at + i)
