@@ -171,6 +171,9 @@ def convolve_columns_back(kernel: Kernel, context: dict[str, Any], room: int) ->
         return None
     if (channels > 1 and apart > 1) or not x["strides"][2] == out["strides"][2] == channels:
         return None  # there are too few columns of a kind
+    at = lay_out({"panel": math.prod(w["shape"]) * 4})
+    if at["end"] > room:
+        return None
     most = min(16 // channels, 1 + 255 // apart)  # registers, and words that a store reaches
     more = _follow_back(context)
     pieces = [
@@ -182,7 +185,8 @@ def convolve_columns_back(kernel: Kernel, context: dict[str, Any], room: int) ->
     widths = sorted({count for _, _, count, *_ in pieces})
     own = {"spread": more["spread"][1] > 1, "apart": apart, "channels": channels}
     parts = [assembly("fpu/depthwise", own | {"n": n * channels}, ROWS) for n in widths]
-    return make_form(kernel, context | more | {"widths": widths}, "fpu/columns_transpose", 0, *parts)
+    more |= {"at": at, "widths": widths}
+    return make_form(kernel, context | more, "fpu/columns_transpose", at["end"], *parts)
 
 
 def _is_depthwise_back(context: dict[str, Any]) -> bool:
