@@ -186,7 +186,8 @@ def product_cases() -> Iterator[Case]:
         graph = convolution((*size, depth), o, (1, 1), ("float", "fixed")[o % 2 == 0], add=add)
         yield Case(f"1x1 {size} {depth}->{o} adds {add} in {room} bytes", graph, room)
     for scale, shift in (("fixed", 2), ("tflite", 0)):  # a sum behind what is rescaled otherwise
-        yield Case(f"1x1 4x5 6->8 {scale} {shift} adds", convolution((4, 5, 6), 8, (1, 1), scale, shift=shift, add="kept"))
+        graph = convolution((4, 5, 6), 8, (1, 1), scale, shift=shift, add="kept")
+        yield Case(f"1x1 4x5 6->8 {scale} {shift} adds", graph)
     for room, scale in product((300, 700, 2000), ("float", "fixed")):
         yield Case(f"1x1 16x17 8->6 {scale} in {room} bytes", convolution((16, 17, 8), 6, (1, 1), scale), room)
     yield Case("1x1 4x5 8->7 fixed split (0, 3)", convolution((4, 5, 8), 7, (1, 1), "fixed", split=(0, 3)))
