@@ -158,21 +158,18 @@ class _Question:
         behind = {name for name in self.maker if self._behind(name)}
         for node in line:
             if any(v.name in behind for v in node.inputs):
-                return nodes  # one is awaited before it can run
+                return nodes  # a region is awaited before all its members can run
             behind.difference_update(v.name for v in node.outputs)
         return line
 
     def _find_time(self, members: Sequence[int]) -> int:
-        """The last node of these that others wait for, or that these wait for; where nobody waits, when they can run."""
+        """The last node of these that others wait for; of those on which nobody waits, when they can run."""
         nodes = [(j, self.graph.nodes[j]) for j in members]
-        awaited = [j for j, node in nodes if any(set(self.uses.get(v.name, ())) - set(members) for v in node.outputs)]
+        awaited = [j for j, node in nodes if any(v.name in self.uses for v in node.outputs)]
         ready = [self.maker[v.name] for _, node in nodes for v in node.inputs if self._behind(v.name)]
-        ready = [j for j in ready if j not in members]
-        if awaited:
-            return max(awaited + ready)
         replaced = [self.replaced[v.name] for _, node in nodes for v in node.outputs if v.name in self.replaced]
         ready += [self.turn.get(j, j) for name in replaced for j in self.uses[name] if j not in members]
-        return max(ready, default=self.first)
+        return max(awaited or ready, default=self.first)
 
     def ask(self, given: int | None) -> list[Way] | None:
         """The cheapest ways that together keep within so many bytes; of all, those with the lowest peak."""
