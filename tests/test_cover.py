@@ -156,3 +156,25 @@ def test_columns_that_are_too_few_are_found() -> None:
     broken = replace(plan, offsets=plan.offsets | {graph.nodes[1].outputs[2].name: plan.scratch[1]})
     with pytest.raises(PlanError):
         check_plan(graph, broken)
+
+
+def test_a_region_does_not_run_before_all_its_members_can() -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            nn = torch.nn
+            self.stem = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+            self.expand = nn.Sequential(nn.Conv2d(4, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+            self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+            self.project = nn.Sequential(
+                nn.BatchNorm2d(16), nn.ReLU6(), nn.Conv2d(16, 4, 1, bias=False), nn.BatchNorm2d(4)
+            )
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x).relu()
+            return self.head((x + self.project(self.depthwise(self.expand(x)))).mean((2, 3)))
+
+    scheme = {"train": [{"layer": "head", "bias": True}, {"layer": "depthwise", "weight": {"in_channels": 3}}]}
+    with pytest.raises(TTEError, match="E049"):
+        tte.compile(Net().eval(), (torch.zeros(1, 1, 8, 8),), target="host", update_scheme=scheme, memory_plan=16)
