@@ -175,6 +175,11 @@ def test_a_region_does_not_run_before_all_its_members_can() -> None:
             x = self.stem(x).relu()
             return self.head((x + self.project(self.depthwise(self.expand(x)))).mean((2, 3)))
 
-    scheme = {"train": [{"layer": "head", "bias": True}, {"layer": "depthwise", "weight": {"in_channels": 3}}]}
+    scheme = {
+        "train": [
+            {"layer": "head", "weight": "all", "bias": True},
+            {"layer": "depthwise", "weight": {"in_channels": 3}},
+        ]
+    }
     with pytest.raises(TTEError, match="E049"):
         tte.compile(Net().eval(), (torch.zeros(1, 1, 8, 8),), target="host", update_scheme=scheme, memory_plan=16)
