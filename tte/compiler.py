@@ -340,7 +340,7 @@ def _find_limit(memory_plan: str | int, budget: int | None, train: Graph, reserv
     if isinstance(memory_plan, int):
         return memory_plan
     if memory_plan == "auto" and budget is not None:
-        return max(0, budget - reserved - sum(param.type.nbytes for param, _ in train.updates))
+        return max(1, budget - reserved - sum(param.type.nbytes for param, _ in train.updates))
     return UNLIMITED if memory_plan == "fastest" else 0
 
 
