@@ -193,7 +193,7 @@ def open_variant(variant: Variant, classes: int) -> HostBoard:
 
 # An integer takes its step: rounded at random, and saturating.
 STEP = re.compile(
-    r"\(int(8|32)_t\)(\w+)_saturate\(\(int64_t\)(.+?) \+ \2_floor\((.+?), \2_fraction\(.+?\)\), [^;]*?\)(?=;)"
+    r"\(int(8|32)_t\)(\w+)_saturate\((?:\(int64_t\))?(.+?) \+ \2_floor\((.+?), \2_fraction\(.+?\)\), [^;]*?\)(?=;)"
 )
 
 
@@ -218,6 +218,7 @@ def mistake(name: str) -> Iterator[None]:
             if path.endswith(".c"):
                 texts[path], n = STEP.subn(r"(int\1_t)(int64_t)((double)\3 + (double)(\4))", text)
                 count += n
+                assert "_fraction(-" not in texts[path], "a step is still rounded"
         assert count, "no step was found in the C"
         return texts
 
