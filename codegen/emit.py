@@ -22,7 +22,7 @@ from tte.codegen.schedule import UNLIMITED, Call, Room, schedule
 from tte.codegen.share import share
 from tte.ir import Const, Graph, Node, Param, TensorType, Value
 from tte.ir.rows import STRATEGIES, expand, in_pieces
-from tte.ops.quantized import DEAD, add_terms, tflite_terms
+from tte.ops.quantized import DEAD, add_terms, fixed_terms, tflite_terms
 from tte.target import FLAG
 
 # What makes integers of floats: a NaN would not reach the loss.
@@ -494,6 +494,7 @@ def _environment(prefix: str) -> jinja2.Environment:
         "literal": _literal,
         "round_int": round,
         "add_terms": _of_attributes(add_terms),
+        "fixed_terms": _of_attributes(fixed_terms),
         "tflite_terms": _of_attributes(tflite_terms),
         "index_type": _index_type,
         "cycles": _cycles,

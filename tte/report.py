@@ -166,9 +166,7 @@ def find_cramped(programs: Sequence[Program]) -> dict[str, Any] | None:
 
     The arena is that of the same nodes with all scratch; a plan for so many bytes may divide the nodes otherwise.
     """
-    layers: dict[str, list[str]] = {}
-    for program in programs:
-        layers[program.role] = list_cramped(program)
+    layers = {program.role: list_cramped(program) for program in programs}
     if not any(layers.values()):
         return None
     needed = (

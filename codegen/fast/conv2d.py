@@ -6,6 +6,7 @@ from typing import Any
 
 from tte.codegen.fast.form import LIMIT, SPREAD, WIDEN, WIDEN_PAIRS, assembly, form, lay_out, make_form, pass_on
 from tte.codegen.kernel import Kernel
+from tte.ops.quantized import fixed_terms
 
 DOT = ("const uint32_t *a", "const uint32_t *b", "void *y", "int pairs")
 RAW_DOT = ("const int8_t *a", *DOT[1:], "uint32_t add")
@@ -271,7 +272,7 @@ def find_sum(context: Mapping[str, Any]) -> dict[str, Any] | None:
     others = [o for o in operands if o["kind"] == "flat" and o["dtype"] == "int8"]
     if limits != [(-128, 127, False)] * 2 or attrs["tflite"] or not 0 < bits < 32 or len(others) != 1:
         return None
-    a, b = (round(attrs[name] / attrs["scale"] * 2**bits) for name in ("a_scale", "b_scale"))
+    a, b = fixed_terms(attrs["a_scale"], attrs["b_scale"], attrs["scale"], bits)
     start = (attrs["zero_point"] << bits) + (1 << bits >> 1) - a * attrs["a_zero"] - b * attrs["b_zero"]
     reach = 128 * (abs(a) + abs(b)) + abs(start)
     of, by = (b, a) if operands[0] in others else (a, b)

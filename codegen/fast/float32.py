@@ -22,7 +22,7 @@ def convolve_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kerne
     if attrs["groups"] > 1 or x["steps"] or not _is_float(context) or (len(w["segments"]) > 1 and w["axis"] != 3):
         return None
     aside = _reads_result(tail)  # then the sums cannot wait in the result
-    flat = kernel_size == [1, 1] and not any(attrs["padding"]) and attrs["strides"] == [1, 1] and not aside
+    flat = _is_flat(context) and not aside
     chunks = _find_chunks(kernel_size[0] * kernel_size[1], depth)[: 1 if aside else None]
     place = partial(_place, min(WIDTH, channels), aside=out["shape"][2] if aside else 0)
     if not (chunk := next((c for c in chunks if place(c)["end"] <= room), None)):
@@ -71,6 +71,13 @@ def _is_float(context: dict[str, Any]) -> bool:
     )
 
 
+def _is_flat(context: dict[str, Any]) -> bool:
+    """Whether each pixel is made of the one at its place: a window of one."""
+    x, w, *_ = context["ins"]
+    same = x["shape"][:3] == context["out"]["shape"][:3] and not any(context["attrs"]["padding"])
+    return same and w["shape"][1:3] == [1, 1]
+
+
 def _find_chunks(taps: int, depth: int) -> list[tuple[int, int]]:
     """How many taps, and products for each, may be in a panel: all, some taps, or a part of one."""
     return [(t, depth) for t in range(taps, 0, -1)] + [
@@ -100,7 +107,7 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     out, (x, w, *_) = context["out"], context["ins"]
     attrs, tail = context["attrs"], context["tail"]
     _, oh, ow, depth = x["shape"]
-    _, height, width, channels = out["shape"]
+    *_, width, channels = out["shape"]
     if attrs["groups"] > 1 or not _is_float(context) or _reads_result(tail):
         return None
     taps = w["shape"][1] * w["shape"][2]
@@ -108,7 +115,7 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
         return None
     if taps * depth == 1 and not (context["tile"] and context["tile"]["sum"]):
         return None  # a product alone is no sum
-    flat = taps == 1 and not any(attrs["padding"]) and attrs["strides"] == [1, 1] and (oh, ow) == (height, width)
+    flat = _is_flat(context)
     place = partial(_place, min(WIDTH, channels), made=oh * ow if x["steps"] else 0)
     if not (chunk := next((c for c in _find_chunks(taps, depth) if place(c)["end"] <= room), None)):
         return None
@@ -129,15 +136,14 @@ FEW = 4  # products of a sum, whose weights stay in registers
 @form()
 def update_pixels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
     """Sums of a tile that go on where they are: (H, W, O) float32 by (O, 1, 1, C) of any type, O <= 4."""
-    out, (x, w, *_) = context["out"], context["ins"]
-    attrs = context["attrs"]
-    depth, *window, channels = w["shape"]
+    attrs, (x, w, *_) = context["attrs"], context["ins"]
+    depth, *_, channels = w["shape"]
     sums = context["tile"] and context["tile"]["sum"]
     if not sums or attrs["groups"] > 1 or depth > FEW or x["steps"] or x["strides"][2] != depth:
         return None
     if context["rows"] is not None or not _is_float(context) or _reads_result(context["tail"]):
         return None
-    if window != [1, 1] or any(attrs["padding"]) or attrs["strides"] != [1, 1] or x["shape"][:3] != out["shape"][:3]:
+    if not _is_flat(context):
         return None
     blocks = _find_blocks(channels, 8 if depth <= 2 else 4)
     parts = [assembly("fpu/rank_update", {"k": depth, "n": n}, UPDATE) for _, _, n in blocks]
@@ -233,10 +239,10 @@ def differentiate_weights(kernel: Kernel, context: dict[str, Any], room: int) ->
     height = next((h for h in (-(-oh // n) for n in range(1, oh + 1)) if place(h)["end"] <= room), None)
     if height is None:
         return None
-    parts = [assembly("fpu/outer", {"n": n, "rows": group}, ROWS) for n in _find_widths(outputs)]
     if few:
-        zero = context["attrs"]["zero_point"]
-        parts = [assembly("fpu/outer8", {"n": outputs, "rows": group, "zero": zero}, ROWS)]
+        parts = [assembly("fpu/outer8", {"n": outputs, "rows": group, "zero": attrs["zero_point"]}, ROWS)]
+    else:
+        parts = [assembly("fpu/outer", {"n": n, "rows": group}, ROWS) for n in _find_widths(outputs)]
     more = {"height": height, "at": place(height), "group": group, "packed": packed, "few": few}
     return make_form(kernel, context | more, "fpu/conv2d_weight_grad", more["at"]["end"], *parts)
 

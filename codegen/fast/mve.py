@@ -11,7 +11,7 @@ from tte.codegen.fast.conv2d import SIZES, End, find_end, find_gradient_end, lis
 from tte.codegen.fast.depthwise import turn_windows
 from tte.codegen.fast.form import LIMIT, assembly, form, lay_out, make_form
 from tte.codegen.kernel import Kernel
-from tte.ops.quantized import add_terms, tflite_terms
+from tte.ops.quantized import add_terms, fixed_terms, tflite_terms
 
 DOT = ("const int8_t *a", "const uint8_t *stream", "void *y", "int pairs")
 PACK = ("int8_t *to", "const int8_t *from", "int32_t *bias", "int less")
@@ -295,7 +295,7 @@ def add_vectors(step: Mapping[str, Any]) -> Kernel | None:
         own: dict[str, Any] = {"words": (a, b, -a_zero, -b_zero, both, zero), "exponents": exponents}
         return assembly("mve/add", own | {"kind": "tflite"}, ADD)
     if bits := attrs["bits"]:
-        a, b = (round(attrs[name] / attrs["scale"] * 2**bits) for name in ("a_scale", "b_scale"))
+        a, b = fixed_terms(**scales, bits=bits)
         words = (a, b, 2**bits // 2 - a_zero * a - b_zero * b, 0, 0, zero)
         return assembly("mve/add", {"words": words, "bits": bits, "kind": "fixed"}, ADD)
     ra, rb, c, offset = add_terms(a_zero=a_zero, b_zero=b_zero, zero_point=zero, unsigned=attrs["unsigned"], **scales)

@@ -394,6 +394,11 @@ def tflite_terms(a_scale: float, b_scale: float, scale: float) -> tuple[tuple[in
     return tuple((int(m), int(e)) for m, e in map(tflite_scale, map(np.asarray, reals)))
 
 
+def fixed_terms(a_scale: float, b_scale: float, scale: float, bits: int) -> tuple[int, int]:
+    """What a and b count in the sum, as integers with ``bits`` bits of fraction."""
+    return round(a_scale / scale * 2**bits), round(b_scale / scale * 2**bits)
+
+
 def fused_multiply_add(x: Any, y: Any, z: Any) -> Any:
     """x * y + z rounded once, of float32 (where x has few bits: the product of doubles is exact)."""
     return (np.float64(x) * np.float64(y) + np.float64(z)).astype(np.float32)
@@ -411,7 +416,7 @@ def _add_ref(a, b, *, a_scale, a_zero, b_scale, b_zero, scale, zero_point, low, 
         v = np.rint(fused_multiply_add(wa, ra, fused_multiply_add(wb, rb, c))).astype(np.int64) - offset
     else:
         da, db = a.astype(np.int64) - a_zero, b.astype(np.int64) - b_zero
-        ma, mb = (round(real / scale * 2**bits) for real in (a_scale, b_scale))
+        ma, mb = fixed_terms(a_scale, b_scale, scale, bits)
         v = ((da * ma + db * mb + (1 << bits >> 1)) >> bits) + zero_point
     return _clamp(v, low, high, mask)
 
