@@ -355,6 +355,20 @@ def test_a_closed_board_says_so(small: Artifact, place: str) -> None:
             call()
 
 
+@pytest.mark.parametrize("place", ["host", "unicorn-zig"])
+def test_a_board_refuses_a_rate_that_nothing_learns_with(small: Artifact, place: str) -> None:
+    board = start(small.build, place)
+    try:
+        assert board.init() == OK
+        for rate in (-1.0, np.nan, np.inf, 1e39):
+            with pytest.raises(TTEError, match="the learning rate is") as caught:
+                board.set_learning_rate(rate)
+            assert caught.value.code == "TTE-E059" and "not negative" in caught.value.fix
+        board.set_learning_rate(0)
+    finally:
+        board.close()
+
+
 def test_public_names_are_listed() -> None:
     assert set(tte.__all__) <= set(dir(tte)) and not [name for name in tte.__all__ if not hasattr(tte, name)]
 

@@ -12,6 +12,7 @@ from tte.runner.build import Build, Tensor
 # The names of <name>_status_t, in order.
 STATUS = ("OK BUSY NOT_INIT LABEL NONFINITE SOURCE STATE_CRC STATE_MODEL STATE_VERSION STATE_SIZE IO SELFTEST").split()
 STATE_HEADER = 28
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,13 @@ def require_ok(status: int, what: str) -> None:
             "STATE_MODEL": "this state was saved by another model or scheme",
         }.get(name, "see docs/c-api.md")
         raise TTEError("TTE-E055", f"{what} returned {name}", fix=fix)
+
+
+def require_rate(rate: float) -> None:
+    """Raises TTEError (E059) for a rate with which a step would fail, or go uphill."""
+    if not 0 <= rate <= LARGEST:
+        what, fix = f"the learning rate is {rate:g}", "a number that is not negative, and finite as float32"
+        raise TTEError("TTE-E059", what, where="set_learning_rate", fix=fix)
 
 
 def require_open(is_open: bool) -> None:

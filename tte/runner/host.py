@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tte.errors import TTEError
-from tte.runner.board import Step, check_sample, require_ok, require_open
+from tte.runner.board import Step, check_sample, require_ok, require_open, require_rate
 from tte.runner.build import Build
 from tte.runner.toolchain import build_host
 
@@ -54,6 +54,7 @@ class HostBoard:
         return int(self._call("init", self._arena.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(self._arena.nbytes)))
 
     def set_learning_rate(self, rate: float) -> None:
+        require_rate(rate)
         self._call("set_learning_rate", ctypes.c_float(rate))
 
     def train_step(self, x: np.ndarray, target: np.ndarray | None) -> Step:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tte.runner.board import STATE_HEADER, Step, check_sample, require_ok, require_open
+from tte.runner.board import STATE_HEADER, Step, check_sample, require_ok, require_open, require_rate
 from tte.runner.build import Build
 
 
@@ -41,6 +41,7 @@ class StreamBoard:
         return self._status(b"I")
 
     def set_learning_rate(self, rate: float) -> None:
+        require_rate(rate)
         self.exchange(b"L" + struct.pack("<f", rate), 0)
 
     def train_step(self, x: np.ndarray, target: np.ndarray | None) -> Step:
