@@ -311,6 +311,18 @@ def test_high_water_marks(project: Artifact) -> None:
     assert 0 < report["infer"]["arena_bytes"] <= report["memory"]["arena_bytes"]
 
 
+def test_a_tensor_that_ends_within_a_word_counts_as_planned(tmp_path: Path) -> None:
+    net = networks.Network()
+    x = Value("x", TensorType((1, 6, 6, 1)))
+    pooled = net.call("nn.max_pool2d", net.conv("c", x, 1, 1), pool_size=(2, 2), strides=(2, 2), padding=(0,) * 4)
+    write_model(net.graph(x, pooled), tmp_path)
+    artifact = tte.compile(tmp_path / "net.ir", update_scheme={"train": "full", "loss": "mse"}, target="cortex-m4")
+    highest = max(artifact.report["memory"]["peak_tensors"], key=lambda t: t["offset"])
+    assert highest["dtype"] == "uint8" and int(np.prod(highest["shape"])) % 4  # where the greatest was
+    result = artifact.run({"x": np.zeros((1, 6, 6, 1)), "y": np.ones((1, 3, 3, 1))}, runner="unicorn")
+    assert result.arena_bytes == artifact.report["memory"]["arena_bytes"]
+
+
 def test_high_water_marks_move(small: Artifact, tmp_path: Path) -> None:
     """Nothing is used before anything runs; an array on the stack is seen to the byte."""
     plain = start(small.build, "unicorn-zig")

@@ -567,9 +567,9 @@ def _print_run(result: dict[str, Any]) -> None:
     rows.append((f"mean loss, of the first {tenth} and the last {tenth}", f"{first:.4f} {last:.4f}"))
     if metric["before"] is not None:
         rows.append((f"{metric['name']}, before and after", f"{metric['before']:.4f} {metric['after']:.4f}"))
-    for key in ("instructions_per_step", "stack_bytes", "arena_bytes"):
-        if result[key] is not None:
-            rows.append((key.replace("_", " "), f"{result[key]:,}"))
+    counts = {"instructions_per_step": "instructions per step"}
+    counts |= {f"{what}_bytes": f"bytes of {what} used" for what in ("stack", "arena")}
+    rows += [(name, f"{result[key]:,}") for key, name in counts.items() if result[key] is not None]
     _print_table(
         f"trained on {result['runner']}", ("", ""), [*rows, ("sha256 of the weights", result["weights_sha256"])]
     )

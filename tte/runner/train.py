@@ -35,7 +35,8 @@ class RunResult:
     """What ``tte run`` reports.
 
     metric: measured on the evaluation data before and after: {"name": "accuracy" or the loss, "before", "after"}
-    instructions_per_step: mean over the steps; None where they are not counted, as are stack and arena high-water marks
+    instructions_per_step: mean over the steps; None where they are not counted, as are the next two
+    stack_bytes, arena_bytes: high-water marks of what was executed; an inference alone may need a larger arena
     weights_sha256: of the trained tensors as the board saved them
     """
 
