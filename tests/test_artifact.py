@@ -102,6 +102,8 @@ REPORT = {
 
 def test_artifact(ir: Path, tmp_path: Path) -> None:
     artifact = tte.compile(ir, update_scheme="last-layer", target="host")
+    arena = artifact.report["memory"]["arena_bytes"]
+    assert repr(artifact) == f"<tte.Artifact model for host: arena {arena:,} bytes, learns head>"
     assert artifact.graph.updates and artifact.plan.arena_bytes == artifact.report["memory"]["arena_bytes"]
     for part, keys in REPORT.items():
         assert set(keys.split()) <= set(artifact.report[part] if part else artifact.report), part

@@ -175,6 +175,14 @@ class Artifact:
     module: Any = None
     _folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory, repr=False)
 
+    def __repr__(self) -> str:
+        """One line: what a notebook shows."""
+        names = [learned.layer for learned in self.compiled.resolved.layers]
+        learns = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        arena = max(program.plan.arena_bytes for program in self.compiled.programs)
+        name, target = self.compiled.interface.name, self.target.name
+        return f"<tte.Artifact {name} for {target}: arena {arena:,} bytes, learns {learns}>"
+
     @property
     def graph(self) -> Graph:
         """The program of a training step as it is generated."""
