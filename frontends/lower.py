@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tte.document import tally
 from tte.errors import TTEError
 from tte.ir import Builder, Const, Graph, InvalidType, Node, Origin, TensorType, Value, rewrite
 
@@ -263,7 +264,7 @@ def lower(imported: Imported, name: str) -> Graph:
     refuse_unsupported(problems)
     outputs = result if isinstance(result, tuple) else (result,)
     if len(outputs) != 1:
-        what = f"the model has {len(outputs)} outputs"
+        what = f"the model has {tally(len(outputs), 'output')}"
         raise TTEError("TTE-E023", what, where="model", fix="return one tensor")
     computed = {"x"}
     for node in state.builder.nodes:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tte.document import tally
 from tte.errors import TTEError
 from tte.frontends.lower import (
     Imported,
@@ -225,7 +226,7 @@ def _check(model: Any) -> None:
     if len(inputs) != 1 or len(outputs) != 1:
         raise TTEError(
             "TTE-E023",
-            f"the model has {len(inputs)} inputs and {len(outputs)} outputs",
+            f"the model has {tally(len(inputs), 'input')} and {tally(len(outputs), 'output')}",
             where=f"inputs {[i.name for i in inputs]}, outputs {outputs}",
             fix="export a model that takes one tensor and returns one tensor",
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tte.document import tally
 from tte.errors import TTEError
 from tte.frontends.lower import Imported, Refused, Unsupported, Weight, lower, refuse_nonfinite, refuse_unsupported
 from tte.frontends.relax import GIVEN, constant_index, import_exported_program, quantized_grid
@@ -171,7 +172,7 @@ def refuse_training_mode(module: Any) -> None:
     if active:
         raise TTEError(
             "TTE-E029",
-            f"the model is in training mode: {len(active)} layers would be random or change their statistics",
+            f"the model is in training mode: {tally(len(active), 'layer')} would be random or change statistics",
             where=", ".join(active[:5]) + (", ..." if len(active) > 5 else ""),
             fix="call model.eval() first: tte trains with frozen batch-norm statistics and without dropout",
         )
@@ -204,7 +205,8 @@ def _refuse_signature(program: Any) -> None:
     if len(signature.user_inputs) != 1 or len(signature.user_outputs) != 1:
         raise TTEError(
             "TTE-E023",
-            f"the model has {len(signature.user_inputs)} inputs and {len(signature.user_outputs)} outputs",
+            f"the model has {tally(len(signature.user_inputs), 'input')} and "
+            f"{tally(len(signature.user_outputs), 'output')}",
             where=f"inputs {list(signature.user_inputs)}, outputs {list(signature.user_outputs)}",
             fix="wrap it in a module that takes one tensor and returns one tensor",
         )

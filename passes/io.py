@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from tte.document import tally
 from tte.errors import TTEError
 from tte.ir import Builder, Graph, TensorType, Value, rewrite
 from tte.scheme import InputFormat, InputOutput
@@ -95,9 +96,9 @@ def _per_channel(format: InputFormat, type: TensorType) -> tuple[np.ndarray, np.
         if values.size not in (1, channels):
             raise TTEError(
                 "TTE-E043",
-                f"{values.size} numbers for {channels} channels",
+                f"{tally(values.size, 'number')} for {tally(channels, 'channel')}",
                 where=f"io.input.{name}",
-                fix=f"give 1 or {channels} numbers",
+                fix=f"give one number, or {channels}",
             )
         arrays.append(values.reshape(-1, *(1,) * max(type.rank - 2, 0)))
     return arrays[0], arrays[1]

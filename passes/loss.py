@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from tte.document import tally
 from tte.errors import TTEError
 from tte.ir import Builder, Graph, Node, TensorType, Value, rewrite
 from tte.scheme import Loss
@@ -41,7 +42,7 @@ def append_loss(
             if len(loss.class_weights) != classes:
                 raise TTEError(
                     "TTE-E042",
-                    f"{len(loss.class_weights)} class weights for {classes} classes",
+                    f"{tally(len(loss.class_weights), 'class weight')} for {classes} classes",
                     where="loss.class_weights",
                     fix=f"give {classes} numbers",
                 )

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tte.document import tally
 from tte.scheme import UpdateScheme
 
 ROOT = Path(__file__).parent.parent
@@ -139,6 +140,11 @@ def test_every_error_code_is_documented_and_no_other() -> None:
     raised = set(re.findall(r"TTE-E\d{3}", "".join(path.read_text() for path in files)))
     documented = re.findall(r"^\| `(TTE-E\d{3})` \|", (ROOT / "docs" / "errors.md").read_text(), re.M)
     assert documented == sorted(raised)
+
+
+def test_one_is_not_many() -> None:
+    assert [tally(n, "layer") for n in (0, 1, 2048)] == ["0 layers", "1 layer", "2,048 layers"]
+    assert tally(2, "class") == "2 classes"
 
 
 def test_links_in_documents_lead_somewhere() -> None:

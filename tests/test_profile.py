@@ -185,9 +185,10 @@ def test_mistakes(code: str, arguments: tuple[str, ...], tmp_path: Path) -> None
         artifact = tte.compile(nn.Linear(3, 2).eval(), (torch.zeros(1, 3),), target=target)
         artifact.export(tmp_path / folder)
     result = call("bench", *arguments, cwd=tmp_path)
-    what, _, _ = result.stderr.splitlines()
+    what, _, fix = result.stderr.splitlines()
     assert result.returncode == 1 and f"TTE-{code.strip()}" in what and not result.stdout
     assert "Ofast" not in what or "-Ofast" in what
+    assert arguments != ("host",) or "compile it for a board; " in fix
 
 
 @pytest.mark.skipif(not find_qemu(), reason="no qemu-system-arm")

@@ -281,13 +281,14 @@ def quantize(
 ) -> None:
     """Quantise a float model to int8, after training, from typical inputs (needs onnxruntime)."""
     import tte
+    from tte.document import tally
 
     made = tte.quantize(model, calibration, output, evaluation=eval_, int8_head=int8_head)
     if json_:
         return _print_json({k: str(v) if isinstance(v, Path) else v for k, v in vars(made).items()})
     for note in made.notes:
         print(f"note: {note}")
-    rows = [("calibrated on", f"{made.samples} samples"), ("stays float", made.head or "nothing")]
+    rows = [("calibrated on", tally(made.samples, "sample")), ("stays float", made.head or "nothing")]
     if made.metric:
         rows.append((f"{made.metric}, before and after", f"{made.before:.4f} {made.after:.4f}"))
     _print_table(str(output), ("", ""), rows)
@@ -526,28 +527,34 @@ def _memory_plan(text: str) -> str | int:
 
 
 def _count(weight: str | None, channels: Sequence[int] | None) -> str:
+    from tte.document import tally
+
     if weight is None:
         return "no"
-    return "all" if channels is None else f"{len(channels)} input channels"
+    return "all" if channels is None else tally(len(channels), "input channel")
 
 
 def _print_report(report: dict[str, Any], output: Path) -> None:
+    from tte.document import tally
+
     memory = report["memory"]
     proof = (
         "proved optimal" + (" by search" if memory["proof"] == "search" else "") if memory["proof"] else "not proved"
     )
     bound = f"lower bound {memory['lower_bound_bytes']:,}, gap {memory['gap_bytes']:,}: {proof}"
+    learns = tally(len(report["gradients"]), "tensor")
     floor = f"trained parameters + {memory['saved_bytes']:,} that the forward saves for the backward"
     rows = [
         ("arena, at its peak", memory["arena_bytes"], bound),
-        ("trained parameters", memory["trained_bytes"], f"{len(report['gradients'])} tensors learn"),
+        ("trained parameters", memory["trained_bytes"], f"what learns: {learns}"),
         ("floor", memory["floor_bytes"], floor),
         ("RAM, all in all", memory["static_ram_bytes"], f"{report['source']}: .data + .bss + stack"),
         ("flash", report["flash_bytes"], report["source"]),
     ]
     if cramped := report["cramped"]:
-        counts = f"{len(cramped['train_step'])} layers of a training step, {len(cramped['infer'])} of an inference"
-        rows.append(("arena with all scratch", cramped["arena_bytes"], f"{counts} are slower for want of scratch"))
+        counts = f"{tally(len(cramped['train_step']), 'layer')} of a training step"
+        counts += f", {len(cramped['infer'])} of an inference"
+        rows.append(("arena with all scratch", cramped["arena_bytes"], f"slower for want of scratch: {counts}"))
     if memory["analytic_extra_bytes"] is not None:
         note = "no size of this project: the formula of arXiv:2206.15472"
         rows.append(("extra memory, analytic", memory["analytic_extra_bytes"], note))

@@ -146,6 +146,11 @@ def suggest(name: str, valid: Iterable[str], kind: str) -> str:
     return (f"did you mean {near[0]}? " if near else "") + f"{kind}: {shown}"
 
 
+def tally(count: int, noun: str) -> str:
+    """ "1 layer", "2,048 layers"; ``noun`` is the singular."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def show(value: Any) -> str:
     """A value of the user's in a message: never long."""
     try:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tte.arrays import read_npz
+from tte.document import tally
 from tte.errors import TTEError
 from tte.frontends.onnx_model import fold_constants, read_onnx
 from tte.frontends.pytorch import refuse_training_mode
@@ -221,7 +222,7 @@ def _input(model: Any) -> tuple[str, tuple[int, ...]]:
     stored = {t.name for t in model.graph.initializer}
     inputs = [i for i in model.graph.input if i.name not in stored]
     if len(inputs) != 1 or len(model.graph.output) != 1:
-        what = f"the model has {len(inputs)} inputs and {len(model.graph.output)} outputs"
+        what = f"the model has {tally(len(inputs), 'input')} and {tally(len(model.graph.output), 'output')}"
         raise TTEError("TTE-E023", what, fix="export a model that takes one tensor and returns one tensor")
     dims = inputs[0].type.tensor_type.shape.dim[1:]
     if not dims or any(d.dim_value < 1 for d in dims):

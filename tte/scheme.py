@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from tte.document import Document, Place, read_yaml, show, suggest
+from tte.document import Document, Place, read_yaml, show, suggest, tally
 from tte.errors import TTEError
 from tte.ir import Const, Graph, Node, Value
 
@@ -178,7 +178,7 @@ class Indices(_Model):
     @model_validator(mode="after")
     def _fits(self) -> "Indices":
         if len(self.weight_idx) != len(self.ratio):
-            raise ValueError(f"{len(self.weight_idx)} numbers in weight_idx, but {len(self.ratio)} in ratio")
+            raise ValueError(f"{tally(len(self.weight_idx), 'number')} in weight_idx, but {len(self.ratio)} in ratio")
         if len(set(self.weight_idx)) != len(self.weight_idx):
             raise ValueError("a number stands twice in weight_idx")
         return self
@@ -574,7 +574,7 @@ def _apply_short_form(scheme: UpdateScheme, layers: list[Layer], decisions: dict
     if last > len(names):
         raise TTEError(
             "TTE-E033",
-            f"the model has {len(names)} layers with weights, not {last}",
+            f"the model has {tally(len(names), 'layer')} with weights, not {last}",
             where=scheme.where("train"),
             fix="use `full`" if names else "choose another model",
         )
@@ -594,7 +594,7 @@ def _apply_indices(scheme: UpdateScheme, train: Indices, layers: list[Layer], de
     if first < 0 or not with_weights:
         raise TTEError(
             "TTE-E033",
-            f"the model has {count} convolutions before its classifier, not {train.n_bias_update}",
+            f"the model has {tally(count, 'convolution')} before its classifier, not {train.n_bias_update}",
             where=scheme.where("train", "n_bias_update"),
             fix=f"use at most {count}",
         )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tte.arrays import read_npz
+from tte.document import tally
 from tte.errors import TTEError
 from tte.runner.board import STATE_HEADER, Board, require_ok
 from tte.runner.build import Build
@@ -93,7 +94,7 @@ def check_targets(
         raise _bad(path, f"has no array y, only {sorted(arrays)}", "add the labels or targets as y")
     y = arrays["y"]
     if y.shape[:1] != (count,):
-        raise _bad(path, f"x has {count} samples, y is {y.shape}", "give one target per sample")
+        raise _bad(path, f"x has {tally(count, 'sample')}, y is {y.shape}", "give one target per sample")
     if y.shape[1:] not in (sample, (1, *sample), (math.prod(sample),)):
         what = f"y is {y.shape}, the model wants ({_list(('N', *sample))})"
         if classes is not None and y.shape[1:] == (*sample, classes):
@@ -138,7 +139,7 @@ def _refit(name: str, given: Sequence[int], sample: Sequence[int]) -> str:
         return f"reshape {name} to ({_list((-1, *sample))}), if its elements are in that order"
     if tuple(given) == tuple(sample):
         return f"give {name} one more axis in front: {name}[None] is a single sample"
-    return f"give samples of {size} elements, not {math.prod(given[1:])}"
+    return f"give samples of {tally(size, 'element')}, not {math.prod(given[1:])}"
 
 
 def _list(shape: Sequence[object]) -> str:
@@ -250,7 +251,7 @@ def find_emulated(build: Build) -> Target:
             "TTE-E058",
             "the project was compiled for this computer",
             where=str(build.folder),
-            fix="run it with --host, or compile it for a board",
+            fix="compile it for a board; on this computer `tte run --host` trains it",
         )
     return target
 
