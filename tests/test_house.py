@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tte.document import tally
+from tte.runner.board import STATUS
 from tte.scheme import UpdateScheme
 
 ROOT = Path(__file__).parent.parent
@@ -145,6 +146,17 @@ def test_every_error_code_is_documented_and_no_other() -> None:
 def test_one_is_not_many() -> None:
     assert [tally(n, "layer") for n in (0, 1, 2048)] == ["0 layers", "1 layer", "2,048 layers"]
     assert tally(2, "class") == "2 classes"
+
+
+def test_the_numbers_of_status_codes_are_documented() -> None:
+    documented = re.findall(r"^\| `M_ERR_(\w+)` \| (\d+) \|", (ROOT / "docs" / "c-api.md").read_text(), re.M)
+    header = (ROOT / "codegen" / "templates" / "model.h.j2").read_text()
+    enumerated = (
+        header.partition("typedef enum {")[2].partition("}} {{ p }}_status_t;")[0].partition("typedef struct")[0]
+    )
+    generated = re.findall(r"\{\{ P \}\}_(?:ERR_)?(\w+)", enumerated)
+    assert [(name, str(i)) for i, name in enumerate(STATUS) if i] == documented
+    assert generated == STATUS
 
 
 def test_links_in_documents_lead_somewhere() -> None:
