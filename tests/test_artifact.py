@@ -265,6 +265,7 @@ def test_names_of_macros(name: str, ir: Path) -> None:
         ({"target": 5}, "TTE-E048"),
         ({"target": None}, "TTE-E048"),
         ({"name": 5}, "TTE-E044"),
+        ({"name": ""}, "TTE-E044"),
         ({"arena": 5}, "TTE-E044"),
         ({"clock": "fast"}, "TTE-E044"),
         ({"clock": float("nan")}, "TTE-E044"),

@@ -74,8 +74,9 @@ def compile(
     """
     scheme = UpdateScheme.load(update_scheme)
     board = find_target(target)
-    if not isinstance(name, str | None):
-        raise TTEError("TTE-E044", f"{name!r} is not a name", where="--name", fix="a string, such as 'net'")
+    if not isinstance(name, str | None) or name == "":
+        fix = "a string, such as 'net', or leave it out: then it is made from the model's file or class"
+        raise TTEError("TTE-E044", f"{name!r} is not a name", where="--name", fix=fix)
     places = {"arena": (arena, ("static", "extern")), "input": (input, ("caller", "arena", "rows"))}
     for option, (value, choices) in places.items():
         if value not in choices:
