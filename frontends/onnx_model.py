@@ -567,11 +567,11 @@ def _named(model: Any) -> dict[str, np.ndarray]:
     return {
         t.name: onnx.numpy_helper.to_array(t)
         for t in model.graph.initializer
-        if (t.data_type == onnx.TensorProto.FLOAT and t.dims and t.name not in settings and not _is_generated(t.name))
+        if (t.data_type == onnx.TensorProto.FLOAT and t.dims and t.name not in settings and not is_generated(t.name))
         or t.name in integers
     }
 
 
-def _is_generated(name: str) -> bool:
+def is_generated(name: str) -> bool:
     """Names that PyTorch's exporters make up for constants inside of forward()."""
     return bool(re.fullmatch(r"/.*_output_\d+|val_\d+|scalar_tensor_default.*|lifted_tensor.*", name))

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import tte
 from tte.cli import app
 from tte.frontends.onnx_model import fold_constants
-from tte.ptq import fold_batch_norm
+from tte.ptq import fold_batch_norm, name_biases
 
 SHAPE = (1, 3, 16, 16)
 
@@ -64,6 +64,7 @@ def test_command_measures_before_and_after(files: Path) -> None:
     assert made["samples"] == 32 and made["metric"] == "accuracy" and made["head"] == "/classifier/Gemm"
     assert made["before"] == 1.0 and 0.9 <= made["after"] <= 1.0
     table = CliRunner().invoke(app, ["quantize", *line, "--eval", str(files / "test.npz")])
+    assert "/classifier/Gemm (Gemm): the last layer learns best in float32" in table.stdout
     assert "accuracy, before and after" in table.stdout and "1.0000" in table.stdout
 
 
@@ -180,6 +181,31 @@ def test_calibration_that_does_not_fit_is_refused(arrays: Any, message: str, pla
     assert not (files / "int8.onnx").exists()
 
 
+def test_calibration_in_another_layout_is_told_how_to_turn(files: Path) -> None:
+    with pytest.raises(tte.TTEError, match="wants") as problem:
+        tte.quantize(files / "float.onnx", {"x": np.zeros((4, 16, 16, 3))}, files / "int8.onnx")
+    assert problem.value.fix == "transpose x: x.transpose(0, 3, 1, 2), which is (N, H, W, C) -> (N, C, H, W)"
+
+
+def test_computed_biases_are_called_after_their_layer() -> None:
+    """As PyTorch's newer exporter writes convolutions without bias: two of them may read the same zeros."""
+    helper, rng = onnx.helper, np.random.default_rng(0)
+    weights = {f"{c}.weight": rng.normal(size=(3, 3, 1, 1)).astype(np.float32) for c in "abc"}
+    weights |= {"val_5": np.zeros(3, np.float32), "c.bias": np.ones(3, np.float32)}
+    nodes = [
+        helper.make_node("Conv", [x, f"{layer}.weight", bias], [y], name=f"node_conv2d_{y}")
+        for x, layer, bias, y in (("x", "a", "val_5", "1"), ("1", "b", "val_5", "2"), ("2", "c", "c.bias", "y"))
+    ]
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, (1, 3, 4, 4)) for n in "xy"]
+    stored = [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()]
+    model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], stored))
+    name_biases(model)
+    fold_batch_norm(model)  # which drops what nothing reads
+    onnx.checker.check_model(model)
+    assert [n.input[2] for n in model.graph.node] == ["a.bias", "b.bias", "c.bias"]
+    assert {t.name for t in model.graph.initializer} == {*weights, "a.bias", "b.bias"} - {"val_5"}
+
+
 def test_other_mistakes_are_refused(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = samples(4, 1)
     out = files / "int8.onnx"
@@ -189,7 +215,8 @@ def test_other_mistakes_are_refused(files: Path, monkeypatch: pytest.MonkeyPatch
             tte.quantize(model, calibration, options.pop("out", out), **options)
         assert problem.value.code == code
 
-    refused("TTE-E020", "not an .onnx file", files / "missing.onnx")
+    refused("TTE-E020", "no such file", files / "missing.onnx")
+    refused("TTE-E020", r"float .onnx files are quantised, not \.pt2", files / "net.pt2")
     refused("TTE-E029", "training mode", network().train())
     refused("TTE-E045", "cannot write", files / "float.onnx", out=files / "no" / "int8.onnx")
     refused("TTE-E045", "is an .onnx file", files / "float.onnx", out=files / "int8.txt")

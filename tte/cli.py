@@ -288,7 +288,9 @@ def quantize(
         return _print_json({k: str(v) if isinstance(v, Path) else v for k, v in vars(made).items()})
     for note in made.notes:
         print(f"note: {note}")
-    rows = [("calibrated on", tally(made.samples, "sample")), ("stays float", made.head or "nothing")]
+    why = "the last layer learns best in float32; --int8-head quantises it, too"
+    head = f"{made.head} ({made.operator}): {why}" if made.head else "nothing"
+    rows = [("calibrated on", tally(made.samples, "sample")), ("stays float", head)]
     if made.metric:
         rows.append((f"{made.metric}, before and after", f"{made.before:.4f} {made.after:.4f}"))
     _print_table(str(output), ("", ""), rows)

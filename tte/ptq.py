@@ -16,9 +16,9 @@ import numpy as np
 from tte.arrays import read_npz
 from tte.document import tally
 from tte.errors import TTEError
-from tte.frontends.onnx_model import fold_constants, read_onnx
+from tte.frontends.onnx_model import fold_constants, is_generated, layer_of, read_onnx
 from tte.frontends.pytorch import refuse_training_mode
-from tte.runner.train import check_targets
+from tte.runner.train import check_targets, refit
 
 LAYERS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 OPSET = 17
@@ -30,13 +30,15 @@ Data = Mapping[str, np.ndarray] | Path | str
 class Quantization:
     """What was written. before, after: of the float and of the int8 model, where there was something to measure on.
 
-    metric: "accuracy", or "mse" where y are no class numbers; head: the layer that stays float, None where none does
+    metric: "accuracy", or "mse" where y are no class numbers
+    head, operator: the ONNX node that stays float and what it computes, None where none does
     notes: what may make the result worse than it could be
     """
 
     output: Path
     samples: int
     head: str | None
+    operator: str | None = None
     metric: str | None = None
     before: float | None = None
     after: float | None = None
@@ -64,6 +66,7 @@ def quantize(
     given = _as_onnx(model, samples["x"])
     with _translated():
         fold_constants(given)  # else onnxruntime quantises arithmetic on shapes
+    name_biases(given)
     fold_batch_norm(given)
     name, shape = _input(given)
     calibrating = _fitting(
@@ -83,7 +86,8 @@ def quantize(
         what = f"cannot write: {problem.strerror}"
         raise TTEError("TTE-E045", what, where=str(output), fix="choose another place") from problem
     before, after = (_measure(m, tests, y, metric) for m in (given, result)) if metric else (None, None)
-    return Quantization(output, len(calibrating), head, metric, before, after, _warn(samples["x"]))
+    operator = next((str(n.op_type) for n in given.graph.node if n.name == head), None)
+    return Quantization(output, len(calibrating), head, operator, metric, before, after, _warn(samples["x"]))
 
 
 def _read_tests(
@@ -108,6 +112,24 @@ def _warn(x: np.ndarray) -> tuple[str, ...]:
         return ()
     what = "the calibration samples are all the same" if len(x) > 1 else "there is one calibration sample"
     return (f"{what}: the ranges fit this input, and what lies outside of them is cut off; give a few dozen others",)
+
+
+def name_biases(model: Any) -> None:
+    """A bias that an exporter computed, and named by itself, becomes one of its layer, and has its name from there."""
+    import onnx
+
+    stored = {t.name: t for t in model.graph.initializer}
+    users = {t: t for t in stored if not is_generated(t)}
+    for node in model.graph.node:
+        if node.op_type not in LAYERS or len(node.input) < 3 or node.input[2] not in stored.keys() - users.keys():
+            continue
+        name = f"{layer_of(node, users)}.bias"
+        if name == ".bias" or name in stored:
+            continue
+        stored[name] = onnx.TensorProto()
+        stored[name].CopyFrom(stored[node.input[2]])
+        stored[name].name = node.input[2] = name
+        model.graph.initializer.append(stored[name])
 
 
 def fold_batch_norm(model: Any) -> None:
@@ -176,7 +198,7 @@ def _fitting(arrays: Mapping[str, np.ndarray], name: str, shape: Sequence[int], 
     x = arrays["x"]
     if x.shape[1:] != tuple(shape):
         wanted = ", ".join(map(str, shape))
-        raise _bad(where, f"x is {x.shape}, the model's input {name} wants (N, {wanted})", "reshape x")
+        raise _bad(where, f"x is {x.shape}, the model's input {name} wants (N, {wanted})", refit("x", x.shape, shape))
     return [{name: sample[None].astype(np.float32)} for sample in x]
 
 
@@ -184,8 +206,13 @@ def _as_onnx(model: Any, x: np.ndarray) -> Any:
     """A ModelProto of the caller's model, which is not changed."""
     if isinstance(model, str | Path):
         path = Path(model)
-        if path.suffix != ".onnx" or not path.is_file():
-            raise TTEError("TTE-E020", "not an .onnx file that exists", where=str(path), fix="give a float .onnx file")
+        if path.suffix != ".onnx":
+            fix = "export the float model with torch.onnx.export; or, in Python, give the module to tte.quantize. "
+            fix += "What PyTorch quantised itself goes to `tte compile` as it is"
+            what = f"float .onnx files are quantised, not {path.suffix or 'files without an ending'}"
+            raise TTEError("TTE-E020", what, where=str(path), fix=fix)
+        if not path.is_file():
+            raise TTEError("TTE-E020", "there is no such file", where=str(path), fix="give a float .onnx file")
         return read_onnx(path)
     if "torch.Module" in {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(model).__mro__}:
         return _export(model, x)

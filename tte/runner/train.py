@@ -72,7 +72,7 @@ def check_data(arrays: dict[str, np.ndarray], build: Build, path: Path | str) ->
     sample = build.input.shape[1:]
     if x.ndim < 1 or x.shape[1:] != sample:
         what = f"x is {x.shape}, the model's input ({build.input_layout}) wants ({_list(('N', *sample))})"
-        raise _bad(path, what, _refit("x", x.shape, sample))
+        raise _bad(path, what, refit("x", x.shape, sample))
     if len(x) == 0:
         raise _bad(path, "there are no samples: x has length 0", "give at least one sample")
     x = _numbers(path, "x", x, build.input.dtype)
@@ -99,7 +99,7 @@ def check_targets(
         what = f"y is {y.shape}, the model wants ({_list(('N', *sample))})"
         if classes is not None and y.shape[1:] == (*sample, classes):
             raise _bad(path, f"{what}: class numbers, not one-hot rows", "save y.argmax(axis=-1)")
-        raise _bad(path, what, _refit("y", y.shape, sample))
+        raise _bad(path, what, refit("y", y.shape, sample))
     y = y.reshape(count, *sample)
     if classes is None:
         return _numbers(path, "y", y, dtype)
@@ -130,8 +130,15 @@ def _bad(path: Path | str, what: str, fix: str) -> TTEError:
     return TTEError("TTE-E057", what, where=str(path), fix=fix)
 
 
-def _refit(name: str, given: Sequence[int], sample: Sequence[int]) -> str:
+# How the channels of pictures move to the front, and to the end.
+MOVES = {(0, 3, 1, 2): "(N, H, W, C) -> (N, C, H, W)", (0, 2, 3, 1): "(N, C, H, W) -> (N, H, W, C)"}
+
+
+def refit(name: str, given: Sequence[int], sample: Sequence[int]) -> str:
     """How samples of another shape may become what the model wants."""
+    for axes, move in MOVES.items():
+        if len(given) == 4 and tuple(given[axis] for axis in axes[1:]) == tuple(sample):
+            return f"transpose {name}: {name}.transpose{axes}, which is {move}"
     if sorted(given[1:]) == sorted(sample):
         return f"transpose {name}: its axes are in another order"
     size = math.prod(sample)
