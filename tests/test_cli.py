@@ -197,6 +197,25 @@ def test_a_wrong_head_is_named_with_its_line(model: Path, tmp_path: Path) -> Non
     assert caught.value.where.endswith("s.yaml:4, head.layer") and "did you mean head?" in caught.value.fix
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "said"),
+    [
+        ("loss:\n  name: cross_entropy\n  class_weights: [1.0, 2.0]\n", "4, loss.class_weights", "2 class weights for"),
+        ("loss: mse\nio:\n  target: input\n", "4, io.target", "needs an output like the input"),
+        ("io:\n  input:\n    layout: nlc\n", "4, io.input.layout", "which is not nlc"),
+        ("budget:\n  flash: 1MB\n  sram: 1KB\n", "4, budget.sram; at the peak: ", "of sram are needed"),
+        ("budget:\n  sram: 1MB\n  flash: 1KB\n", "4, budget.flash; weights", "of flash are needed"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_named_with_its_line(
+    text: str, place: str, said: str, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "s.yaml").write_text(f"train: full\n{text}")
+    with pytest.raises(tte.TTEError, match=said) as caught:
+        tte.compile(model, update_scheme=tmp_path / "s.yaml", target="host")
+    assert f"s.yaml:{place}" in caught.value.where
+
+
 def test_compile_prints_the_report_as_json(model: Path, tmp_path: Path) -> None:
     out = succeed("compile", model, "-u", "bias-only", "-t", "host", "-o", tmp_path / "b", "--json")
     assert json.loads(out) == json.loads((tmp_path / "b" / "report.json").read_text())

@@ -145,7 +145,7 @@ def test_run_takes_the_callers_format(tmp_path: Path) -> None:
     ("shape", "format", "code", "said"),
     [
         (PICTURE, {"mean": [1.0, 2.0]}, "TTE-E043", "2 numbers for 3 channels"),
-        (PICTURE, {"std": [1.0] * 5}, "TTE-E043", "1 or 3 numbers"),
+        (PICTURE, {"std": [1.0] * 5}, "TTE-E043", "one number, or 3"),
         (LINE, {"layout": "nhwc"}, "TTE-E043", "use `layout: ncl`"),
         (PICTURE, {"layout": "nlc"}, "TTE-E043", "use `layout: nchw`"),
         (ROW, {"layout": "nchw"}, "TTE-E043", "layout: model"),

@@ -269,11 +269,14 @@ class Artifact:
                 fix = f"raise the budget to {needed}, or train fewer layers or channels: the smallest arena found has "
                 fix += f"{memory['arena_bytes']:,} bytes{twice if memory['extra_macs'] else ''}"
             what = what.format(needed, "sram", report["source"], budget.sram)
-            raise TTEError("TTE-E049", what, where=f"at the peak: {describe_peak(self.compiled.train)}", fix=fix)
+            where = self.scheme.where("budget", "sram")
+            raise TTEError(
+                "TTE-E049", what, where=f"{where}; at the peak: {describe_peak(self.compiled.train)}", fix=fix
+            )
         if budget.flash is not None and flash > budget.flash:
             fix = "train fewer layers or channels, or raise the budget"
             what = what.format(flash, "flash", report["source"], budget.flash)
-            raise TTEError("TTE-E049", what, where="weights and code", fix=fix)
+            raise TTEError("TTE-E049", what, where=f"{self.scheme.where('budget', 'flash')}; weights and code", fix=fix)
 
     @cached_property
     def _files(self) -> dict[str, bytes]:

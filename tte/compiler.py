@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -190,15 +191,13 @@ def lower_programs(
     pipeline.write(imported, "0-import")
     if input_place == "rows":
         require_rows(imported.inputs[0].type, scheme.io)
-    prepared = apply_input_format(imported, scheme.io.input)
+    with _located(scheme):
+        prepared = apply_input_format(imported, scheme.io.input)
     forward = _simplify(prepared, pipeline)
     given = {id(c) for c in forward.consts}
     if scheme.head is not None:
-        try:
+        with _located(scheme):
             forward = verify(replace_head(forward, scheme.head.layer, scheme.head.classes, scheme.head.init))
-        except TTEError as problem:  # the pass knows no files
-            where = scheme.where("head", "layer")
-            raise TTEError(problem.code, problem.what, where=where, fix=problem.fix) from problem
     replaced = [c for c in forward.consts if c.origin and id(c) not in given]
     source = forward
     resolved = resolve(scheme, forward)
@@ -210,7 +209,8 @@ def lower_programs(
     pipeline.write(forward, "2-forward")
     clipped = scheme.optimizer.clip_loss_grad is not None
     own = partial(prepare, own=imported.inputs[0].type, format=scheme.io.input)
-    with_loss = verify(append_loss(forward, scheme.loss, scheme.io.target == "input", own, clipped))
+    with _located(scheme):
+        with_loss = verify(append_loss(forward, scheme.loss, scheme.io.target == "input", own, clipped))
     differentiated = verify(differentiate(keep_saturation_masks(with_loss), scheme.optimizer.clip_loss_grad))
     gradients = verify(eliminate_dead_code(differentiated))
     pipeline.write(gradients, "3-gradients")
@@ -231,6 +231,16 @@ def lower_programs(
         resolved=resolved,
         notes=tuple(notes),
     )
+
+
+@contextmanager
+def _located(scheme: UpdateScheme) -> Iterator[None]:
+    """A pass knows the place in the scheme, "head.layer"; whoever wrote the scheme is told file and line."""
+    try:
+        yield
+    except TTEError as problem:
+        where = scheme.where(*problem.where.split("."))
+        raise TTEError(problem.code, problem.what, where=where, fix=problem.fix) from problem
 
 
 def compile_graphs(

@@ -256,13 +256,6 @@ class UpdateScheme(_Model):
 
     _document: "Document | None" = PrivateAttr(None)
 
-    @model_validator(mode="after")
-    def _target_fits_loss(self) -> "UpdateScheme":
-        if self.io.target is not None and (self.io.target == "label") != (self.loss.name == "cross_entropy"):
-            needs = "label" if self.loss.name == "cross_entropy" else "float or input"
-            raise ValueError(f"io.target is {self.io.target}, but {self.loss.name} needs {needs}")
-        return self
-
     @classmethod
     def load(cls, source: "UpdateScheme | Path | str | Mapping[str, Any]") -> "UpdateScheme":
         """Read a scheme: a YAML file, a short form ("full", "last-layer", "bias-only", "last-k:6"), or a dictionary.
@@ -270,7 +263,7 @@ class UpdateScheme(_Model):
         Raises TTEError (E030 unreadable, E031 not valid, E035 not available yet) with file, line and nearest name.
         """
         if isinstance(source, UpdateScheme):
-            source._refuse_what_is_missing()
+            source._check()
             return source
         if isinstance(source, str) and SHORT_FORM.fullmatch(source):
             document = Document("update scheme", {"train": source})
@@ -295,10 +288,17 @@ class UpdateScheme(_Model):
         except ValidationError as problem:
             raise _explain(problem, document) from problem
         scheme._document = document
-        scheme._refuse_what_is_missing()
+        scheme._check()
         return scheme
 
-    def _refuse_what_is_missing(self) -> None:
+    def _check(self) -> None:
+        """What no single section can know, and what does not exist yet."""
+        if self.io.target is not None and (self.io.target == "label") != (self.loss.name == "cross_entropy"):
+            what = f"io.target is {self.io.target}, which does not fit {self.loss.name}"
+            fix = (
+                "use `target: label`" if self.loss.name == "cross_entropy" else "use `target: float` or `target: input`"
+            )
+            raise TTEError("TTE-E031", what, where=self.where("io", "target"), fix=fix)
         for key, plain in (("momentum", 0.0), ("accumulate", 1)):
             if getattr(self.optimizer, key) != plain:
                 raise TTEError(
