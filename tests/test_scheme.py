@@ -224,6 +224,7 @@ def test_new_head_learns() -> None:
         (train({"layer": "a", "weight": {"select": [1, 1]}}), "TTE-E031", "different"),
         (train({"layer": "a", "weight": {"select": [-1]}}), "TTE-E031", "from 0"),
         (train({"layer": "a", "weight": {"select": [8]}}), "TTE-E033", "0 to 7"),
+        (train({"layer": "a", "weight": {"select": list(range(9))}}), "TTE-E033", "channels: select names number 8"),
         (train({"layer": "a", "weight": {"select": [1], "in_channels": 2}}), "TTE-E031", "lists 1"),
         (train({"layer": "a", "weight": {"select": [1], "in_channels": 0.5}}), "TTE-E033", "lists 1"),
         (train({"layer": "a", "weight": {"in_channels": 9}}), "TTE-E033", "a has 8 input channels: 9 of"),

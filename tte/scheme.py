@@ -714,6 +714,13 @@ def _choose(layer: Layer, wanted: Channels, where: str) -> tuple[int, ...]:
     count = len(select) if wanted.in_channels is None else wanted.in_channels
     if isinstance(count, float):
         count = int(np.floor(count * layer.channels + 1e-9))
+    if isinstance(select, tuple) and max(select) >= layer.channels:
+        raise TTEError(
+            "TTE-E033",
+            f"{layer.name} has {tally(layer.channels, 'input channel')}: select names number {show(max(select))}",
+            where=where,
+            fix=f"list numbers from 0 to {layer.channels - 1}",
+        )
     if not 1 <= count <= layer.channels:
         raise TTEError(
             "TTE-E033",
@@ -722,13 +729,13 @@ def _choose(layer: Layer, wanted: Channels, where: str) -> tuple[int, ...]:
             fix=f"in_channels from 1 to {layer.channels}, or a fraction of at least {1 / layer.channels:.3g}",
         )
     if isinstance(select, tuple):
-        if len(select) != count or max(select) >= layer.channels:
+        if len(select) != count:
             raise TTEError(
                 "TTE-E033",
-                f"select lists {len(select)} channels up to {show(max(select))}; {layer.name} has {layer.channels}, "
-                f"of which in_channels takes {count}",
+                f"select lists {tally(len(select), 'channel')}, in_channels takes {count} of the {layer.channels} that "
+                f"{layer.name} has",
                 where=where,
-                fix=f"list numbers from 0 to {layer.channels - 1}, or leave out in_channels",
+                fix="leave out in_channels: the list says how many",
             )
         return tuple(sorted(int(c) for c in np.argsort(_own_numbers(layer))[list(select)]))
     if select == "first":
