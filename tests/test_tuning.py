@@ -318,6 +318,8 @@ def test_where_nothing_has_knobs_it_is_said(tmp_path: Path) -> None:
     np.savez(tmp_path / "net.npz", **{c.name: c.data for c in graph.consts})
     printed = succeed("tune", tmp_path / "net.ir", "--schedules", tmp_path / "s.json")
     assert printed.startswith("no kernel of this model has knobs, as it is compiled for cortex-m7")
+    assert f"{tmp_path / 's.json'} holds what it held" in printed
+    assert tte.compile(tmp_path / "net.ir", target="host", schedules=tmp_path / "s.json").compiled.programs
 
 
 # --- cycles ----------------------------------------------------------------------------------------------------------

@@ -219,6 +219,7 @@ def tune(
         return _print_json(found.to_dict())
     if not found.rows:
         print(f"no kernel of this model has knobs, as it is compiled for {target}: nothing was measured")
+        print(f"{schedules} holds what it held; `tte compile` takes it all the same")
         return
     columns = ("kernel", "layers", "calls", f"{found.metric}, default", "tuned", "knobs")
     rows = [
