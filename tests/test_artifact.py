@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import networks
@@ -18,6 +19,7 @@ from elftools.elf.elffile import ELFFile
 from torch import nn
 
 import tte
+from tte.artifact import _meet_budget
 from tte.runner.toolchain import build_firmware, build_host, find_toolchains
 
 BOARDS = ("cortex-m7", "cortex-m4", "cortex-m33", "cortex-m55", "stm32f746", "stm32h743", "stm32f446", "rp2040")
@@ -277,6 +279,31 @@ def test_options_of_a_wrong_kind(option: dict[str, Any], code: str, ir: Path) ->
     with pytest.raises(tte.TTEError) as caught:
         tte.compile(ir, **option)
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("linked", "budget", "limits", "arena"),
+    [
+        (1000, 11_500, [7404, 10_500], 10_000),  # less is linked than was reserved: nothing has to be computed twice
+        (1000, 14_096, [10_000], 10_000),  # nothing is: nobody asks again
+        (1000, 10_900, [6804, 9900], 6804),  # the smallest plan that computes nothing twice does not fit
+        (5000, 13_000, [8904, 8000], 8000),  # more is linked
+    ],
+)
+def test_a_budget_is_what_is_linked(linked: int, budget: int, limits: list[int], arena: int) -> None:
+    """Below 10,000 bytes of arena something is computed twice."""
+    asked = []
+
+    def make(reserved: int) -> Any:
+        limit = budget - reserved
+        asked.append(limit)
+        arena = min(limit, 10_000)
+        memory = {"arena_bytes": arena, "trained_bytes": 0, "static_ram_bytes": arena + linked}
+        report = {"source": "linked", "memory": memory | {"extra_macs": 77 if arena < 10_000 else 0}}
+        return SimpleNamespace(report=report)
+
+    made = _meet_budget(make, budget)
+    assert (asked, made.report["memory"]["arena_bytes"]) == (limits, arena)
 
 
 @pytest.mark.parametrize("clock", ["216MHz", "0.216 GHz", "216000000", 216e6, 216_000_000])

@@ -4,7 +4,7 @@ import io
 import json
 import tempfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -99,8 +99,8 @@ def compile(
         [f"files and symbols begin with {prefix}: {name!r} cannot be such a name"] if name not in (None, prefix) else []
     )
     known = _known(schedules).of(board.cpu)
-    reserved = RESERVED
-    while True:
+
+    def make(reserved: int) -> Artifact:
         compiled = compile_graphs(
             model,
             example_inputs,
@@ -117,12 +117,43 @@ def compile(
             reserved,
         )
         compiled = replace(compiled, notes=(*compiled.notes, *renamed))
-        artifact = Artifact(compiled, scheme, board, clock_hz, _find_module(model))
-        rest = artifact.find_rest(reserved) if memory_plan == "auto" else None
-        if rest is None:
-            artifact.require_budget(memory_plan)
+        return Artifact(compiled, scheme, board, clock_hz, _find_module(model))
+
+    budget = scheme.budget.sram if memory_plan == "auto" else None
+    artifact = make(RESERVED) if budget is None else _meet_budget(make, budget)
+    artifact.require_budget(memory_plan)
+    return artifact
+
+
+def _meet_budget(make: "Callable[[int], Artifact]", budget: int) -> "Artifact":
+    """What ``make`` gives for the bytes of RAM that are neither arena nor trained, with little computed twice.
+
+    They are stack, library and the caller's buffers, and known when it is linked.
+    """
+    artifact = _settle(make, budget, RESERVED)
+    planned, needed = _count_ram(artifact)
+    twice = artifact.report["memory"]["extra_macs"]
+    if not twice or artifact.report["source"] != "linked" or not needed <= budget or needed - planned >= RESERVED:
+        return artifact
+    roomier = _settle(make, budget, needed - planned)
+    better = _count_ram(roomier)[1] <= budget and roomier.report["memory"]["extra_macs"] < twice
+    return roomier if better else artifact
+
+
+def _settle(make: "Callable[[int], Artifact]", budget: int, reserved: int) -> "Artifact":
+    """Where more is linked than was reserved, a smaller arena may do."""
+    while True:
+        artifact = make(reserved)
+        planned, needed = _count_ram(artifact)
+        if not planned + reserved <= budget < needed:
             return artifact
-        reserved = rest  # a smaller arena may do
+        reserved = needed - planned
+
+
+def _count_ram(artifact: "Artifact") -> tuple[int, int]:
+    """Bytes of arena and of what learns, and of all that is linked."""
+    memory = artifact.report["memory"]
+    return memory["arena_bytes"] + memory["trained_bytes"], memory["static_ram_bytes"]
 
 
 def _known(schedules: Path | str | None) -> Database:
@@ -242,16 +273,6 @@ class Artifact:
         from tte.proof import prove
 
         return prove(self, steps, data, tolerance)
-
-    def find_rest(self, reserved: int) -> int | None:
-        """Bytes of RAM that are neither arena nor trained (stack, library, the caller's buffers) where the budget is
-        exceeded because they are more than was reserved for them."""
-        budget = self.scheme.budget.sram
-        if budget is None:
-            return None
-        memory = self.report["memory"]
-        planned, needed = memory["arena_bytes"] + memory["trained_bytes"], memory["static_ram_bytes"]
-        return int(needed - planned) if planned + reserved <= budget < needed else None
 
     def require_budget(self, memory_plan: str | int) -> None:
         """Raises TTEError (E049) where the scheme's budget is exceeded, naming the tensors that hold the peak."""
