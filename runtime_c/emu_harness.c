@@ -208,7 +208,7 @@ int main(void) {
             while (top > emu_arena_start && top[-1] == ARENA_PAINT)
                 top--;
             send_u32((uint32_t)emu_stack_high_water());
-            send_u32((uint32_t)(top - emu_arena_start + 3) / 4 * 4); /* tensors take whole words */
+            send_u32((uint32_t)(top - emu_arena_start));
             break;
         }
         case 'Q':

@@ -91,4 +91,4 @@ class StreamBoard:
 
     def high_water(self) -> tuple[int, int] | None:
         stack, arena = struct.unpack("<II", self.exchange(b"W", 8))
-        return stack, arena
+        return stack, -(-arena // 4) * 4  # tensors take whole words
