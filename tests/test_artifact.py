@@ -282,15 +282,16 @@ def test_options_of_a_wrong_kind(option: dict[str, Any], code: str, ir: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("linked", "budget", "limits", "arena"),
+    ("linked", "budget", "board", "limits", "arena"),
     [
-        (1000, 11_500, [7404, 10_500], 10_000),  # less is linked than was reserved: nothing has to be computed twice
-        (1000, 14_096, [10_000], 10_000),  # nothing is: nobody asks again
-        (1000, 10_900, [6804, 9900], 6804),  # the smallest plan that computes nothing twice does not fit
-        (5000, 13_000, [8904, 8000], 8000),  # more is linked
+        (1000, 11_500, 64_000, [7404, 10_500], 10_000),  # less is linked than was reserved: nothing twice
+        (1000, 14_096, 64_000, [10_000], 10_000),  # nothing is: nobody asks again
+        (1000, 10_900, 64_000, [6804, 9900], 6804),  # the smallest plan that computes nothing twice does not fit
+        (5000, 13_000, 64_000, [8904, 8000], 8000),  # more is linked
+        (1000, 11_500, 10_000, [7404, 10_500], 7404),  # the board has less than the budget
     ],
 )
-def test_a_budget_is_what_is_linked(linked: int, budget: int, limits: list[int], arena: int) -> None:
+def test_a_budget_is_what_is_linked(linked: int, budget: int, board: int, limits: list[int], arena: int) -> None:
     """Below 10,000 bytes of arena something is computed twice."""
     asked = []
 
@@ -299,6 +300,8 @@ def test_a_budget_is_what_is_linked(linked: int, budget: int, limits: list[int],
         asked.append(limit)
         arena = min(limit, 10_000)
         memory = {"arena_bytes": arena, "trained_bytes": 0, "static_ram_bytes": arena + linked}
+        if arena + linked > board:
+            raise tte.TTEError("TTE-E053", "RAM needs more")
         report = {"source": "linked", "memory": memory | {"extra_macs": 77 if arena < 10_000 else 0}}
         return SimpleNamespace(report=report)
 

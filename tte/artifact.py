@@ -135,7 +135,12 @@ def _meet_budget(make: "Callable[[int], Artifact]", budget: int) -> "Artifact":
     twice = artifact.report["memory"]["extra_macs"]
     if not twice or artifact.report["source"] != "linked" or not needed <= budget or needed - planned >= RESERVED:
         return artifact
-    roomier = _settle(make, budget, needed - planned)
+    try:
+        roomier = _settle(make, budget, needed - planned)
+    except TTEError as problem:
+        if problem.code == "TTE-E053":  # the budget is larger than the board
+            return artifact
+        raise
     better = _count_ram(roomier)[1] <= budget and roomier.report["memory"]["extra_macs"] < twice
     return roomier if better else artifact
 
