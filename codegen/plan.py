@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import inf
 
 from tte.ir import Graph, Value
 from tte.ir.rows import find_stream, saved_bytes
@@ -86,12 +87,14 @@ def plan_memory(
     alignment: int = 4,
     hold_input: bool = False,
     input_offset: int | None = None,
+    most: float = inf,
 ) -> Plan:
     """Place all that ``graph`` keeps in the arena.
 
     scratch: node index -> bytes that its kernel needs while it runs, by default ``find_scratch``. Graph inputs are the
     caller's memory; with ``hold_input`` the first lies in the arena up to its last use, at ``input_offset`` if that is
-    given. Params and constants have storage of their own, also for results computed in place of a param.
+    given. Params and constants have storage of their own, also for results computed in place of a param. An arena of
+    more than ``most`` bytes is of no use: where there is no smaller one, any will do.
     """
     scratch = find_scratch(graph) if scratch is None else scratch
     owners = graph.owners()
@@ -100,7 +103,7 @@ def plan_memory(
     pairs = find_pairs(graph, owners, buffers)
     live = count_live(graph, buffers, pairs)
     bound = max(live, default=0)
-    placed, proof = place(buffers, bound, alignment, pairs)
+    placed, proof = place(buffers, bound, alignment, pairs, most)
     offset = {b.name: b.offset for b in placed}
     return Plan(
         arena_bytes=max((b.end for b in placed), default=0),
@@ -212,7 +215,7 @@ def find_buffers(
 
 
 def place(
-    buffers: Sequence[Buffer], bound: int, alignment: int = 4, pairs: Sequence[Pair] = ()
+    buffers: Sequence[Buffer], bound: int, alignment: int = 4, pairs: Sequence[Pair] = (), most: float = inf
 ) -> tuple[tuple[Buffer, ...], str]:
     """The buffers with offsets, and the proof (see ``Plan``): greedy in several orders, then CP-SAT."""
     below = {(p.born, p.dying): p.shift for p in pairs}
@@ -228,7 +231,7 @@ def place(
             best, height = offsets, top
         if height == floor:
             break
-    best, height, proved = _search(buffers, best, floor, height, alignment, pairs)
+    best, height, proved = _search(buffers, best, floor, height, alignment, pairs, most)
     free = all(b.fixed is None for b in buffers)  # else only placements that agree with that are excluded
     return _at(buffers, best), "bound" if height == bound else "search" if proved and free else ""
 
@@ -279,28 +282,40 @@ def _stack(buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], order: Seq
 
 
 def _search(
-    buffers: Sequence[Buffer], best: list[int], bound: int, height: int, alignment: int, pairs: Sequence[Pair]
+    buffers: Sequence[Buffer],
+    best: list[int],
+    bound: int,
+    height: int,
+    alignment: int,
+    pairs: Sequence[Pair],
+    most: float,
 ) -> tuple[list[int], int, bool]:
     """The lowest placement between ``bound`` and ``height`` (which ``best`` has), and whether lower ones are excluded.
 
-    First asks for the bound itself, then bisects: questions with a fixed height are far easier than minimisation. A
-    question may take half of the effort that is left; one without an answer counts as a no that proves nothing. The
-    first of these is asked once more, from the bottom up, in one order after the other: what CP-SAT's own search does
-    not find, such a one often does.
+    First asks for the bound itself, then bisects: questions with a fixed height are far easier than minimisation. Each
+    is asked from the bottom up first, in one order after the other: that finds most answers at once. What it does not
+    decide is left to CP-SAT's own search, for half of the effort that is left; a question without an answer counts as a
+    no that proves nothing. The first of these is asked from the bottom up once more, for longer.
     """
     total = EFFORT * min(1.0, MANY / max(1, len(buffers)))
     trial, left, proved = bound, total, True
-    while bound < height and left > total / 16:
-        status, offsets, effort = _fit(buffers, trial, alignment, pairs, left / 2)
-        left -= effort
+
+    def ask_upwards(effort: float) -> tuple[str, list[int]]:
+        answers = (_fit(buffers, trial, alignment, pairs, effort, key)[:2] for key in SORT_KEYS)
+        return next((answer for answer in answers if answer[0] != "UNKNOWN"), ("UNKNOWN", []))
+
+    while bound < height and bound <= most and left > total / 16:
+        status, offsets = ask_upwards(total / 200)
+        if status == "UNKNOWN":
+            status, offsets, effort = _fit(buffers, trial, alignment, pairs, left / 2)
+            left -= effort
         if status == "UNKNOWN" and proved:
-            answers = (_fit(buffers, trial, alignment, pairs, total / 40, key) for key in SORT_KEYS)
-            status, offsets, _ = next((a for a in answers if a[0] != "UNKNOWN"), (status, offsets, 0.0))
+            status, offsets = ask_upwards(total / 40)
         if offsets:
             best, height = offsets, max(o + b.size for o, b in zip(offsets, buffers, strict=True))
         else:
             bound, proved = trial + alignment, proved and status == "INFEASIBLE"
-        trial = bound + (height - bound) // alignment // 2 * alignment
+        trial = bound + int(min(height, most + alignment) - bound) // alignment // 2 * alignment
     return best, height, proved and bound >= height
 
 

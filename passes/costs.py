@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from tte.ir import Graph, Value
-from tte.ir.rows import align, find_stream, saved_bytes, stream_rows
+from tte.ir.rows import align, find_stream, row_bytes, saved_bytes, stream_rows
 from tte.ir.tiles import scratch_bytes
 from tte.passes.inplace import find_owners, is_view, place_results
 
@@ -69,15 +69,27 @@ class Costs:
         made = [v for node in self.graph.nodes[a : b + 1] for v in node.outputs]
         return [v for v in made if self.last.get(v.name, -1) > b or v.name in self.viewed]
 
+    def chain_bound(self, a: int, b: int) -> int:
+        """No more than ``chain``: a row of each tensor between the nodes, the result over an operand."""
+        kept = self.kept(a, b)
+        names = {v.name for v in kept}
+        made = [v for node in self.graph.nodes[a : b + 1] for v in node.outputs if v.name not in names]
+        result = align(self.graph.nodes[b].output.type.nbytes)
+        return self.around(a) + sum(align(v.type.nbytes) for v in kept) + sum(map(row_bytes, made)) - result
+
+    def around(self, a: int) -> int:
+        """Bytes alive before node a that are so at it."""
+        return sum(size for birth, death, size in self.buffers if birth < a <= death)
+
     def chain(self, a: int, b: int) -> int | None:
+        """Bytes alive while nodes a to b run by rows; None if they cannot."""
         kept = self.kept(a, b)
         names = frozenset(v.name for v in kept)
         nodes = self.graph.nodes[a : b + 1]
         if any(v.type.dtype == "bit" and v.name not in names for node in nodes for v in node.outputs):
             return None  # rows of bits share bytes
-        around = sum(size for birth, death, size in self.buffers if birth < a <= death)
         stream = stream_rows(nodes, names)
-        whole = around + sum(align(v.type.nbytes) for v in kept) + stream.nbytes
+        whole = self.around(a) + sum(align(v.type.nbytes) for v in kept) + stream.nbytes
         operands = {v.name: v for node in nodes for v in node.inputs}
         shifts = stream.shifts.items()
         saved = (self.saved(operands[name], nodes[-1].output, b, shift) for name, shift in shifts)

@@ -182,7 +182,7 @@ class _Question:
         times = sorted({way.at for way in self.ways})
         needed = {(name, t): model.new_bool_var("") for name in self.saved for t in (-1, *times)}
         for c, way in zip(chosen, self.ways, strict=True):
-            for name in way.reads:
+            for name in sorted(way.reads):
                 for t in (-1, *(t for t in times if t <= way.at)):
                     model.add_implication(c, needed[name, t])
         unit = gcd(4, *self.saved.values())

@@ -1,6 +1,7 @@
 """Runs parts of the forward program row by row, so that of what lies between two layers only a few rows exist."""
 
 from collections.abc import Sequence
+from math import inf
 
 from tte.ir import Graph, Node, rewrite
 from tte.ir.rows import adds_rows, find_windows
@@ -20,8 +21,8 @@ def stream_forward(graph: Graph, arena: Arena = ANY) -> Graph:
     limit = max(arena.limit, *single[end:], 0)
     if max(single[:end], default=0) <= limit:
         return graph
-    chains = _cost_chains(costs)
-    limit = max(limit, _least_peak(single[:end], chains))
+    chains = _Chains(costs)
+    limit = _least_peak(single[:end], chains, limit)
     nodes: list[Node] = []
     at = 0
     for a, b in _fewest(single[:end], chains, limit):
@@ -33,38 +34,38 @@ def stream_forward(graph: Graph, arena: Arena = ANY) -> Graph:
 def find_least(graph: Graph, arena: Arena) -> int:
     """The most bytes alive at a node once ``stream_forward`` has done what it can."""
     costs = Costs(graph, arena)
-    behind = (costs.node(i) for i in range(costs.forward, len(graph.nodes)))
-    return max(*behind, find_least_forward(graph, arena))
+    single = [costs.node(i) for i in range(len(graph.nodes))]
+    return _least_peak(single[: costs.forward], _Chains(costs), max(single[costs.forward :], default=0))
 
 
-def find_least_forward(graph: Graph, arena: Arena) -> int:
-    """The lowest peak of the forward program that ``stream_forward`` can reach in this order."""
-    costs = Costs(graph, arena)
-    return _least_peak([costs.node(i) for i in range(costs.forward)], _cost_chains(costs))
+class _Chains:
+    """Runs of neighbours that can go by rows and of which each reads one before it. What they cost is found out when
+    it is asked.
 
-
-def _cost_chains(costs: Costs) -> dict[tuple[int, int], int]:
-    """First and last node -> bytes alive while they run by rows."""
-    chains = _chains(costs.graph, costs.forward)
-    return {(a, b): cost for a, b in chains if (cost := costs.chain(a, b)) is not None}
-
-
-def _chains(graph: Graph, end: int) -> list[tuple[int, int]]:
-    """First and last node of all runs of neighbours that can go by rows and of which each reads one before it.
-
-    One node is a run as well: by rows, it may write its result over an operand.
+    starts  of each node the first nodes of those that end with it; a node alone is one as well: by rows, it may write
+            its result over an operand
     """
-    able = [_can_stream(node) for node in graph.nodes[:end]]
-    result = []
-    for a in range(end):
-        made: set[str] = set()
-        for b in range(a, end):
-            node = graph.nodes[b]
-            if not able[b] or (b > a and not _follows(node, made)):
-                break
-            made |= {v.name for v in node.outputs}
-            result.append((a, b))
-    return result
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        nodes = costs.graph.nodes[: costs.forward]
+        able = [_can_stream(node) for node in nodes]
+        self.starts: list[list[int]] = [[] for _ in nodes]
+        self.known: dict[tuple[int, int], float] = {}
+        for a in range(len(nodes)):
+            made: set[str] = set()
+            for b, node in enumerate(nodes[a:], a):
+                if not able[b] or (b > a and not _follows(node, made)):
+                    break
+                made |= {v.name for v in node.outputs}
+                self.starts[b].append(a)
+
+    def cost(self, a: int, b: int) -> float:
+        """Bytes alive while nodes a to b run by rows; infinite where they cannot."""
+        if (a, b) not in self.known:
+            cost = self.costs.chain(a, b)
+            self.known[a, b] = inf if cost is None else cost
+        return self.known[a, b]
 
 
 def _follows(node: Node, made: set[str]) -> bool:
@@ -79,26 +80,31 @@ def _can_stream(node: Node) -> bool:
     return by_rows and node.output.type.shape[1] > 1 and node.output.type.dtype != "bit"
 
 
-def _least_peak(single: Sequence[int], chains: dict[tuple[int, int], int]) -> int:
-    """The smallest maximum over the steps of any division of the line into nodes and chains."""
-    best = [0]
+def _least_peak(single: Sequence[int], chains: _Chains, floor: int) -> int:
+    """The smallest maximum over the steps of any division of the line into nodes and chains; ``floor`` where that is
+    less."""
+    best = [floor]
     for b, cost in enumerate(single):
-        ways = [max(best[b], cost)]
-        ways += [max(best[a], chain) for (a, last), chain in chains.items() if last == b]
-        best.append(min(ways))
+        least: float = max(best[b], cost)
+        bounds = sorted((max(best[a], chains.costs.chain_bound(a, b)), a) for a in chains.starts[b] if least > floor)
+        for bound, a in bounds:
+            if bound >= least:
+                break
+            least = min(least, max(best[a], chains.cost(a, b)))
+        best.append(int(least))
     return best[-1]
 
 
-def _fewest(single: Sequence[int], chains: dict[tuple[int, int], int], limit: int) -> list[tuple[int, int]]:
+def _fewest(single: Sequence[int], chains: _Chains, limit: int) -> list[tuple[int, int]]:
     """The chains of a division whose steps all stay within ``limit``, with the fewest nodes in chains."""
     best: list[tuple[int, int, tuple[tuple[int, int], ...]] | None] = [(0, 0, ())]
     for b, cost in enumerate(single):
         before = best[b]
-        ways = [before] if before is not None and cost <= limit else []
-        for (a, last), chain in chains.items():
-            if last == b and chain <= limit and (start := best[a]) is not None:
-                ways.append((start[0] + b - a + 1, start[1] + 1, (*start[2], (a, b))))
-        best.append(min(ways, default=None))
+        ways = [(before, -1)] if before is not None and cost <= limit else []
+        for a in chains.starts[b]:
+            if (start := best[a]) is not None and chains.costs.chain_bound(a, b) <= limit:
+                ways.append(((start[0] + b - a + 1, start[1] + 1, (*start[2], (a, b))), a))
+        best.append(next((way for way, a in sorted(ways) if a < 0 or chains.cost(a, b) <= limit), None))
     found = best[-1]
     assert found is not None, "a limit that some division has"
     return list(found[2])

@@ -11,7 +11,7 @@ from tte.passes.costs import ANY, Arena, Costs
 from tte.passes.fuse import fuse_producers
 from tte.passes.regions import attrs_of, enclose
 from tte.passes.reorder import reorder
-from tte.passes.stream import find_least_forward
+from tte.passes.stream import find_least
 
 
 def tile_backward(graph: Graph, arena: Arena = ANY) -> Graph:
@@ -37,8 +37,7 @@ class _Choice:
     def __init__(self, graph: Graph, arena: Arena) -> None:
         self.graph, self.arena = graph, arena
         self.groups = find_groups(graph, Costs(graph, arena).forward)
-        ordered = self.order(self.groups)
-        self.least = max(self.peak(ordered), find_least_forward(ordered, arena))
+        self.least = find_least(self.order(self.groups), arena)
 
     def order(self, groups: Sequence["Group"]) -> Graph:
         result = contract(self.graph, groups)

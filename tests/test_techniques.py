@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,11 @@ CASES = {
 def stream_everything(graph: Graph) -> Graph:
     """``stream_forward`` without its aim: chains as long as they can be."""
     costs = Costs(graph, ANY)
-    chains = stream._cost_chains(costs)
+    chains = stream._Chains(costs)
+    found = [(a, b) for b, starts in enumerate(chains.starts) for a in starts if chains.cost(a, b) < inf]
     nodes, at = [], 0
     while at < len(graph.nodes):
-        end = max((b for a, b in chains if a == at), default=at)
+        end = max((b for a, b in found if a == at), default=at)
         region = end > at
         nodes.append(enclose(graph, range(at, end + 1), {"strategy": "rows"}) if region else graph.nodes[at])
         at = end + 1

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -357,22 +357,27 @@ def _find_limit(memory_plan: str | int, budget: int | None, train: Graph, reserv
 def _fit_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) -> list[Program]:
     """The programs, each as cheap as the arena allows; where that is too small, as small as possible.
 
-    Nothing is computed twice unless nothing else helps.
+    Nothing is computed twice unless nothing else helps. What has too many bytes alive is not placed before all else is
+    tried.
     """
-    smallest: list[Program] = []
+    large: list[tuple[int, list[Graph]]] = []
     for again in (False, True):
         room = arena.limit
         for left in reversed(range(TRIES)):
-            programs = plan_programs(roles, pipeline, replace(arena, limit=room, may_recompute=again))
-            excess = _arena_bytes(programs) - arena.limit
-            if excess <= 0 or arena.limit == 0:
-                return programs
-            no_less = bool(smallest) and _arena_bytes(smallest) <= _arena_bytes(programs)
-            smallest = smallest if no_less else programs
+            graphs = shrink(roles, pipeline, replace(arena, limit=room, may_recompute=again))
+            needed = max(find_lower_bound(graph, arena.holds_input) for graph in graphs)
+            if needed <= arena.limit or arena.limit == 0:
+                programs = place(roles, graphs, arena)
+                needed = _arena_bytes(programs)
+                if needed <= arena.limit or arena.limit == 0:
+                    return programs
+            no_less = bool(large) and min(size for size, _ in large) <= needed
+            large.append((needed, graphs))
             if room == 0 or (again and no_less):
                 break
-            room = max(0, room - excess) if left > 1 else 0  # gaps between the buffers take what is too much
-    return smallest
+            # Gaps between the buffers take what is too much.
+            room = max(0, room - (needed - arena.limit)) if left > 1 else 0
+    return min((place(roles, graphs, arena) for _, graphs in large), key=_arena_bytes)
 
 
 TRIES = 3
@@ -384,11 +389,21 @@ def _arena_bytes(programs: Sequence[Program]) -> int:
 
 def plan_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) -> list[Program]:
     """Each program made small, placed and checked; one need not be smaller than those before it."""
+    return place(roles, shrink(roles, pipeline, arena), arena)
+
+
+def shrink(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) -> list[Graph]:
+    """The programs made small; one need not be smaller than those before it."""
     graphs: list[Graph] = []
     room = arena
     for role, graph in roles.items():
         graphs.append(pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}", room))
         room = replace(room, limit=max(room.limit, find_lower_bound(graphs[-1], arena.holds_input)))
+    return graphs
+
+
+def place(roles: Iterable[str], graphs: Sequence[Graph], arena: Arena) -> list[Program]:
+    """Programs with their plans, checked."""
     programs = [Program(*p) for p in zip(roles, graphs, plan_together(graphs, arena.holds_input), strict=True)]
     for program in programs:
         check_plan(program.graph, program.plan)
@@ -413,7 +428,8 @@ def make_room(
             room = {i: int((height - live) * share) for i, live in enumerate(program.plan.live)}
             tried = replace(program, room=room, measured=known, optimize=optimize, forms=MVE if target.mve else DSP)
             scratch = {c.node: c.kernel.scratch for c in tried.calls if c.kernel.scratch}
-            plan = plan_memory(graph, scratch, hold_input=arena.holds_input, input_offset=program.input_offset)
+            options = {"hold_input": arena.holds_input, "input_offset": program.input_offset, "most": height}
+            plan = plan_memory(graph, scratch, **options)
             if plan.arena_bytes <= height:
                 check_plan(graph, plan, scratch)
                 program = replace(tried, plan=plan)
