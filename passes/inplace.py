@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from tte.ir import OPS, Graph, Node, inplace_inputs, rewrite
+from tte.ir.graph import remembered
 
 
 def work_in_place(graph: Graph) -> Graph:
@@ -46,13 +47,18 @@ def is_view(node: Node) -> bool:
     return node.body is None and OPS[node.op].kind == "view"
 
 
+@remembered
+def _find_kinds(graph: Graph) -> tuple[frozenset[str], frozenset[str], dict[str, str]]:
+    """Params, what is not ours to write, and what updates a param -> that."""
+    foreign = frozenset(v.name for v in (*graph.inputs, *graph.consts))
+    return frozenset(p.name for p in graph.params), foreign, {v.name: p.name for p, v in graph.updates}
+
+
 def find_candidates(graph: Graph, node: Node, owners: dict[str, str], output: int = 0) -> list[int]:
     """The inputs that an output of ``node`` may overwrite once nobody else needs them, params first."""
     allowed = inplace_inputs(node, output)
     made = node.outputs[output]
-    stored = {p.name for p in graph.params}
-    foreign = {v.name for v in (*graph.inputs, *graph.consts)}
-    targets = {v.name: p.name for p, v in graph.updates}
+    stored, foreign, targets = _find_kinds(graph)
     candidates = []
     for k in allowed:
         owner = owners[node.inputs[k].name]

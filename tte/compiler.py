@@ -428,8 +428,7 @@ def make_room(
             room = {i: int((height - live) * share) for i, live in enumerate(program.plan.live)}
             tried = replace(program, room=room, measured=known, optimize=optimize, forms=MVE if target.mve else DSP)
             scratch = {c.node: c.kernel.scratch for c in tried.calls if c.kernel.scratch}
-            options = {"hold_input": arena.holds_input, "input_offset": program.input_offset, "most": height}
-            plan = plan_memory(graph, scratch, **options)
+            plan = plan_memory(graph, scratch, 4, arena.holds_input, program.input_offset, most=height)
             if plan.arena_bytes <= height:
                 check_plan(graph, plan, scratch)
                 program = replace(tried, plan=plan)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, TypeVarTuple, cast
 
 import numpy as np
 
@@ -116,18 +116,21 @@ def find_anchor(nodes: Sequence[Node]) -> int | None:
     return None
 
 
+S = TypeVar("S", Node, "Graph")
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
-def remembered(function: Callable[[Node], T]) -> Callable[[Node], T]:
-    """The function, but asked once for each node: nodes never change."""
+def remembered(function: Callable[[S, *Ts], T]) -> Callable[[S, *Ts], T]:
+    """The function, but asked once for each node or graph, with each of the other arguments: these never change."""
 
     @wraps(function)
-    def ask(node: Node) -> T:
-        key = f"_{function.__name__}"
-        if key not in node.__dict__:
-            node.__dict__[key] = function(node)
-        return cast(T, node.__dict__[key])
+    def ask(subject: S, *others: *Ts) -> T:
+        known = subject.__dict__.setdefault("_known", {})
+        key = (function, *others)
+        if key not in known:
+            known[key] = function(subject, *others)
+        return cast(T, known[key])
 
     return ask
 
@@ -195,6 +198,8 @@ class Graph:
 
     def renumbered(self) -> "Graph":
         """The same program with node outputs numbered by position."""
+        if _is_numbered(self):
+            return self
         names: dict[str, Value] = {}
         nodes = []
         count = 0
@@ -206,13 +211,21 @@ class Graph:
                 count += 1
             body = node.body.renumbered() if node.body else None
             inputs = tuple(names.get(v.name, v) for v in node.inputs)
-            nodes.append(replace(node, inputs=inputs, outputs=tuple(outputs), body=body))
+            same = body is node.body and inputs == node.inputs and tuple(outputs) == node.outputs
+            nodes.append(node if same else replace(node, inputs=inputs, outputs=tuple(outputs), body=body))
         return replace(
             self,
             nodes=tuple(nodes),
             outputs=tuple(names.get(v.name, v) for v in self.outputs),
             updates=tuple((p, names.get(v.name, v)) for p, v in self.updates),
         )
+
+
+@remembered
+def _is_numbered(graph: Graph) -> bool:
+    names = (v.name for node in graph.nodes for v in node.outputs)
+    bodies = (node.body for node in graph.nodes if node.body)
+    return all(name == str(i) for i, name in enumerate(names)) and all(map(_is_numbered, bodies))
 
 
 class Builder:

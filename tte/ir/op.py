@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, get_args, get_origin
 
 from tte.ir.types import TensorType
@@ -72,7 +73,7 @@ class Op:
     along: int | None = None
     start: int | None = None
 
-    @property
+    @cached_property
     def attributes(self) -> dict[str, Any]:
         """Name -> default (inspect.Parameter.empty where it must be given)."""
         parameters = inspect.signature(self.infer).parameters.values()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 
-from tte.ir.graph import Node, Value, find_anchor, remembered
+from tte.ir.graph import Graph, Node, Value, find_anchor, remembered
 from tte.ir.op import OPS, Window
 
 
@@ -98,23 +98,26 @@ def find_windows(node: Node) -> tuple[tuple[Window, ...], ...] | None:
         return windows if windows and all(v.type.shape[0] == 1 for v in node.inputs) else None
     if any(len(s) != 4 or s[0] != 1 or s[:2] != shapes[0][:2] for s in shapes):
         return None
-    if node.body is None:
-        return _windows(node)
-    weights = [m for m in node.body.nodes if m.op == "concatenate" and m is not node.body.nodes[-1]]
-    members = [m for m in node.body.nodes if m not in weights]
+    return _body_windows(node.body, shapes[0][1]) if node.body else _windows(node)
+
+
+@remembered
+def _body_windows(body: Graph, rows: int) -> tuple[tuple[Window, ...], ...] | None:
+    weights = [m for m in body.nodes if m.op == "concatenate" and m is not body.nodes[-1]]
+    members = [m for m in body.nodes if m not in weights]
     if find_anchor(members) not in (None, 0):
         return None  # what is made as it is read is not made by rows
-    found: dict[str, list[Window]] = {v.name: [] for v in node.body.inputs}
+    found: dict[str, list[Window]] = {v.name: [] for v in body.inputs}
     for member in members:
         windows = _windows(member)
-        if windows is None or member.output.type.shape[:2] != shapes[0][:2]:
+        if windows is None or member.output.type.shape[:2] != (1, rows):
             return None
         for value, own in zip(member.inputs, windows, strict=True):
             if value.name in found:
                 found[value.name] += own
             elif value in (m.output for m in members) and own != (SAME,):
                 return None
-    return tuple(tuple(dict.fromkeys(found[v.name])) for v in node.body.inputs)
+    return tuple(tuple(dict.fromkeys(found[v.name])) for v in body.inputs)
 
 
 SAME = Window(1, 1, 0)
@@ -187,7 +190,12 @@ def find_stream(node: Node) -> Stream | None:
         return None
     columns = node.attrs.get("columns", 0)
     assert isinstance(columns, int)
-    return stream_rows(node.body.nodes, frozenset(v.name for v in node.body.outputs), columns)
+    return _body_stream(node.body, columns)
+
+
+@remembered
+def _body_stream(body: Graph, columns: int) -> Stream:
+    return stream_rows(body.nodes, frozenset(v.name for v in body.outputs), columns)
 
 
 # Regions of which the members run in turns, each a piece at a time, and how a reader is told.

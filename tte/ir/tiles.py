@@ -165,6 +165,7 @@ class Line:
         return Tiles(width, self.cuts, self.spans, sizes)
 
 
+@remembered
 def find_line(body: Graph) -> Line:
     """See ``Line``."""
     kept = {v.name for v in body.outputs}

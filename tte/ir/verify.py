@@ -1,6 +1,8 @@
 """Re-reads a graph with suspicion; runs after every pass."""
 
-from tte.ir.graph import Const, Graph, Node, Param, Value, find_anchor
+from collections.abc import Mapping
+
+from tte.ir.graph import Const, Graph, Node, Param, Value, find_anchor, remembered
 from tte.ir.op import OPS, InvalidType
 from tte.ir.tiles import find_start, find_tiles
 
@@ -14,65 +16,80 @@ def verify(graph: Graph) -> Graph:
 
     Raises InvalidGraph, naming the node.
     """
-    _verify(graph, f"@{graph.name}")
+    if problem := _find_problem(graph):
+        raise InvalidGraph(f"@{graph.name}{problem}")
     return graph
 
 
-def _verify(graph: Graph, where: str) -> None:
-    def require(condition: bool, what: str) -> None:
-        if not condition:
-            raise InvalidGraph(f"{where}: {what}")
+@remembered
+def _find_problem(graph: Graph) -> str:
+    """What is wrong with it, and at which node; "" if nothing is."""
+    try:
+        _verify(graph)
+    except InvalidGraph as problem:
+        return str(problem)
+    return ""
 
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise InvalidGraph(f": {what}")
+
+
+def _verify(graph: Graph) -> None:
     defined: dict[str, Value] = {}
     for value in (*graph.inputs, *graph.params, *graph.consts):
-        require(value.name not in defined, f"{value.name} is defined twice")
+        _require(value.name not in defined, f"{value.name} is defined twice")
         defined[value.name] = value
     weights: list[Param | Const] = [*graph.params, *graph.consts]
     for stored in weights:
-        same = stored.data.shape == stored.type.shape and stored.data.dtype == stored.type.numpy
-        require(same, f"@{stored.name} is {stored.type}, its data {stored.data.shape} {stored.data.dtype}")
+        if stored.data.shape != stored.type.shape or stored.data.dtype != stored.type.numpy:
+            _require(False, f"@{stored.name} is {stored.type}, its data {stored.data.shape} {stored.data.dtype}")
     for i, node in enumerate(graph.nodes):
         at = f"node {i} ({node.op}, layer {node.layer or '-'})"
         for value in node.inputs:
-            require(defined.get(value.name) == value, f"{at} reads %{value.name}, which is not defined before it")
+            _require(defined.get(value.name) == value, f"{at} reads %{value.name}, which is not defined before it")
         if node.body:
-            require(node.op == "region", f"{at} has a body")
+            _require(node.op == "region", f"{at} has a body")
             own = [v.type for v in node.body.inputs]
-            require(own == [v.type for v in node.inputs], f"{at}: operands do not fit the region's inputs")
-            require(not node.body.params and not node.body.updates, f"{at}: params belong to the outer graph")
-            _verify(node.body, f"{where} {at}")
+            _require(own == [v.type for v in node.inputs], f"{at}: operands do not fit the region's inputs")
+            _require(not node.body.params and not node.body.updates, f"{at}: params belong to the outer graph")
+            if problem := _find_problem(node.body):
+                raise InvalidGraph(f" {at}{problem}")
             types = tuple(v.type for v in node.body.outputs)
             if node.attrs.get("strategy") == "tiles":  # once the body is known to be sound
                 fits = find_tiles(node) is not None
-                require(fits, f"{at}: its members cannot run in tiles of {node.attrs.get('width')}")
+                _require(fits, f"{at}: its members cannot run in tiles of {node.attrs.get('width')}")
         else:
-            require(node.op in OPS, f"{at}: no such operator")
+            _require(node.op in OPS, f"{at}: no such operator")
             try:
-                require(list(node.attrs) == list(OPS[node.op].attributes), f"{at}: attributes {list(node.attrs)}")
+                _require(list(node.attrs) == list(OPS[node.op].attributes), f"{at}: attributes {list(node.attrs)}")
                 types = OPS[node.op].infer_types(tuple(v.type for v in node.inputs), node.attrs)
             except InvalidType as problem:
-                raise InvalidGraph(f"{where}: {at}: {problem}") from problem
-        require(types == tuple(v.type for v in node.outputs), f"{at}: typed {node.outputs}, inferred {types}")
+                raise InvalidGraph(f": {at}: {problem}") from problem
+        if types != tuple(v.type for v in node.outputs):
+            _require(False, f"{at}: typed {node.outputs}, inferred {types}")
         for value in node.outputs:
-            require(value.name not in defined, f"{at} defines %{value.name} a second time")
+            _require(value.name not in defined, f"{at} defines %{value.name} a second time")
             defined[value.name] = value
     for value in graph.outputs:
-        require(defined.get(value.name) == value, f"returns %{value.name}, which is not defined")
-    _verify_updates(graph, defined, require)
-    _verify_inplace(graph, require)
+        _require(defined.get(value.name) == value, f"returns %{value.name}, which is not defined")
+    _verify_updates(graph, defined)
+    _verify_inplace(graph)
 
 
-def _verify_updates(graph, defined, require) -> None:  # type: ignore[no-untyped-def]
+def _verify_updates(graph: Graph, defined: Mapping[str, Value]) -> None:
     params = {p.name: p for p in graph.params}
     targets = [p.name for p, _ in graph.updates]
-    require(len(targets) == len(set(targets)), "a param is updated twice")
+    _require(len(targets) == len(set(targets)), "a param is updated twice")
     for param, value in graph.updates:
-        require(params.get(param.name) == param, f"@{param.name} is updated but is not a param")
-        require(defined.get(value.name) == value, f"@{param.name} := %{value.name}, which is not defined")
-        require(param.type == value.type, f"@{param.name}: {param.type} := {value.type}")
+        _require(params.get(param.name) == param, f"@{param.name} is updated but is not a param")
+        _require(defined.get(value.name) == value, f"@{param.name} := %{value.name}, which is not defined")
+        _require(param.type == value.type, f"@{param.name}: {param.type} := {value.type}")
 
 
-def inplace_inputs(node: Node, output: int = 0) -> tuple[int, ...]:
+@remembered
+def inplace_inputs(node: Node, output: int) -> tuple[int, ...]:
     """The inputs whose buffer an output may take over, by the operators' declared contracts.
 
     The result of fused operators may take over what only those behind the anchor read, which do so at the same index,
@@ -116,7 +133,7 @@ def _inplace_tiles(node: Node, output: int) -> tuple[int, ...]:
     return tuple(i for i, v in enumerate(node.body.inputs) if v in allowed)
 
 
-def _verify_inplace(graph: Graph, require) -> None:  # type: ignore[no-untyped-def]
+def _verify_inplace(graph: Graph) -> None:
     last = graph.last_use()
     views = {n.output.name: n.inputs[0].name for n in graph.nodes if n.op != "region" and OPS[n.op].kind == "view"}
 
@@ -133,17 +150,17 @@ def _verify_inplace(graph: Graph, require) -> None:  # type: ignore[no-untyped-d
     params = {p.name for p in graph.params}
     for i, node in enumerate(graph.nodes):
         taken = [root(v.name) for v in node.overwrites.values()]
-        require(len(taken) == len(set(taken)), f"node {i} ({node.op}) makes two results in place of one operand")
+        _require(len(taken) == len(set(taken)), f"node {i} ({node.op}) makes two results in place of one operand")
         for j, k in enumerate(node.inplace):
             if k is None:
                 continue
             at = f"node {i} ({node.op}) works in place"
-            require(k in inplace_inputs(node, j), f"{at} on input {k} against its contract")
+            _require(k in inplace_inputs(node, j), f"{at} on input {k} against its contract")
             owner = root(node.inputs[k].name)
-            require(node.inputs[k].type.nbytes == node.outputs[j].type.nbytes, f"{at} on a buffer of another size")
-            require(owner not in external, f"{at} on %{owner}, which is not ours to write")
+            _require(node.inputs[k].type.nbytes == node.outputs[j].type.nbytes, f"{at} on a buffer of another size")
+            _require(owner not in external, f"{at} on %{owner}, which is not ours to write")
             if owner in params:
-                require(targets.get(node.outputs[j].name) == owner, f"{at} on @{owner} without updating it")
-            require(ends[owner] <= i, f"{at} on %{owner}, which is read later")
+                _require(targets.get(node.outputs[j].name) == owner, f"{at} on @{owner} without updating it")
+            _require(ends[owner] <= i, f"{at} on %{owner}, which is read later")
             sharing = [k for k, v in enumerate(node.inputs) if root(v.name) == owner]
-            require(all(k in inplace_inputs(node, j) for k in sharing), f"{at} and reads %{owner} at another index")
+            _require(all(k in inplace_inputs(node, j) for k in sharing), f"{at} and reads %{owner} at another index")
