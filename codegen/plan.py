@@ -305,7 +305,7 @@ def _search(
         return next((answer for answer in answers if answer[0] != "UNKNOWN"), ("UNKNOWN", []))
 
     while bound < height and bound <= most and left > total / 16:
-        status, offsets = ask_upwards(total / 200)
+        status, offsets = ask_upwards(total / 100)
         if status == "UNKNOWN":
             status, offsets, effort = _fit(buffers, trial, alignment, pairs, left / 2)
             left -= effort

@@ -6,6 +6,7 @@ from itertools import combinations
 from math import gcd
 
 from tte.ir import Graph, Node, rewrite
+from tte.ir.graph import remembered
 from tte.ir.rows import align
 from tte.ir.tiles import Cut, find_cuts
 from tte.passes.costs import ANY, Arena, Costs
@@ -31,7 +32,7 @@ def cover_backward(graph: Graph, arena: Arena = ANY) -> Graph:
     """
     if not (arena.may_recompute and graph.updates):
         return graph
-    question = _Question(graph, arena)
+    question = _find_question(graph, arena.holds_input)
     limit = arena.limit
     for _ in range(TRIES):
         chosen = question.ask(limit)
@@ -47,6 +48,11 @@ def cover_backward(graph: Graph, arena: Arena = ANY) -> Graph:
     covered = lowest and question.apply(lowest)
     other = recompute_forward(reorder(tile_backward(graph, arena)), arena)
     return covered if covered and find_least(covered, arena) < find_least(other, arena) else graph
+
+
+@remembered
+def _find_question(graph: Graph, holds_input: bool) -> "_Question":
+    return _Question(graph, Arena(holds_input=holds_input))
 
 
 @dataclass(frozen=True, eq=False)

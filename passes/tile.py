@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tte.ir import Graph, Node, Value, rewrite
+from tte.ir.graph import remembered
 from tte.ir.rows import in_pieces
 from tte.ir.tiles import Cut, find_cuts, find_line, scratch_bytes
 from tte.passes.costs import ANY, Arena, Costs
@@ -23,12 +24,20 @@ def tile_backward(graph: Graph, arena: Arena = ANY) -> Graph:
     """
     if not graph.updates or any(map(in_pieces, graph.nodes)):
         return graph
-    plain = _Choice(graph, arena)
-    if plain.least > arena.limit and (fused := fuse_producers(graph)) != graph:
-        slim = _Choice(fused, arena)
+    plain = _find_choice(graph, arena.holds_input)
+    if plain.least > arena.limit and (fused := fuse(graph)) != graph:
+        slim = _find_choice(fused, arena.holds_input)
         if slim.least < plain.least:  # else making values anew as they are read takes time for nothing
-            return slim.choose()
-    return plain.choose() if plain.groups else graph
+            return slim.choose(arena.limit)
+    return plain.choose(arena.limit) if plain.groups else graph
+
+
+fuse = remembered(fuse_producers)
+
+
+@remembered
+def _find_choice(graph: Graph, holds_input: bool) -> "_Choice":
+    return _Choice(graph, Arena(holds_input=holds_input))
 
 
 class _Choice:
@@ -36,6 +45,7 @@ class _Choice:
 
     def __init__(self, graph: Graph, arena: Arena) -> None:
         self.graph, self.arena = graph, arena
+        self.chosen: dict[int, Graph] = {}  # by the limit
         self.groups = find_groups(graph, Costs(graph, arena).forward)
         self.least = find_least(self.order(self.groups), arena)
 
@@ -49,8 +59,14 @@ class _Choice:
         costs = Costs(ordered, self.arena)
         return max(costs.node(i) for i in range(costs.forward, len(ordered.nodes)))
 
-    def choose(self) -> Graph:
-        groups, limit = self.groups, max(self.arena.limit, self.least)
+    def choose(self, limit: int) -> Graph:
+        limit = max(limit, self.least)
+        if limit not in self.chosen:
+            self.chosen[limit] = self._choose(limit)
+        return self.chosen[limit]
+
+    def _choose(self, limit: int) -> Graph:
+        groups = self.groups
         for group in sorted(groups, key=lambda g: g.saved):
             without = [g for g in groups if g != group]
             if self.peak(self.order(without)) <= limit:

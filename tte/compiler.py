@@ -21,6 +21,7 @@ from tte.codegen.schedule import UNLIMITED
 from tte.errors import TTEError
 from tte.frontends import import_model
 from tte.ir import Const, Graph, Origin, Param, verify
+from tte.ir.graph import remembered
 from tte.ir.tiles import find_tiles
 from tte.passes.accumulate import accumulate
 from tte.passes.autodiff import differentiate
@@ -92,7 +93,7 @@ class Pipeline:
         for number, apply in enumerate(passes):
             if apply.__name__ in self.disabled:
                 continue
-            graph = verify(apply(graph, arena) if apply in SAVING else apply(graph))
+            graph = verify(apply(graph, arena) if apply in SAVING else remembered(apply)(graph))
             self.write(graph, f"{stage}.{number:02d}-{apply.__name__}")
         return graph
 
@@ -220,6 +221,7 @@ def lower_programs(
     roles = {"train": train, "infer": forward, "evaluate": evaluated}
     if input_place == "rows":
         roles = {role: verify(take_rows(graph)) for role, graph in roles.items()}
+    roles = {role: replace(graph, name=role) for role, graph in roles.items()}
     return Lowered(
         imported=imported,
         source=source,
@@ -365,7 +367,7 @@ def _fit_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) 
         room = arena.limit
         for left in reversed(range(TRIES)):
             graphs = shrink(roles, pipeline, replace(arena, limit=room, may_recompute=again))
-            needed = max(find_lower_bound(graph, arena.holds_input) for graph in graphs)
+            needed = _find_bound(graphs, arena)
             if needed <= arena.limit or arena.limit == 0:
                 programs = place(roles, graphs, arena)
                 needed = _arena_bytes(programs)
@@ -383,6 +385,11 @@ def _fit_programs(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) 
 TRIES = 3
 
 
+def _find_bound(graphs: Sequence[Graph], arena: Arena) -> int:
+    """No arena in which these run is smaller."""
+    return max(find_lower_bound(graph, arena.holds_input) for graph in graphs)
+
+
 def _arena_bytes(programs: Sequence[Program]) -> int:
     return max(program.plan.arena_bytes for program in programs)
 
@@ -397,7 +404,7 @@ def shrink(roles: Mapping[str, Graph], pipeline: Pipeline, arena: Arena) -> list
     graphs: list[Graph] = []
     room = arena
     for role, graph in roles.items():
-        graphs.append(pipeline.run(replace(graph, name=role), SHRINK, f"4-{role}", room))
+        graphs.append(pipeline.run(graph, SHRINK, f"4-{role}", room))
         room = replace(room, limit=max(room.limit, find_lower_bound(graphs[-1], arena.holds_input)))
     return graphs
 
@@ -425,8 +432,7 @@ def make_room(
     for program in programs:
         graph = program.graph
         for share, known in product(SHARES, (measured, {}) if measured else ({},)):
-            room = {i: int((height - live) * share) for i, live in enumerate(program.plan.live)}
-            tried = replace(program, room=room, measured=known, optimize=optimize, forms=MVE if target.mve else DSP)
+            tried = _take_room(program, height, share, known, target, optimize)
             scratch = {c.node: c.kernel.scratch for c in tried.calls if c.kernel.scratch}
             plan = plan_memory(graph, scratch, 4, arena.holds_input, program.input_offset, most=height)
             if plan.arena_bytes <= height:
@@ -435,6 +441,14 @@ def make_room(
                 break
         result.append(program)
     return result
+
+
+def _take_room(
+    program: Program, height: int, share: float, measured: Measured, target: Target, optimize: str
+) -> Program:
+    """The program with kernels that find a share of what is free below ``height`` at their node."""
+    room = {i: int((height - live) * share) for i, live in enumerate(program.plan.live)}
+    return replace(program, room=room, measured=measured, optimize=optimize, forms=MVE if target.mve else DSP)
 
 
 def _quicken(
@@ -451,20 +465,28 @@ def _quicken(
 
     spare: by how much the arena may be larger than that of ``programs``, of it, where that makes kernels faster
     """
-    best = make_room(programs, arena, measured, target, optimize)
-    if not spare and not 0 < arena.limit < UNLIMITED:
-        return best
-    cost, ideal = estimate(best)
     shares: tuple[float, ...] = (0.875, 0.75, 0)
     if spare:
+        height = _arena_bytes(programs)
+        hopeful = [_take_room(p, height, 1, measured, target, optimize) for p in programs]  # were there no gaps
+        cost, ideal = estimate(hopeful)
         if cost <= (1 + spare) * ideal:
-            return best
-        arena = replace(arena, limit=int(_arena_bytes(programs) * (1 + spare)))
-        best = make_room(programs, arena, measured, target, optimize)
-        cost, _ = estimate(best)
+            best = make_room(programs, arena, measured, target, optimize)
+            if estimate(best)[0] <= (1 + spare) * ideal:
+                return best
+        arena = replace(arena, limit=int(height * (1 + spare)))
         shares = (1, 1 - spare / 2)
+    best = make_room(programs, arena, measured, target, optimize)
+    if not 0 < arena.limit < UNLIMITED:
+        return best
+    cost, _ = estimate(best)
+    tried = [[program.graph for program in programs]]
     for share in shares:
-        others = plan_programs(roles, pipeline, replace(arena, limit=int(arena.limit * share)))
+        graphs = shrink(roles, pipeline, replace(arena, limit=int(arena.limit * share)))
+        if graphs in tried or _find_bound(graphs, arena) > arena.limit:
+            continue
+        tried.append(graphs)
+        others = place(roles, graphs, arena)
         if _arena_bytes(others) <= arena.limit:
             others = make_room(others, arena, measured, target, optimize)
             if (other := estimate(others)[0]) < cost:
