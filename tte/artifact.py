@@ -18,7 +18,7 @@ from tte.codegen.emit import emit, emit_selftest
 from tte.codegen.export import write_tree
 from tte.codegen.measured import Database, merge, read_shipped
 from tte.codegen.plan import Plan
-from tte.compiler import RESERVED, Compiled, Pipeline, c_name, compile_graphs, find_passes
+from tte.compiler import RESERVED, Compiled, Pipeline, c_name, compile_graphs, find_passes, lower_programs
 from tte.errors import TTEError
 from tte.ir import Graph
 from tte.report import Measured, count_macs, describe_peak, make_report, render_html
@@ -99,11 +99,11 @@ def compile(
         [f"files and symbols begin with {prefix}: {name!r} cannot be such a name"] if name not in (None, prefix) else []
     )
     known = _known(schedules).of(board.cpu)
+    lowered = lower_programs(model, example_inputs, scheme, pipeline, input)
 
     def make(reserved: int) -> Artifact:
         compiled = compile_graphs(
-            model,
-            example_inputs,
+            lowered,
             scheme,
             board,
             prefix,

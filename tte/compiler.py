@@ -246,8 +246,7 @@ def _located(scheme: UpdateScheme) -> Iterator[None]:
 
 
 def compile_graphs(
-    model: Any,
-    example_inputs: Sequence[Any] | None,
+    lowered: Lowered,
     scheme: UpdateScheme,
     target: Target,
     name: str,
@@ -260,11 +259,10 @@ def compile_graphs(
     optimize: str = "speed",
     reserved: int = RESERVED,
 ) -> Compiled:
-    """Everything up to the C: the three programs, planned and checked.
+    """Everything from there up to the C: the three programs, planned and checked.
 
     reserved: bytes of a budget that are neither arena nor trained
     """
-    lowered = lower_programs(model, example_inputs, scheme, pipeline, input_place)
     imported, forward, with_loss = lowered.imported, lowered.forward, lowered.with_loss
     train = lowered.roles["train"]
     limit = _find_limit(memory_plan, scheme.budget.sram, train, reserved)

@@ -44,7 +44,7 @@ def _verify(graph: Graph) -> None:
     weights: list[Param | Const] = [*graph.params, *graph.consts]
     for stored in weights:
         if stored.data.shape != stored.type.shape or stored.data.dtype != stored.type.numpy:
-            _require(False, f"@{stored.name} is {stored.type}, its data {stored.data.shape} {stored.data.dtype}")
+            raise InvalidGraph(f": @{stored.name} is {stored.type}, its data {stored.data.shape} {stored.data.dtype}")
     for i, node in enumerate(graph.nodes):
         at = f"node {i} ({node.op}, layer {node.layer or '-'})"
         for value in node.inputs:
@@ -68,7 +68,7 @@ def _verify(graph: Graph) -> None:
             except InvalidType as problem:
                 raise InvalidGraph(f": {at}: {problem}") from problem
         if types != tuple(v.type for v in node.outputs):
-            _require(False, f"{at}: typed {node.outputs}, inferred {types}")
+            raise InvalidGraph(f": {at}: typed {node.outputs}, inferred {types}")
         for value in node.outputs:
             _require(value.name not in defined, f"{at} defines %{value.name} a second time")
             defined[value.name] = value
@@ -85,7 +85,8 @@ def _verify_updates(graph: Graph, defined: Mapping[str, Value]) -> None:
     for param, value in graph.updates:
         _require(params.get(param.name) == param, f"@{param.name} is updated but is not a param")
         _require(defined.get(value.name) == value, f"@{param.name} := %{value.name}, which is not defined")
-        _require(param.type == value.type, f"@{param.name}: {param.type} := {value.type}")
+        if param.type != value.type:
+            raise InvalidGraph(f": @{param.name}: {param.type} := {value.type}")
 
 
 @remembered
