@@ -135,6 +135,13 @@ def test_placement_above_the_bound_is_proved_by_search(monkeypatch) -> None:
     assert (max(b.end for b in placed), proof) == (96, "search")
 
 
+@pytest.mark.parametrize(("most", "fits"), [(96, True), (93, False), (83, False)])
+def test_no_effort_is_made_for_an_arena_that_is_too_large(monkeypatch, most: int, fits: bool) -> None:
+    monkeypatch.setattr("tte.codegen.plan.SORT_KEYS", (lambda b: (b.size,),))
+    placed, proof = place(buffers_of(*((3 * size, birth, death) for size, birth, death in FRAGMENTED)), 84, most=most)
+    assert (max(b.end for b in placed) <= most) == fits and (proof == "search") == fits
+
+
 def test_search_reaches_the_bound_where_greedy_does_not(monkeypatch) -> None:
     rows = ((3, 0, 1), (1, 0, 3), (2, 2, 4), (2, 2, 2), (3, 3, 4))
     monkeypatch.setattr("tte.codegen.plan.SORT_KEYS", (lambda b: (b.size,),))

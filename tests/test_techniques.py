@@ -105,6 +105,7 @@ def stream_everything(graph: Graph) -> Graph:
     costs = Costs(graph, ANY)
     chains = stream._Chains(costs)
     found = [(a, b) for b, starts in enumerate(chains.starts) for a in starts if chains.cost(a, b) < inf]
+    assert all(costs.chain_bound(a, b) <= chains.cost(a, b) for a, b in found)
     nodes, at = [], 0
     while at < len(graph.nodes):
         end = max((b for a, b in found if a == at), default=at)
