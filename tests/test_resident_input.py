@@ -37,7 +37,7 @@ def test_the_same_bits_as_from_memory_of_the_caller(name: str) -> None:
     assert_same_bits(arena, caller)
     programs = arena.compiled.programs
     (offset,) = {offset_of(p.graph, p.plan) for p in programs}
-    assert (offset > 0) == (name != "the stem learns")
+    assert (offset > 0) == (name not in ("the stem learns", "no padding", "dilation"))  # at both places it is tried
     # Where the caller is to write it: what lies there is then not copied.
     board, other = arena.host(), caller.host()
     find_place = board._library["net_input"]
