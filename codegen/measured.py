@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ SHIPPED = HERE / "measured.json"
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of a kernel: how it was made, the bytes of its scratch, by compiler the instructions that it executes, and by
-    compiler and model of the core the cycles that they are estimated to take."""
+    """Of a kernel: by which form and knobs it is made, the bytes of its scratch, by compiler the instructions that it
+    executes, and by compiler and model of the core the cycles that they are estimated to take."""
 
+    form: str
     knobs: Mapping[str, int]
     scratch: int
     instructions: Mapping[str, int]
@@ -91,8 +92,8 @@ class Database:
         """To what is known; of two counts by the same compiler the later is right."""
         known = self.cores.setdefault(core, {}).setdefault(shape, {})
         before = known.get(name, measurement)
-        counts = ({**getattr(before, key), **getattr(measurement, key)} for key in ("instructions", "cycles"))
-        known[name] = Measurement(measurement.knobs, measurement.scratch, *counts)
+        counts = [{**getattr(before, key), **getattr(measurement, key)} for key in ("instructions", "cycles")]
+        known[name] = replace(measurement, instructions=counts[0], cycles=counts[1])
 
     def of(self, core: str) -> dict[str, dict[str, Measurement]]:
         return self.cores.get(core, {})
@@ -104,9 +105,13 @@ def _record(measurement: Measurement) -> dict[str, Any]:
 
 def _read(record: Mapping[str, Any]) -> Measurement:
     counts = (dict(record["instructions"]), dict(record.get("cycles", {})))
-    result = Measurement(dict(record["knobs"]), record["scratch"], *counts)
+    result = Measurement(record["form"], dict(record["knobs"]), record["scratch"], *counts)
     numbers = [*result.knobs.values(), result.scratch, *result.instructions.values(), *result.cycles.values()]
-    if not result.instructions or any(type(number) is not int or number < 0 for number in numbers):
+    if (
+        type(result.form) is not str
+        or not result.instructions
+        or any(type(number) is not int or number < 0 for number in numbers)
+    ):
         raise ValueError(f"{record} is no measurement")
     return result
 

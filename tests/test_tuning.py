@@ -167,8 +167,8 @@ def measurements(kernel: Kernel, **counts: dict[str, int]) -> Measured:
     """Of the default form and of those that come next, by compiler."""
     forms = list(list_forms(kernel, ROOM).items())
     known = {
-        identify(made): Measurement(knobs, made.scratch, count)
-        for (made, knobs), count in zip(forms, counts.values(), strict=False)
+        identify(made): Measurement(*choice, made.scratch, count)
+        for (made, choice), count in zip(forms, counts.values(), strict=False)
     }
     return {name_shape(kernel): known}
 
@@ -190,19 +190,20 @@ def test_the_fastest_is_chosen_that_no_compiler_makes_slower(kernel: Kernel) -> 
 def test_what_does_not_fit_or_is_gone_is_not_chosen(kernel: Kernel) -> None:
     default, *others = list_forms(kernel, ROOM)
     wide = next(k for k in others if k.scratch > default.scratch)
-    knobs = list_forms(kernel, ROOM)[wide]
-    base = {identify(default): Measurement({}, default.scratch, {"zig": 9})}
+    form, knobs = list_forms(kernel, ROOM)[wide]
+    base = {identify(default): Measurement("", {}, default.scratch, {"zig": 9})}
 
     def choose(room: int, **more: Any) -> Kernel:
-        found = Measurement(knobs, wide.scratch, {"zig": 1})
+        found = Measurement(form, knobs, wide.scratch, {"zig": 1})
         return quicken(kernel, room, {name_shape(kernel): base | {identify(wide): replace(found, **more)}})
 
     assert choose(ROOM) == wide
     assert choose(wide.scratch - 1) == default
     assert choose(ROOM, knobs={"block": 100}) == default  # not a value of today
     assert choose(ROOM, knobs={"nothing": 1}) == default
-    another = next(known for made, known in list_forms(kernel, ROOM).items() if made not in (default, wide))
-    assert choose(ROOM, knobs=another) == default  # that is not what was measured
+    assert choose(ROOM, form="nothing") == default
+    another, changed = next(c for made, c in list_forms(kernel, ROOM).items() if made not in (default, wide))
+    assert choose(ROOM, form=another, knobs=changed) == default  # that is not what was measured
 
 
 def test_layers_of_the_same_shape_share_measurements(kernel: Kernel) -> None:
@@ -220,10 +221,10 @@ def test_layers_of_the_same_shape_share_measurements(kernel: Kernel) -> None:
 
 def test_merged_files_hold_everything() -> None:
     first, second = Database(), Database()
-    first.add("cortex-m7", "a", "x", Measurement({"block": 1}, 4, {"zig": 5, "gcc": 6}))
-    first.add("cortex-m4", "a", "x", Measurement({}, 0, {"zig": 1}))
-    second.add("cortex-m7", "a", "x", Measurement({"block": 1}, 4, {"gcc": 7}))
-    second.add("cortex-m7", "b", "y", Measurement({}, 0, {"gcc": 2}))
+    first.add("cortex-m7", "a", "x", Measurement("f", {"block": 1}, 4, {"zig": 5, "gcc": 6}))
+    first.add("cortex-m4", "a", "x", Measurement("f", {}, 0, {"zig": 1}))
+    second.add("cortex-m7", "a", "x", Measurement("f", {"block": 1}, 4, {"gcc": 7}))
+    second.add("cortex-m7", "b", "y", Measurement("f", {}, 0, {"gcc": 2}))
     merged = merge([first, second])
     assert merged.of("cortex-m7")["a"]["x"].instructions == {"zig": 5, "gcc": 7}
     assert {core: sorted(shapes) for core, shapes in merged.cores.items()} == {
@@ -236,7 +237,7 @@ def test_merged_files_hold_everything() -> None:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     database, path = Database(), tmp_path / "s.json"
     for name in ("y", "x"):
-        database.add("cortex-m7", "a", name, Measurement({"unroll": 2, "block": 1}, 4, {"zig": 5}))
+        database.add("cortex-m7", "a", name, Measurement("f", {"unroll": 2, "block": 1}, 4, {"zig": 5}))
     database.write(path)
     assert Database.read(path) == database
     before = path.read_bytes()
@@ -249,8 +250,8 @@ def test_the_shipped_file_is_sorted_and_whole(tmp_path: Path) -> None:
     assert (tmp_path / "s.json").read_bytes() == SHIPPED.read_bytes()
 
 
-RECORD = {"knobs": {}, "scratch": 0, "instructions": {"zig": 1}}
-WRONG = (("scratch", -1), ("scratch", "4"), ("instructions", {}), ("knobs", 3), ("knobs", {"b": 1.5}))
+RECORD = {"form": "f", "knobs": {}, "scratch": 0, "instructions": {"zig": 1}}
+WRONG = (("form", 1), ("scratch", -1), ("scratch", "4"), ("instructions", {}), ("knobs", 3), ("knobs", {"b": 1.5}))
 DAMAGED = {
     "cut short": '{"schema_version": 1',
     "of another kind": "[]",
@@ -317,7 +318,7 @@ def test_where_nothing_has_knobs_it_is_said(tmp_path: Path) -> None:
     (tmp_path / "net.ir").write_text(str(graph))
     np.savez(tmp_path / "net.npz", **{c.name: c.data for c in graph.consts})
     printed = succeed("tune", tmp_path / "net.ir", "--schedules", tmp_path / "s.json")
-    assert printed.startswith("no kernel of this model has knobs, as it is compiled for cortex-m7")
+    assert printed.startswith("no kernel of this model may become another, as it is compiled for cortex-m7")
     assert f"{tmp_path / 's.json'} holds what it held" in printed
     assert tte.compile(tmp_path / "net.ir", target="host", schedules=tmp_path / "s.json").compiled.programs
 
@@ -347,8 +348,8 @@ def test_what_is_known_in_cycles_is_compared_in_cycles(kernel: Kernel) -> None:
 
     def choose(*counts: tuple[int, int | None]) -> Kernel:
         known = {
-            identify(made): Measurement(knobs, made.scratch, {"zig": n}, {"zig, mca": c} if c else {})
-            for (made, knobs), (n, c) in zip(forms, counts, strict=True)
+            identify(made): Measurement(*choice, made.scratch, {"zig": n}, {"zig, mca": c} if c else {})
+            for (made, choice), (n, c) in zip(forms, counts, strict=True)
         }
         return quicken(kernel, ROOM, {name_shape(kernel): known})
 

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
@@ -218,17 +218,18 @@ def tune(
     if json_:
         return _print_json(found.to_dict())
     if not found.rows:
-        print(f"no kernel of this model has knobs, as it is compiled for {target}: nothing was measured")
+        print(f"no kernel of this model may become another, as it is compiled for {target}: nothing was measured")
         print(f"{schedules} holds what it held; `tte compile` takes it all the same")
         return
-    columns = ("kernel", "layers", "calls", f"{found.metric}, default", "tuned", "knobs")
-    rows = [
-        (r.kernel, _shorten(r.layers), r.calls, r.default, r.tuned, " ".join(f"{k}={v}" for k, v in r.knobs.items()))
-        for r in found.rows
-    ]
+    columns = ("kernel", "layers", "calls", f"{found.metric}, default", "tuned", "form")
+    rows = [(r.kernel, _shorten(r.layers), r.calls, r.default, r.tuned, _show(r.form, r.knobs)) for r in found.rows]
     total = ("all", "", None, sum(r.default for r in found.rows), sum(r.tuned for r in found.rows), "")
     title = f"{schedules}: {found.measured} measured, {found.known} known, {found.compiler}"
     _print_table(title, columns, [*rows, total])
+
+
+def _show(form: str, knobs: Mapping[str, int]) -> str:
+    return " ".join([form, *(f"{name}={value}" for name, value in knobs.items())])
 
 
 def _shorten(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from tte.artifact import compile
 from tte.codegen.emit import Program, emit_kernels
 from tte.codegen.fast import NOTHING, list_forms, quicken
-from tte.codegen.fast.form import Knobs
+from tte.codegen.fast.form import Choice, Knobs
 from tte.codegen.kernel import Kernel
 from tte.codegen.measured import Database, Measured, Measurement, identify, name_shape
 from tte.codegen.schedule import Call
@@ -35,13 +35,14 @@ Places = tuple[tuple[int, ...], ...]  # of calls of a kernel, the numbers before
 @dataclass(frozen=True)
 class Row:
     """A kernel before and after: the layers that it serves, how often the three programs call it, what all calls cost,
-    knobs of the best."""
+    form and knobs of the best."""
 
     kernel: str
     layers: tuple[str, ...]
     calls: int
     default: int
     tuned: int
+    form: str
     knobs: Knobs
 
 
@@ -79,12 +80,12 @@ def tune(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Tuned:
-    """Search for the knobs by which the kernels of a model cost least.
+    """Search for the forms and knobs by which the kernels of a model cost least.
 
     schedules: file for what is measured, written after each measurement; what it holds is not measured again. For
                ``tte.compile``.
     trials:    how many kernels to measure beside the default ones; each has as many as its share of the instructions
-    seed:      of the order in which knobs are tried: the same gives the same file
+    seed:      of the order in which they are tried: the same gives the same file
     metric:    "instructions", or "cycles", which llvm-mca estimates
     jobs:      how many are measured at a time on this computer
     runner:    "local", or "rpc://HOST:PORT/KEY": by all servers with that key (see ``tte.runner.farm.serve``; default:
@@ -109,7 +110,9 @@ def tune(
 
 
 def _require(board: Target, trials: int, metric: str, jobs: int) -> None:
-    no_kernels = "has no kernels with knobs" if not board.dsp else "is not known to unicorn, which counts instructions"
+    no_kernels = (
+        "has no kernels to choose from" if not board.dsp else "is not known to unicorn, which counts instructions"
+    )
     if not (board.dsp and board.unicorn_cpu):
         fix = "choose a Cortex-M4, M7 or M33, or a board with one"
         raise TTEError("TTE-E058", f"the {board.cpu} {no_kernels}", where="--target", fix=fix)
@@ -144,7 +147,7 @@ class _Subject:
 
     call, places  one of its calls, and the numbers that it passes: of rows or tiles
     layers        that it serves
-    forms         what it may become, by what identifies it: the kernel, its knobs
+    forms         what it may become, by what identifies it: the kernel, and by which form and knobs it is made
     uses          where it is called: the kernel, and the scratch there
     """
 
@@ -152,7 +155,7 @@ class _Subject:
     call: Call
     places: Places
     layers: dict[str, None] = field(default_factory=dict)
-    forms: dict[str, tuple[Kernel, Knobs]] = field(default_factory=dict)
+    forms: dict[str, tuple[Kernel, Choice]] = field(default_factory=dict)
     uses: list[tuple[Kernel, int]] = field(default_factory=list)
 
     def choose(self, measured: Measured = NOTHING) -> list[str]:
@@ -161,8 +164,8 @@ class _Subject:
 
     def add(self, kernel: Kernel, room: int) -> None:
         self.uses.append((kernel, room))
-        for made, knobs in list_forms(kernel, room).items():
-            self.forms.setdefault(identify(made), (made, knobs))
+        for made, choice in list_forms(kernel, room).items():
+            self.forms.setdefault(identify(made), (made, choice))
 
     def prepare(self, name: str, target: Target, toolchain: str) -> Trial:
         """The trial of a form, with random numbers where the model has none."""
@@ -279,20 +282,20 @@ class _Bench:
                 pool.shutdown(cancel_futures=True)
 
     def try_out(self, subject: _Subject, name: str) -> Measurement:
-        kernel, knobs = subject.forms[name]
+        kernel, (form, knobs) = subject.forms[name]
         job = subject.prepare(name, self.target, self.toolchain).build()
         counts = self.run_job(job)
         cycles = {}
         if self.estimator:
             weights = self.estimator.estimate(job.read(counts.blocks))
             cycles[self.measure] = sum(weights[block] * n for block, n in counts.blocks.items()) // UNIT
-        return Measurement(knobs, kernel.scratch, {self.compiler: counts.instructions}, cycles)
+        return Measurement(form, knobs, kernel.scratch, {self.compiler: counts.instructions}, cycles)
 
     def summarize(self, subject: _Subject) -> Row:
         tuned = subject.choose(self.database.of(self.target.cpu))
         default, best = (self.cost(subject, names) for names in (subject.choose(), tuned))
-        layers = tuple(subject.layers)
-        return Row(subject.shape, layers, len(subject.uses), default, best, subject.forms[tuned[0]][1])
+        _, chosen = subject.forms[tuned[0]]
+        return Row(subject.shape, tuple(subject.layers), len(subject.uses), default, best, *chosen)
 
     def cost(self, subject: _Subject, names: Sequence[str]) -> int:
         """Of all calls by these forms."""

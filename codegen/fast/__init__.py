@@ -4,8 +4,7 @@ and for those with vectors (M55).
 A form says by None what it does not serve, or for what there is no room.
 """
 
-from collections.abc import Mapping
-from itertools import product
+from collections.abc import Mapping, Sequence
 
 from tte.codegen.fast import mve
 from tte.codegen.fast.conv2d import convolve, convolve_directly, convolve_raw, convolve_thin
@@ -23,7 +22,7 @@ from tte.codegen.fast.float32 import (
     sum_channels,
     update_pixels,
 )
-from tte.codegen.fast.form import Form, Knobs, use_stack
+from tte.codegen.fast.form import Choice, Form, Knobs, use_stack
 from tte.codegen.fast.observe_gradient import observe
 from tte.codegen.kernel import Kernel
 from tte.codegen.measured import Measured, identify, name_shape
@@ -58,50 +57,44 @@ def quicken(
 ) -> Kernel:
     """What computes the same faster with at most ``room`` bytes of scratch; ``kernel`` itself where nothing does.
 
-    measured: which knobs are better than the default ones; what the default gives has to be among it, so that nothing
-              slower is chosen
+    measured: which forms and knobs are better than the default, the first form that serves by its default knobs; that
+              has to be among it, so that nothing slower is chosen
     optimize: "speed", or "size" for forms whose code serves many shapes
     """
-    found = _find_form(kernel, room, forms, optimize == "size")
-    if found is None:
+    found = _list_forms(kernel, forms)
+    chosen = [(form, form.small if optimize == "size" else form.default) for form in found]
+    default = next(filter(None, (_make(form, kernel, room, knobs) for form, knobs in chosen)), None)
+    if default is None:
         return kernel
-    form, default = found
     known = measured.get(name_shape(kernel), {}) if measured else {}
     base = known.get(identify(default)) if known else None
     if base is None:
         return default
     better = [(sum(m.as_of(base).values()), m.scratch, name, m) for name, m in known.items() if m.improves(base)]
     for _, _, name, one in sorted(better, key=lambda entry: entry[:3]):
-        made = _make(form, kernel, room, one.knobs) if form.takes(one.knobs) else None
-        if made and identify(made) == name:
-            return made
+        for form in found:
+            if form.name == one.form and form.takes(one.knobs):
+                made = _make(form, kernel, room, one.knobs)
+                if made and identify(made) == name:
+                    return made
     return default
 
 
-def list_forms(kernel: Kernel, room: int) -> dict[Kernel, Knobs]:
-    """All that a kernel may become by the knobs of its form, each once; the default first."""
-    found = _find_form(kernel, room, DSP)
-    if found is None:
-        return {}
-    form, _ = found
-    result: dict[Kernel, Knobs] = {}
-    for values in product(*form.knobs.values()):
-        knobs: Knobs = dict(zip(form.knobs, values, strict=True))
+def list_forms(kernel: Kernel, room: int) -> dict[Kernel, Choice]:
+    """All that a kernel may become, each once, and by what; the default first."""
+    ways = [(form, knobs) for form in _list_forms(kernel, DSP) for knobs in form.list_knobs()]
+    result: dict[Kernel, Choice] = {}
+    for form, knobs in sorted(ways, key=lambda way: way[1] != way[0].default):
         if made := _make(form, kernel, room, knobs):
-            result.setdefault(made, knobs)
+            result.setdefault(made, (form.name, knobs))
     return result
 
 
-def _find_form(kernel: Kernel, room: int, forms: Forms, small: bool = False) -> tuple[Form, Kernel] | None:
-    """The first that serves a kernel by its default knobs, or those for small code, and what it makes."""
-    if kernel.arguments()["columns"]:  # a few pixels are not worth the call
-        return None
-    tried = (
-        (form, _make(form, kernel, room, form.small if small else None)) for form in forms.get(kernel.template, ())
-    )
-    return next(((form, made) for form, made in tried if made), None)
+def _list_forms(kernel: Kernel, forms: Forms) -> Sequence[Form]:
+    few = kernel.arguments()["columns"]  # a few pixels are not worth the call
+    return () if few else forms.get(kernel.template, ())
 
 
-def _make(form: Form, kernel: Kernel, room: int, chosen: Knobs | None = None) -> Kernel | None:
-    made = form(kernel, max(room, STACK), chosen)
+def _make(form: Form, kernel: Kernel, room: int, knobs: Knobs) -> Kernel | None:
+    made = form(kernel, max(room, STACK), knobs)
     return use_stack(made) if made and made.scratch > room else made

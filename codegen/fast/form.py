@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, product
 from types import MappingProxyType
 from typing import Any
 
 from tte.codegen.kernel import SCRATCH, Kernel
 
 Knobs = Mapping[str, int]
+Choice = tuple[str, Knobs]  # the name of a form, and its knobs
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,24 @@ class Form:
     knobs: Mapping[str, tuple[int, ...]]
     small: Knobs
 
-    def __call__(self, kernel: Kernel, room: int, chosen: Knobs | None = None) -> Kernel | None:
+    @property
+    def name(self) -> str:
+        return self.make.__name__
+
+    @property
+    def default(self) -> Knobs:
+        return {name: values[0] for name, values in self.knobs.items()}
+
+    def __call__(self, kernel: Kernel, room: int, chosen: Knobs) -> Kernel | None:
         """Defaults for what is not chosen."""
-        values = {name: values[0] for name, values in self.knobs.items()} | dict(chosen or {})
-        return self.make(kernel, kernel.arguments(), room, **values)
+        return self.make(kernel, kernel.arguments(), room, **{**self.default, **chosen})
 
     def takes(self, chosen: Knobs) -> bool:
         return all(value in self.knobs.get(name, ()) for name, value in chosen.items())
+
+    def list_knobs(self) -> list[Knobs]:
+        """Of all values each with each, the default first."""
+        return [dict(zip(self.knobs, values, strict=True)) for values in product(*self.knobs.values())]
 
 
 def form(
