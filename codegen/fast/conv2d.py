@@ -16,13 +16,16 @@ DIRECT = ("const int8_t *a", "const int8_t *b", "int32_t *y", "int n", "uint32_t
 SIZES = {"int8": 1, "int16": 2, "int32": 4}
 
 
-@form(small={"unroll": 0}, block=(128, 256, 512), unroll=(16, 32, 64), thin=(8, 64))
-def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unroll: int, thin: int) -> Kernel | None:
+@form(small={"unroll": 0}, block=(128, 256, 512), unroll=(16, 32, 64), thin=(8, 64), load=(4, 1))
+def convolve(
+    kernel: Kernel, context: dict[str, Any], room: int, block: int, unroll: int, thin: int, load: int
+) -> Kernel | None:
     """Two pixels times two channels at a time: (H, W, C) int8 by (O, KH, KW, C) int8 or int16.
 
     block   pixels of a block at the most: each block widens all weights
     unroll  groups of four products in a loop at the most: code against four instructions per round; 0: see ``multiply``
     thin    groups of an output up to which a loop makes several pairs of pixels
+    load    words of a load: 4, or 1 between the products, more instructions that some cores execute two at a time
     """
     if (size := find_size(context)) is None:
         return None
@@ -46,7 +49,7 @@ def convolve(kernel: Kernel, context: dict[str, Any], room: int, block: int, unr
     if 2 * stride > 4094:  # what a store reaches
         return None
     pairs = find_pairs(block, groups, stride, end, thin)
-    dot, passed = multiply(groups, stride, end, unroll, pairs)
+    dot, passed = multiply(groups, stride, end, unroll, pairs, load)
     even = plain and (context["rows"] is not None or context["attrs"]["strides"] == [1, 1])  # pixels are evenly apart
     more = asdict(end) | {"block": block, "at": at, "runs": runs, "joined": joined, "passed": passed, "added": added}
     more |= {"even": even, "stride": stride}
@@ -148,7 +151,7 @@ def find_pairs(block: int, groups: int, channels: int, end: "End", thin: int) ->
     )
 
 
-def multiply(groups: int, channels: int, end: "End", unroll: int, pairs: int = 1) -> tuple[Kernel, str]:
+def multiply(groups: int, channels: int, end: "End", unroll: int, pairs: int = 1, load: int = 4) -> tuple[Kernel, str]:
     """dot2x2, and what is passed to it, too.
 
     unroll: groups in a loop at the most, of which all loops have about as many; 0: a function for all shapes
@@ -157,14 +160,15 @@ def multiply(groups: int, channels: int, end: "End", unroll: int, pairs: int = 1
         own = asdict(end) | {"shift": end.shift > 0, "bits": False}
         return assembly("dsp/dot2x2_any", own, ANY_DOT), pass_on(groups, channels * SIZES[end.result], end.shift)
     even = -(-groups // -(-groups // unroll))
-    own = {"groups": groups, "unroll": even, "stride": channels, "pairs": pairs, "raw": None, "going_on": False}
+    own = {"groups": groups, "unroll": even, "stride": channels, "pairs": pairs, "load": load}
+    own |= {"raw": None, "going_on": False}
     return assembly("dsp/dot2x2", asdict(end) | own, DOT), ""
 
 
 def multiply_raw(n: int, apart: int, channels: int, end: "End", unroll: int, pairs: int, going_on: bool) -> Kernel:
     """dot2x2 of n bytes of pixels that are so many bytes apart; going_on: from sums that are there."""
     groups = -(-n // 4)
-    own = {"groups": groups, "unroll": unroll, "stride": channels, "pairs": pairs, "raw": (n, apart)}
+    own = {"groups": groups, "unroll": unroll, "stride": channels, "pairs": pairs, "load": 4, "raw": (n, apart)}
     parameters = (*RAW_DOT, "const int32_t *sums") if going_on else RAW_DOT
     return assembly("dsp/dot2x2", asdict(end) | own | {"going_on": going_on}, parameters)
 

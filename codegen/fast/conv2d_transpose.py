@@ -9,9 +9,9 @@ from tte.codegen.fast.form import COLUMNS, WIDEN, form, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
 
-@form(small={"unroll": 0}, block=(128, 256, 512), unroll=(24, 64), thin=(8, 64))
+@form(small={"unroll": 0}, block=(128, 256, 512), unroll=(24, 64), thin=(8, 64), load=(4, 1))
 def multiply_columns(
-    kernel: Kernel, context: dict[str, Any], room: int, block: int, unroll: int, thin: int
+    kernel: Kernel, context: dict[str, Any], room: int, block: int, unroll: int, thin: int, load: int
 ) -> Kernel | None:
     """Two pixels times two channels at a time: (OH, OW, O) int8 by (O, KH, KW, C) int8 or int16.
 
@@ -47,7 +47,8 @@ def multiply_columns(
         dot, _ = multiply(groups, channels, end, 0)
         passed = f", groups, {channels * SIZES[end.result]}, {end.shift}"
     else:
-        dot, passed = multiply(groups, channels, end, unroll, find_pairs(block, groups, channels, end, thin))
+        pairs = find_pairs(block, groups, channels, end, thin)
+        dot, passed = multiply(groups, channels, end, unroll, pairs, load)
     parted = w["axis"] == 0 and any(part["start"] % 4 for part in w["segments"])
     more = asdict(end) | {"block": block, "at": at, "passed": passed, "reach": reach, "plain": plain}
     more |= {"gathered": w["dtype"] != "int8" or parted, "hops": find_hops(context)}

@@ -9,9 +9,12 @@ from tte.codegen.fast.form import COLUMNS, form, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
 
-@form(small={"unroll": 0}, unroll=(24, 64))
-def correlate(kernel: Kernel, context: dict[str, Any], room: int, unroll: int) -> Kernel | None:
-    """Two output channels times two places of a window's row at a time: (H, W, C) int8 by (OH, OW, O) int8."""
+@form(small={"unroll": 0}, unroll=(24, 64), load=(4, 1))
+def correlate(kernel: Kernel, context: dict[str, Any], room: int, unroll: int, load: int) -> Kernel | None:
+    """Two output channels times two places of a window's row at a time: (H, W, C) int8 by (OH, OW, O) int8.
+
+    Knobs: see ``convolve``.
+    """
     (x, g), (outputs, high, wide, channels) = context["ins"], context["out"]["shape"]
     groups = context["attrs"]["groups"]
     if not is_product(context) or outputs < 2 or (groups == 1 and wide * channels < 2):
@@ -49,7 +52,7 @@ def correlate(kernel: Kernel, context: dict[str, Any], room: int, unroll: int) -
         return None
     rows, block = min(fitting, key=lambda choice: estimate(*choice))
     at = place(rows, block)
-    dot, passed = multiply(-(-rows * width // 4), 2, End(), unroll)
+    dot, passed = multiply(-(-rows * width // 4), 2, End(), unroll, load=load)
     more = {"height": rows, "block": block, "at": at, "passed": passed, "plain": plain, "hop": hop, "skip": skip}
     return make_form(kernel, context | more, "dsp/conv2d_weight_grad", at["end"], dot, COLUMNS)
 

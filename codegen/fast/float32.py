@@ -11,11 +11,16 @@ from tte.codegen.fast.form import assembly, form, lay_out, make_form
 from tte.codegen.kernel import Kernel
 
 WIDTH = 8  # channels at a time
+UNROLL = (4, 16)  # a knob: products of a sum in a loop
+WIDE = (16,)  # a knob: channels at a time at the most
 
 
-@form()
-def convolve_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
-    """Two pixels times eight channels at a time: (H, W, I) float32 by (O, KH, KW, I) of any type."""
+@form(unroll=UNROLL)
+def convolve_floats(kernel: Kernel, context: dict[str, Any], room: int, unroll: int) -> Kernel | None:
+    """Two pixels times eight channels at a time: (H, W, I) float32 by (O, KH, KW, I) of any type.
+
+    Knob: see ``UNROLL``.
+    """
     out, (x, w, *_) = context["out"], context["ins"]
     attrs, tail = context["attrs"], context["tail"]
     channels, *kernel_size, depth = w["shape"]
@@ -38,18 +43,21 @@ def convolve_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kerne
     }
     more["merged"] = attrs["dilation"][1] == 1 and chunk[1] == depth and chunk[0] % kernel_size[1] == 0
     more["spans"] = _find_columns(out["shape"][2], x["shape"][2], kernel_size[1], attrs)
-    return make_form(kernel, context | more, "fpu/conv2d", more["at"]["end"], *_dots(channels))
+    return make_form(kernel, context | more, "fpu/conv2d", more["at"]["end"], *_dots(channels, unroll))
 
 
-@form()
-def convolve_depthwise_floats(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
-    """Some channels of a pixel at a time: (H, W, C) float32 by (C, KH, KW) of any type."""
+@form(small={"wide": 8}, wide=WIDE)
+def convolve_depthwise_floats(kernel: Kernel, context: dict[str, Any], room: int, wide: int) -> Kernel | None:
+    """Some channels of a pixel at a time: (H, W, C) float32 by (C, KH, KW) of any type.
+
+    Knob: see ``WIDE``.
+    """
     out, (x, w, *_) = context["out"], context["ins"]
     attrs, tail = context["attrs"], context["tail"]
     channels, *kernel_size, _ = w["shape"]
     if channels == 1 or channels != x["shape"][3] or x["steps"] or not _is_float(context) or _reads_result(tail):
         return None
-    blocks = _find_blocks(channels)
+    blocks = _find_blocks(channels, wide)
     at = lay_out({"panel": kernel_size[0] * kernel_size[1] * max(n for _, _, n in blocks) * 4})
     if at["end"] > room:
         return None
@@ -92,18 +100,21 @@ def _place(columns: int, chunk: tuple[int, int], made: int = 0, aside: int = 0) 
     return lay_out({name: 4 * size for name, size in sizes.items()})
 
 
-def _dots(channels: int) -> list[Kernel]:
-    return [assembly("fpu/dot", {"n": n}, ROWS) for n in _find_widths(channels)]
+def _dots(channels: int, unroll: int) -> list[Kernel]:
+    return [assembly("fpu/dot", {"n": n, "unroll": unroll}, ROWS) for n in _find_widths(channels)]
 
 
-def _find_widths(channels: int) -> list[int]:
+def _find_widths(channels: int, width: int = WIDTH) -> list[int]:
     """How many channels at a time, and how many are left."""
-    return [n for n in (WIDTH if channels >= WIDTH else 0, channels % WIDTH) if n]
+    return [n for n in (width if channels >= width else 0, channels % width) if n]
 
 
-@form()
-def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
-    """Two pixels times eight channels at a time: (OH, OW, O) float32 by (O, KH, KW, C) of any type."""
+@form(unroll=UNROLL)
+def convolve_back(kernel: Kernel, context: dict[str, Any], room: int, unroll: int) -> Kernel | None:
+    """Two pixels times eight channels at a time: (OH, OW, O) float32 by (O, KH, KW, C) of any type.
+
+    Knob: see ``UNROLL``.
+    """
     out, (x, w, *_) = context["out"], context["ins"]
     attrs, tail = context["attrs"], context["tail"]
     _, oh, ow, depth = x["shape"]
@@ -123,10 +134,10 @@ def convolve_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     mask, scale = _find_finish(context, channels)
     spans = [span[:3] for span in _find_spans_back(width, ow, w["shape"][2], attrs, 1)]
     more = {"chunk": chunk, "at": at, "flat": flat, "spans": spans, "mask": mask, "scale": scale}
-    parts = [WIDEN, *_dots(channels)]
+    parts = [WIDEN, *_dots(channels, unroll)]
     more["made"] = _find_source(x, chunk[1]) if x["steps"] else None
     if more["made"]:
-        parts.append(assembly("fpu/dot", {"n": WIDTH}, ROWS))
+        parts += _dots(WIDTH, unroll)
     return make_form(kernel, context | more, "fpu/conv2d_transpose", at["end"], *parts)
 
 
@@ -150,13 +161,16 @@ def update_pixels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel 
     return make_form(kernel, context | {"blocks": blocks}, "fpu/narrow_transpose", 0, *parts)
 
 
-@form()
-def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
-    """Some channels of a pixel at a time: (OH, OW, C) float32 by (C, KH, KW) of any type."""
+@form(small={"wide": 8}, wide=WIDE)
+def convolve_depthwise_back(kernel: Kernel, context: dict[str, Any], room: int, wide: int) -> Kernel | None:
+    """Some channels of a pixel at a time: (OH, OW, C) float32 by (C, KH, KW) of any type.
+
+    Knob: see ``WIDE``.
+    """
     channels, *kernel_size, _ = context["ins"][1]["shape"]
     if channels == 1 or not _is_depthwise_back(context):
         return None
-    blocks = _find_blocks(channels)
+    blocks = _find_blocks(channels, wide)
     row = kernel_size[1] * max(n for _, _, n in blocks) * 4  # of the kernel, as floats
     height = next((h for n in range(1, kernel_size[0] + 1) if (h := -(-kernel_size[0] // n)) * row <= room), None)
     if height is None:
@@ -216,9 +230,13 @@ def _follow_back(context: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@form()
-def differentiate_weights(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
-    """Some input channels times some output channels at a time: (H, W, C) of any type by (OH, OW, O) float32."""
+@form(tall=(2, 4), unroll=UNROLL)
+def differentiate_weights(kernel: Kernel, context: dict[str, Any], room: int, tall: int, unroll: int) -> Kernel | None:
+    """Some input channels times some output channels at a time: (H, W, C) of any type by (OH, OW, O) float32.
+
+    tall    input channels at a time at the most, by 16 / tall output channels
+    unroll  see ``UNROLL``
+    """
     attrs, tile, (x, g) = context["attrs"], context["tile"], context["ins"]
     outputs, *_, inputs = context["out"]["shape"]
     if attrs["groups"] > 1 or x["steps"] or g["steps"] or context["acc"] != "float" or (tile and tile["sum"]):
@@ -229,8 +247,8 @@ def differentiate_weights(kernel: Kernel, context: dict[str, Any], room: int) ->
     if outputs == 1 and not few:
         return None  # no two products of an input
     _, oh, ow, _ = g["shape"]
-    group = (8 if outputs <= 2 and inputs >= 8 else 4) if few else min(inputs, 2)
-    packed = x["dtype"] != "float32" and not few
+    group = (8 if outputs <= 2 and inputs >= 8 else 4) if few else min(inputs, tall)
+    packed, width = x["dtype"] != "float32" and not few, WIDTH if group <= 2 else 4
 
     def place(height: int) -> dict[str, int]:
         panel = height * ow * group * 4 if packed else 0
@@ -242,14 +260,15 @@ def differentiate_weights(kernel: Kernel, context: dict[str, Any], room: int) ->
     if few:
         parts = [assembly("fpu/outer8", {"n": outputs, "rows": group, "zero": attrs["zero_point"]}, ROWS)]
     else:
-        parts = [assembly("fpu/outer", {"n": n, "rows": group}, ROWS) for n in _find_widths(outputs)]
-    more = {"height": height, "at": place(height), "group": group, "packed": packed, "few": few}
+        own = {"rows": group, "width": width, "unroll": unroll}
+        parts = [assembly("fpu/outer", own | {"n": n}, ROWS) for n in _find_widths(outputs, width)]
+    more = {"height": height, "at": place(height), "group": group, "packed": packed, "few": few, "width": width}
     return make_form(kernel, context | more, "fpu/conv2d_weight_grad", more["at"]["end"], *parts)
 
 
-@form()
-def sum_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel | None:
-    """Sums over all pixels of (H, W, C) float32, some channels at a time."""
+@form(small={"wide": 8}, wide=WIDE)
+def sum_channels(kernel: Kernel, context: dict[str, Any], room: int, wide: int) -> Kernel | None:
+    """Sums over all pixels of (H, W, C) float32, some channels at a time. Knob: see ``WIDE``."""
     (x,) = context["ins"]
     if context["rows"] is not None or context["columns"] is not None:
         return None
@@ -257,14 +276,13 @@ def sum_channels(kernel: Kernel, context: dict[str, Any], room: int) -> Kernel |
         return None
     if x["shape"][0] > 1 or x["steps"] or x["dtype"] != "float32" or context["tile"] and context["tile"]["sum"]:
         return None
-    blocks = _find_blocks(x["shape"][3])
+    blocks = _find_blocks(x["shape"][3], wide)
     parts = [assembly("fpu/columns", {"n": n}, COLUMNS) for _, _, n in blocks]
     return make_form(kernel, context | {"blocks": blocks}, "fpu/sum", 0, *parts)
 
 
-def _find_blocks(channels: int, wide: int = 0) -> list[tuple[int, int, int]]:
+def _find_blocks(channels: int, wide: int) -> list[tuple[int, int, int]]:
     """Channels in blocks of some at a time: the first, the end, how many at a time."""
-    wide = wide or (16 if channels % 16 == 0 else WIDTH)
     whole = channels // wide * wide
     return [(first, end, n) for first, end, n in ((0, whole, wide), (whole, channels, channels % wide)) if first < end]
 
