@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bare import EVERYTHING, Case, open_cores
+from bare import EVERYTHING, Case, open_cores, vary
 
 from tte.codegen.kernel import Kernel
 from tte.ir import Builder, Graph, Node, TensorType, Value, evaluate, verify
@@ -487,9 +487,13 @@ def backward_window_cases() -> Iterator[Case]:
 
 
 EACH = 8  # of the cases, how many are one whose small code is tried, too
+OTHERS = 20  # and another form
 
 CASES = [*depthwise_cases(), *piece_cases(), *product_cases(), *window_cases(), *vector_cases(), *backward_cases()]
-CASES += [replace(case, id=f"{case.id}, small", optimize="size") for case in CASES[::EACH]]
+CASES += [
+    *(replace(case, id=f"{case.id}, small", optimize="size") for case in CASES[::EACH]),
+    *vary(CASES[1:], OTHERS),
+]
 NAMES: dict[Kernel, str] = {}
 for _case in CASES:
     for _kernel in _case.call.kernel.family():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bare import EVERYTHING, Case, open_cores
+from bare import EVERYTHING, Case, open_cores, vary
 
 from tte.codegen.kernel import Kernel
 from tte.ir import Builder, Graph, TensorType, Value, verify
@@ -316,6 +316,7 @@ def forward_cases() -> Iterator[Case]:
 
 
 CASES = [*forward_cases(), *transposed_cases(), *depthwise_cases(), *weight_cases(), *tile_cases()]
+CASES += vary(CASES, 15)
 NAMES: dict[Kernel, str] = {}
 for _case in CASES:
     for _call in (_case.call, _case.portable):

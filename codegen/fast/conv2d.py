@@ -58,8 +58,10 @@ def convolve(
     return make_form(kernel, context | more, "dsp/conv2d", at["end"], *parts)
 
 
-@form(small={"unroll": 0}, unroll=(16, 32, 64), thin=(8, 64))
-def convolve_raw(kernel: Kernel, context: dict[str, Any], room: int, unroll: int, thin: int) -> Kernel | None:
+@form(small={"unroll": 0}, unroll=(16, 32, 64), thin=(8, 64), load=(4, 1))
+def convolve_raw(
+    kernel: Kernel, context: dict[str, Any], room: int, unroll: int, thin: int, load: int
+) -> Kernel | None:
     """The same by less scratch: only the weights of two filters of 1 x 1 are widened, or parts of them, one after the
     other, to which sums go on; pixels as they are read. Knobs: see ``convolve``; without ``unroll`` there is none."""
     if (size := find_size(context)) is None or not is_plain(context) or not unroll:
@@ -89,9 +91,9 @@ def convolve_raw(kernel: Kernel, context: dict[str, Any], room: int, unroll: int
         return None
     pairs = find_pairs(block, -(-rest // 4), stride, end, thin)
     whole = part == depth
-    dots = [multiply_raw(rest, apart, stride, end, unroll, pairs, not whole)]
+    dots = [multiply_raw(rest, apart, stride, end, unroll, pairs, load, not whole)]
     if not whole:
-        dots.append(multiply_raw(part, apart, 2, End(), unroll, 1, True))
+        dots.append(multiply_raw(part, apart, 2, End(), unroll, 1, load, True))
     more = asdict(end) | {"block": block, "at": at, "added": added, "part": part, "rest": rest, "stride": stride}
     return make_form(kernel, context | more, "dsp/conv2d_raw", at["end"], WIDEN, *dots, *([LIMIT] if end.bits else []))
 
@@ -165,10 +167,12 @@ def multiply(groups: int, channels: int, end: "End", unroll: int, pairs: int = 1
     return assembly("dsp/dot2x2", asdict(end) | own, DOT), ""
 
 
-def multiply_raw(n: int, apart: int, channels: int, end: "End", unroll: int, pairs: int, going_on: bool) -> Kernel:
+def multiply_raw(
+    n: int, apart: int, channels: int, end: "End", unroll: int, pairs: int, load: int, going_on: bool
+) -> Kernel:
     """dot2x2 of n bytes of pixels that are so many bytes apart; going_on: from sums that are there."""
     groups = -(-n // 4)
-    own = {"groups": groups, "unroll": unroll, "stride": channels, "pairs": pairs, "load": 4, "raw": (n, apart)}
+    own = {"groups": groups, "unroll": unroll, "stride": channels, "pairs": pairs, "load": load, "raw": (n, apart)}
     parameters = (*RAW_DOT, "const int32_t *sums") if going_on else RAW_DOT
     return assembly("dsp/dot2x2", asdict(end) | own | {"going_on": going_on}, parameters)
 
