@@ -2,7 +2,7 @@
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tte
+from tte.tuning import Tuned
 
 
 class Odd(nn.Module):
@@ -32,7 +33,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet8": (lambda: mlperf.make("resnet8"), (1, 3, 32, 32)),
     "odd": (lambda: Odd().eval(), (1, 3, 37, 29)),
 }
-SCHEMES: dict[str, Any] = {"biases": "bias-only", "int8": {"train": "full", "quantized": {"gradients": "int8"}}}
+SCHEMES: dict[str, Any] = {
+    "biases": "bias-only",
+    "int8": {"train": "full", "quantized": {"gradients": "int8"}},
+    "float32": "full",  # of the network as it is, not quantised
+}
+COLUMNS = {"instructions": ("inference", "step"), "cycles": ("kernels",)}
 
 
 def main() -> None:
@@ -40,26 +46,37 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs="*", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--plans", nargs="*", choices=("fastest", "smallest"), default=["fastest", "smallest"])
+    parser.add_argument("--metric", choices=COLUMNS, default="instructions")
     options = parser.parse_args()
     torch.manual_seed(0)
-    print("| network | learns | plan | measured | inference, default | tuned | | step, default | tuned | | flash |")
-    print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    columns = [f"{name}, default | tuned | " for name in COLUMNS[options.metric]]
+    print(f"| network | learns | plan | measured | {' | '.join(columns)} | flash |")
+    print(f"|---|---|---|---:|{'---:|' * (3 * len(columns) + 1)}")
     for name in options.only:
         make, shape = NETWORKS[name]
         with tempfile.TemporaryDirectory() as folder:
-            model, schedules = Path(folder) / "model.onnx", Path(folder) / "schedules.json"
-            mlperf.quantize(make(), shape, model)
-            for (learns, scheme), plan in product(SCHEMES.items(), ("fastest", "smallest")):
+            quantized, schedules = Path(folder) / "model.onnx", Path(folder) / "schedules.json"
+            mlperf.quantize(make(), shape, quantized)
+            for (learns, scheme), plan in product(SCHEMES.items(), options.plans):
+                model = (make(), (torch.zeros(shape),)) if learns == "float32" else (quantized, None)
                 given = {"update_scheme": scheme, "memory_plan": plan}
-                found = tte.tune(model, schedules=schedules, trials=options.trials, jobs=options.jobs, **given)
-                reports = [tte.compile(model, schedules=s, **given).report for s in (None, schedules)]
+                searched = {"trials": options.trials, "jobs": options.jobs, "metric": options.metric}
+                found = tte.tune(*model, schedules=schedules, **searched, **given)
+                reports = [tte.compile(*model, schedules=s, **given).report for s in (None, schedules)]
                 cells: list[str] = []
-                for call in ("infer", "train_step"):
-                    before, after = (report[call]["instructions"] for report in reports)
+                for before, after in list_costs(found, reports)[options.metric]:
                     cells += [f"{before:,}", f"{after:,}", f"{after / before - 1:.1%}"]
                 before, after = (report["flash_bytes"] for report in reports)
                 cells.append(f"{after - before:+,}")
                 print(f"| {name} | {learns} | {plan} | {found.measured} | {' | '.join(cells)} |", flush=True)
+
+
+def list_costs(found: Tuned, reports: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, int]]]:
+    """Before and after: of the whole programs, or of the kernels of the three programs that may become others."""
+    whole = [tuple(report[call]["instructions"] for report in reports) for call in ("infer", "train_step")]
+    kernels = tuple(sum(getattr(row, which) for row in found.rows) for which in ("default", "tuned"))
+    return {"instructions": whole, "cycles": [kernels]}
 
 
 if __name__ == "__main__":
