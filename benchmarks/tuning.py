@@ -38,7 +38,7 @@ SCHEMES: dict[str, Any] = {
     "int8": {"train": "full", "quantized": {"gradients": "int8"}},
     "float32": "full",  # of the network as it is, not quantised
 }
-COLUMNS = {"instructions": ("inference", "step"), "cycles": ("kernels",)}
+COLUMNS = {"instructions": ("inference", "step"), "cycles": ("estimated cycles", "inference")}
 
 
 def main() -> None:
@@ -49,34 +49,41 @@ def main() -> None:
     parser.add_argument("--plans", nargs="*", choices=("fastest", "smallest"), default=["fastest", "smallest"])
     parser.add_argument("--metric", choices=COLUMNS, default="instructions")
     options = parser.parse_args()
-    torch.manual_seed(0)
     columns = [f"{name}, default | tuned | " for name in COLUMNS[options.metric]]
     print(f"| network | learns | plan | measured | {' | '.join(columns)} | flash |")
     print(f"|---|---|---|---:|{'---:|' * (3 * len(columns) + 1)}")
     for name in options.only:
-        make, shape = NETWORKS[name]
+        shape = NETWORKS[name][1]
         with tempfile.TemporaryDirectory() as folder:
             quantized, schedules = Path(folder) / "model.onnx", Path(folder) / "schedules.json"
-            mlperf.quantize(make(), shape, quantized)
+            mlperf.quantize(make(name), shape, quantized)
             for (learns, scheme), plan in product(SCHEMES.items(), options.plans):
-                model = (make(), (torch.zeros(shape),)) if learns == "float32" else (quantized, None)
+                model = (make(name), (torch.zeros(shape),)) if learns == "float32" else (quantized, None)
                 given = {"update_scheme": scheme, "memory_plan": plan}
                 searched = {"trials": options.trials, "jobs": options.jobs, "metric": options.metric}
                 found = tte.tune(*model, schedules=schedules, **searched, **given)
                 reports = [tte.compile(*model, schedules=s, **given).report for s in (None, schedules)]
                 cells: list[str] = []
-                for before, after in list_costs(found, reports)[options.metric]:
+                for before, after in list_costs(options.metric, found, reports):
                     cells += [f"{before:,}", f"{after:,}", f"{after / before - 1:.1%}"]
                 before, after = (report["flash_bytes"] for report in reports)
                 cells.append(f"{after - before:+,}")
                 print(f"| {name} | {learns} | {plan} | {found.measured} | {' | '.join(cells)} |", flush=True)
 
 
-def list_costs(found: Tuned, reports: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, int]]]:
-    """Before and after: of the whole programs, or of the kernels of the three programs that may become others."""
-    whole = [tuple(report[call]["instructions"] for report in reports) for call in ("infer", "train_step")]
-    kernels = tuple(sum(getattr(row, which) for row in found.rows) for which in ("default", "tuned"))
-    return {"instructions": whole, "cycles": [kernels]}
+def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[name][0]()
+
+
+def list_costs(metric: str, found: Tuned, reports: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Before and after: instructions of an inference and a step; or cycles of the kernels of all programs that may become
+    others, and instructions of an inference."""
+    infer, step = (
+        (reports[0][call]["instructions"], reports[1][call]["instructions"]) for call in ("infer", "train_step")
+    )
+    kernels = (sum(row.default for row in found.rows), sum(row.tuned for row in found.rows))
+    return [infer, step] if metric == "instructions" else [kernels, infer]
 
 
 if __name__ == "__main__":

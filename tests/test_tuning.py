@@ -1,4 +1,4 @@
-"""The search for knobs: what is measured, what it is good for, and that nothing is lost or slower."""
+"""The search for forms and knobs: what is measured, what it is good for, and that nothing is lost or slower."""
 
 import json
 import re
@@ -11,6 +11,7 @@ import networks
 import numpy as np
 import pytest
 import qdq
+import torch
 from test_cli import succeed
 from torch import Tensor, nn
 
@@ -73,6 +74,20 @@ def test_what_was_measured_alone_is_gained_in_the_whole(
     assert sum(marks[0]) - sum(marks[1]) == pytest.approx(gained * 2 / 3, rel=0.02)
     data = {"x": np.random.default_rng(0).standard_normal((2, 3, 13, 13)).astype(np.float32), "y": np.array([1, 4])}
     assert plain.run(data).weights_sha256 == tuned.run(data).weights_sha256
+
+
+def test_kernels_of_floats_are_tuned(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, given = (Small().eval(), (torch.zeros(1, 3, 13, 13),)), {"memory_plan": "fastest"}
+    found = tte.tune(*model, "full", schedules=tmp_path / "s.json", trials=12, **given)
+    assert all(row.tuned <= row.default for row in found.rows)
+    gained = {row.form for row in found.rows if row.tuned < row.default}
+    assert "differentiate_weights" in gained  # of three channels: not by two and two
+    plain, tuned = (tte.compile(*model, "full", schedules=s, **given) for s in (None, found.schedules))
+    assert tuned.report["train_step"]["instructions"] < plain.report["train_step"]["instructions"]
+    data = {"x": np.random.default_rng(0).standard_normal((2, 3, 13, 13)).astype(np.float32), "y": np.array([1, 4])}
+    results = [a.run(data, runner=runner).weights_sha256 for a in (plain, tuned) for runner in ("host", "unicorn")]
+    assert len(set(results)) == 1
 
 
 def test_same_seed_same_file(search: Any, tmp_path: Path) -> None:
@@ -157,7 +172,7 @@ def kernel(model: Path) -> Kernel:
     """A portable one that may become several."""
     programs = tte.compile(model, update_scheme="last-layer", memory_plan="fastest").compiled.programs
     portable = (s.uses[0][0] for s in tuning._find_subjects(programs))
-    return max(portable, key=lambda k: len({form.scratch for form in list_forms(k, ROOM)}))
+    return max(portable, key=lambda k: len({(form, made.scratch) for made, (form, _) in list_forms(k, ROOM).items()}))
 
 
 ROOM = 1 << 20
@@ -185,6 +200,14 @@ def test_the_fastest_is_chosen_that_no_compiler_makes_slower(kernel: Kernel) -> 
     assert choose(default={"zig": 9, "gcc": 9}, one={"zig": 8, "gcc": 9}, two={"zig": 1, "gcc": 10}) == one
     assert choose(default={"zig": 9, "gcc": 9}, one={"zig": 8}, two={"gcc": 10}) == default
     assert choose(default={"gcc": 9}, one={"zig": 8}) == default  # nothing says that it is faster
+
+
+def test_each_form_is_found_again(kernel: Kernel) -> None:
+    (default, by), *others = list_forms(kernel, ROOM).items()
+    assert {form for _, (form, _) in others} > {"convolve_raw", "convolve_directly"}
+    for made, choice in others:
+        known = {default: Measurement(*by, 0, {"zig": 9}), made: Measurement(*choice, made.scratch, {"zig": 8})}
+        assert quicken(kernel, ROOM, {name_shape(kernel): {identify(k): m for k, m in known.items()}}) == made
 
 
 def test_what_does_not_fit_or_is_gone_is_not_chosen(kernel: Kernel) -> None:
