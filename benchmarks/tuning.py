@@ -77,11 +77,9 @@ def make(name: str) -> nn.Module:
 
 
 def list_costs(metric: str, found: Tuned, reports: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """Before and after: instructions of an inference and a step; or cycles of the kernels of all programs that may become
-    others, and instructions of an inference."""
-    infer, step = (
-        (reports[0][call]["instructions"], reports[1][call]["instructions"]) for call in ("infer", "train_step")
-    )
+    """Before and after: instructions of an inference and of a step; or cycles of all kernels that may become others, and
+    instructions of an inference."""
+    infer, step = [tuple(report[call]["instructions"] for report in reports) for call in ("infer", "train_step")]
     kernels = (sum(row.default for row in found.rows), sum(row.tuned for row in found.rows))
     return [infer, step] if metric == "instructions" else [kernels, infer]
 
