@@ -77,7 +77,7 @@ def make(name: str) -> nn.Module:
 
 
 def list_costs(metric: str, found: Tuned, reports: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """Before and after: instructions of an inference and of a step; or cycles of all kernels that may become others, and
+    """Before and after: instructions of an inference and of a step; or cycles of kernels that may become others, and
     instructions of an inference."""
     infer, step = [tuple(report[call]["instructions"] for report in reports) for call in ("infer", "train_step")]
     kernels = (sum(row.default for row in found.rows), sum(row.tuned for row in found.rows))
