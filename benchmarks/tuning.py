@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs="*", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--learns", nargs="*", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--plans", nargs="*", choices=("fastest", "smallest"), default=["fastest", "smallest"])
     parser.add_argument("--metric", choices=COLUMNS, default="instructions")
     options = parser.parse_args()
@@ -57,9 +58,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             quantized, schedules = Path(folder) / "model.onnx", Path(folder) / "schedules.json"
             mlperf.quantize(make(name), shape, quantized)
-            for (learns, scheme), plan in product(SCHEMES.items(), options.plans):
+            for learns, plan in product(options.learns, options.plans):
                 model = (make(name), (torch.zeros(shape),)) if learns == "float32" else (quantized, None)
-                given = {"update_scheme": scheme, "memory_plan": plan}
+                given = {"update_scheme": SCHEMES[learns], "memory_plan": plan}
                 searched = {"trials": options.trials, "jobs": options.jobs, "metric": options.metric}
                 found = tte.tune(*model, schedules=schedules, **searched, **given)
                 reports = [tte.compile(*model, schedules=s, **given).report for s in (None, schedules)]
