@@ -154,6 +154,8 @@ def _replay_stream(node: Node, stream: Stream, memory: "_Memory", scratch: str, 
         for demand in stream.demands[k]:
             while made[demand.maker] < demand.end(row):
                 make(demand.maker)
+        if made[k] > row:
+            return  # a sum has taken it as soon as all was there
         width = nodes[numbers[0]].output.type.shape[2] if len(numbers) > 1 else 1
         step = columns if len(numbers) > 1 and isinstance(columns, int) else 1
         for col in range(0, width, step):

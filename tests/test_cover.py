@@ -138,6 +138,35 @@ def test_sums_follow_what_they_add() -> None:
     assert whole.follow(0) == [2, 3] and (whole.last, whole.rest) == (1, ())
 
 
+# A mask that is made again is read where %0 exists by columns; a padded gradient reads only the inner rows of %0.
+MASKED = """
+def @train(%g: Tensor[(1, 8, 8, 4), float32], %x: Tensor[(1, SIZE, SIZE, 8), float32]) {
+  const @d: Tensor[(4, 1, 1, 16), float32];
+  const @e: Tensor[(16, 1, 1, 8), float32];
+  %0, %1 = region(a0=%g, a1=@d, a2=@e, a3=%x, strategy='rows', columns=8) {
+    %0 = nn.conv2d_transpose(%a0, %a1) /* ty=Tensor[(1, 8, 8, 16), float32] */;
+    %1 = nn.mask(%a3, lower=0.0, upper=6.0) /* ty=Tensor[(1, SIZE, SIZE, 8), bit] */;
+    %2 = region(a0=%0, a1=%a2, a2=%1, strategy='fused') {
+      %0 = nn.conv2d_transpose(%a0, %a1, padding=(PAD, PAD, PAD, PAD)) /* ty=Tensor[(1, SIZE, SIZE, 8), float32] */;
+      %1 = nn.apply_mask(%0, %a2) /* ty=Tensor[(1, SIZE, SIZE, 8), float32] */;
+      return %1;
+    } /* ty=Tensor[(1, SIZE, SIZE, 8), float32] */;
+    %3 = sum(%0, axis=(0, 1, 2)) /* ty=Tensor[(16,), float32] */;
+    return %2, %3;
+  } /* ty=Tensor[(1, SIZE, SIZE, 8), float32], Tensor[(16,), float32] */;
+  return %0, %1;
+}
+"""
+
+
+@pytest.mark.parametrize(("padding", "steps"), [(0, ((0, 2, 3), (1,))), (1, ((0,), (1,), (2,), (3,)))])
+def test_what_comes_last_reads_the_others_and_sums_read_all(padding: int, steps: tuple[tuple[int, ...], ...]) -> None:
+    graph = verify(parse(MASKED.replace("SIZE", str(8 - 2 * padding)).replace("PAD", str(padding))))
+    stream = find_stream(graph.nodes[0])
+    assert stream and stream.steps == steps and 2 in steps[stream.last] and stream.rings["1"] == 1
+    check_plan(graph, plan_memory(graph))
+
+
 def test_a_sum_that_is_written_over_is_found() -> None:
     graph = region()
     plan = plan_memory(graph)

@@ -286,6 +286,8 @@ def _stream(
             while made[maker] < demand.end(row):
                 demands[k].setdefault(demand)
                 make(maker)
+        if made[k] > row:
+            return  # a sum has taken it as soon as all was there
         for maker, window, name in steps[k].reads:
             for i in range(max(0, window.start(row)), Demand(maker, window, steps[maker].height).end(row)):
                 last[name][i] = clock
@@ -306,7 +308,8 @@ def _stream(
         for k, step in enumerate(steps)
         if step.adds
     }
-    final = max(k for k, step in enumerate(steps) if not step.adds)
+    awaited = {maker for step in steps if not step.adds for maker, _, _ in step.reads}
+    final = max(k for k, step in enumerate(steps) if not step.adds and k not in awaited)
     for _ in range(steps[final].height):
         make(final)
     rest = []
