@@ -1,5 +1,6 @@
 """The language: text, types, the verifier and the interpreter."""
 
+import pickle
 from dataclasses import replace
 
 import networks
@@ -174,7 +175,7 @@ def test_region_means_its_body() -> None:
     out = Value("0", TensorType((4,)))
     graph = Graph("main", (x,), nodes=(Node("region", (x,), {"strategy": "fused"}, (out,), body=body),), outputs=(out,))
     verify(graph)
-    assert parse(str(graph)) == graph
+    assert parse(str(graph)) == graph == pickle.loads(pickle.dumps(graph))  # without what verify remembers with it
     np.testing.assert_array_equal(evaluate(graph, [np.asarray([-1, 2, -3, 0], np.float32)]).outputs[0], [1, 0, 3, 0])
 
 

@@ -57,8 +57,15 @@ class Param(Value):
     origin: Origin | None = field(default=None, compare=False, repr=False)
 
 
+class Subject:
+    """What is asked of it is remembered with it, but does not go along when it is pickled: see ``remembered``."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_known"}
+
+
 @dataclass(frozen=True)
-class Node:
+class Node(Subject):
     """One call. ``layer`` is the user's name of the layer it came from.
 
     inplace: of each output, from the first, the input (by number) whose buffer it takes over, which must die here, or
@@ -116,7 +123,7 @@ def find_anchor(nodes: Sequence[Node]) -> int | None:
     return None
 
 
-S = TypeVar("S", Node, "Graph")
+S = TypeVar("S", bound=Subject)
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -136,7 +143,7 @@ def remembered(function: Callable[[S, *Ts], T]) -> Callable[[S, *Ts], T]:
 
 
 @dataclass(frozen=True)
-class Graph:
+class Graph(Subject):
     """inputs -> nodes in execution order -> outputs, and the parameters that a step replaces: (Param, new Value)."""
 
     name: str
