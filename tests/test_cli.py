@@ -270,6 +270,8 @@ USAGE = {
     "run b": ("missing option '--data'", "tte run --help"),
     "run b --data d --fooo": ("no such option: --fooo", "tte run --help"),
     "run b --data d --epochs 0": ("'--epochs'", "tte run --help"),
+    "run b --data d --seed -1": ("'--seed'", "tte run --help"),
+    "tune m --seed -1": ("'--seed'", "tte tune --help"),
     "run b --data d --host --emulator qemu": ("without an emulator", "one of them"),
 }
 
@@ -302,8 +304,8 @@ def test_epochs_and_steps_exclude_each_other() -> None:
     assert "TTE-E059" in result.stderr
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": -1}, {"epochs": 0}, {"epochs": 1, "steps": 1}], ids=str)
-def test_counts_below_1_are_refused(options: dict[str, int], model: Path) -> None:
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": -1}, {"epochs": 0}, {"epochs": 1, "steps": 1}, {"seed": -1}], ids=str)
+def test_numbers_out_of_range_are_refused(options: dict[str, int], model: Path) -> None:
     artifact = tte.compile(model, update_scheme="last-layer", target="host")
     with pytest.raises(tte.TTEError) as caught:
         artifact.run(model.parent / "data.npz", runner="host", **options)

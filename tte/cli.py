@@ -177,7 +177,7 @@ def tune(
         Path, typer.Option(help="file of measurements, for `tte compile`: what it holds is not measured again")
     ] = Path("schedules.json"),
     trials: Annotated[int, typer.Option(min=0, help="how many kernels to measure beside the default ones")] = 200,
-    seed: Annotated[int, typer.Option(help="of the order in which they are tried")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of the order in which they are tried")] = 0,
     metric: Metric = "instructions",
     jobs: Annotated[
         int | None, typer.Option(min=1, help="how many at a time here (default: one per processor)")
@@ -312,7 +312,7 @@ def run(
     ] = None,
     host: Annotated[bool, typer.Option("--host", help="run the same C on this computer: fast")] = False,
     lr: Annotated[float | None, typer.Option(help="learning rate, instead of the scheme's")] = None,
-    seed: Annotated[int, typer.Option(help="order of the samples")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="order of the samples")] = 0,
     save: Annotated[
         Path | None, typer.Option(help="write the trained weights: .npz, the model's own names and layouts, or .onnx")
     ] = None,

@@ -95,7 +95,7 @@ def tune(
     Raises TTEError.
     """
     board = find_target(target)
-    _require(board, trials, metric, jobs)
+    _require(board, trials, seed, metric, jobs)
     toolchain = find_toolchains()[0]
     estimator = find_estimator(board) if metric == "cycles" else None
     with _open_runner(runner, board, jobs) as (run, jobs):
@@ -109,7 +109,7 @@ def tune(
     return Tuned(bench.path, metric, bench.measure, rows, bench.measured, bench.known)
 
 
-def _require(board: Target, trials: int, metric: str, jobs: int) -> None:
+def _require(board: Target, trials: int, seed: int, metric: str, jobs: int) -> None:
     no_kernels = (
         "has no kernels to choose from" if not board.dsp else "is not known to unicorn, which counts instructions"
     )
@@ -119,7 +119,7 @@ def _require(board: Target, trials: int, metric: str, jobs: int) -> None:
     if metric not in ("instructions", "cycles"):
         fix = "--metric instructions, or cycles"
         raise TTEError("TTE-E059", f"there is no {metric!r}", where="--metric", fix=fix)
-    for option, value, least in (("--trials", trials, 0), ("--jobs", jobs, 1)):
+    for option, value, least in (("--trials", trials, 0), ("--seed", seed, 0), ("--jobs", jobs, 1)):
         if value < least:
             raise TTEError("TTE-E059", f"{value} is below {least}", where=option, fix="give a larger number")
     if not find_toolchains() or importlib.util.find_spec("unicorn") is None:

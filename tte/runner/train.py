@@ -314,6 +314,8 @@ def train(
     for name, count in (("epochs", epochs), ("steps", steps)):
         if count is not None and count < 1:
             raise TTEError("TTE-E059", f"{name} is {count}", where=f"--{name}", fix="train for at least 1")
+    if seed < 0:
+        raise TTEError("TTE-E059", f"the seed is {seed}", where="--seed", fix="a whole number from 0")
     build = Build.open(folder)
 
     def read(source: Path | str | dict[str, np.ndarray]) -> Data:
