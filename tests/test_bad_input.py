@@ -439,7 +439,7 @@ MISTAKES: dict[str, tuple[bytes | onnx.ModelProto | str, str, str]] = {  # what 
     "trains-nothing": ("train:\n  - {layer: '*', weight: none}\n", "TTE-E034", "trains nothing"),
     "no-yaml": ("train: [", "TTE-E030", "s.yaml"),
     "ram": (TRAIN + "budget: {sram: 1KB}\n", "TTE-E049", "at the peak: c"),
-    "flash": (TRAIN + "budget: {flash: 100}\n", "TTE-E049", "flash"),
+    "flash": (TRAIN + "budget: {flash: 100}\n", "TTE-E049", "--optimize size"),
 }
 
 

@@ -309,6 +309,7 @@ def test_a_damaged_file_is_named_and_left_alone(text: str, tmp_path: Path, searc
         ("TTE-E051", {"runner": "rpc://127.0.0.1:1"}),
         ("TTE-E051", {"runner": "rpc://no..name:9190/key"}),
         ("TTE-E059", {"trials": -1}),
+        ("TTE-E059", {"seed": -1}),
         ("TTE-E059", {"jobs": 0}),
         ("TTE-E045", {"name": "no/such/folder/s.json"}),
     ],

@@ -300,7 +300,7 @@ class Artifact:
                 "TTE-E049", what, where=f"{where}; at the peak: {describe_peak(self.compiled.train)}", fix=fix
             )
         if budget.flash is not None and flash > budget.flash:
-            fix = "train fewer layers or channels, or raise the budget"
+            fix = f"{self._less_code()}train fewer layers or channels, or raise the budget"
             what = what.format(flash, "flash", report["source"], budget.flash)
             raise TTEError("TTE-E049", what, where=f"{self.scheme.where('budget', 'flash')}; weights and code", fix=fix)
 
@@ -362,10 +362,9 @@ class Artifact:
         try:
             firmware = build_firmware(self.build, self.target)
         except TTEError as problem:
-            if problem.code != "TTE-E053" or "RAM needs" not in problem.what:
+            if problem.code != "TTE-E053":
                 raise
-            peak = f"at the peak: {describe_peak(self.compiled.train)}"
-            raise TTEError(problem.code, problem.what, where=peak, fix=problem.fix) from problem
+            raise self._explain_full(problem) from problem
         emulator = find_emulator(self.target)
         if emulator is None:
             return firmware, Measured()
@@ -379,6 +378,23 @@ class Artifact:
                 board.close()
         (stack_infer, infer), (stack_train, step) = marks
         return firmware, Measured(emulator, stack_infer, stack_train, infer, step)
+
+    def _explain_full(self, problem: TTEError) -> TTEError:
+        """What fills a memory, and what would make it less: the linker knows neither."""
+        where, ways = problem.where, ""
+        if "RAM needs" in problem.what:
+            arena = max(program.plan.arena_bytes for program in self.compiled.programs)
+            trained = sum(param.type.nbytes for param, _ in self.compiled.train.graph.updates)
+            where = f"arena {arena:,} B, trained parameters {trained:,} B; at the peak: "
+            where += describe_peak(self.compiled.train)
+            if self.scheme.budget.sram is None and trained < self.target.ram.size:
+                ways = f"set `budget: {{sram: {self.target.ram.size}}}` in the scheme: it may compute twice to fit; "
+        if "FLASH needs" in problem.what:
+            ways += self._less_code()
+        return TTEError(problem.code, problem.what, where=where, fix=ways + problem.fix)
+
+    def _less_code(self) -> str:
+        return "" if self.compiled.interface.optimize == "size" else "compile with --optimize size; "
 
 
 def _run_once(board: Board, call: str, samples: Data) -> tuple[int, int]:

@@ -86,7 +86,7 @@ def build_firmware(
         "TTE-E053",
         f"the program does not fit: {last}",
         where=f"memory of {boards[-1].name}",
-        fix="train less (`tte analyze`), or choose a target with more memory (`tte targets`)",
+        fix="train fewer layers or channels (`tte analyze`), or choose a target with more memory (`tte targets`)",
     )
 
 
