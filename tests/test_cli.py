@@ -304,7 +304,9 @@ def test_epochs_and_steps_exclude_each_other() -> None:
     assert "TTE-E059" in result.stderr
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": -1}, {"epochs": 0}, {"epochs": 1, "steps": 1}, {"seed": -1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"steps": 0}, {"steps": -1}, {"epochs": 0}, {"epochs": 1, "steps": 1}, {"seed": -1}], ids=str
+)
 def test_numbers_out_of_range_are_refused(options: dict[str, int], model: Path) -> None:
     artifact = tte.compile(model, update_scheme="last-layer", target="host")
     with pytest.raises(tte.TTEError) as caught:

@@ -68,6 +68,11 @@ def test_what_was_measured_alone_is_gained_in_the_whole(
     assert all(row.tuned <= row.default for row in found.rows)
     options = {"update_scheme": "last-layer", "memory_plan": plan}
     plain, tuned = (tte.compile(model, schedules=s, **options) for s in (None, found.schedules))
+    note = tuned.compiled.notes[-1]
+    assert re.search(r"s\.json: \d+ kernels? of this project chosen by it", note) and plain.compiled.notes == ()
+    assert ": 0 kernels" not in note or plan == 6000
+    other = tte.compile(model, schedules=found.schedules, target="cortex-m4", **options)
+    assert "nothing in it was measured for cortex-m4, but for cortex-m7" in other.compiled.notes[-1]
     marks = [[a.report[call]["instructions"] for call in ("infer", "train_step")] for a in (plain, tuned)]
     gained = sum(row.default - row.tuned for row in found.rows)
     assert gained > 0 or plan == 6000  # where the room leaves no choice

@@ -4,7 +4,7 @@ import io
 import json
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,13 @@ import numpy as np
 
 from tte import __version__
 from tte.analysis import extra_memory
-from tte.codegen.emit import emit, emit_selftest
+from tte.codegen.emit import Program, emit, emit_selftest
 from tte.codegen.export import write_tree
+from tte.codegen.kernel import Kernel
 from tte.codegen.measured import Database, merge, read_shipped
 from tte.codegen.plan import Plan
 from tte.compiler import RESERVED, Compiled, Pipeline, c_name, compile_graphs, find_passes, lower_programs
+from tte.document import tally
 from tte.errors import TTEError
 from tte.ir import Graph
 from tte.report import Measured, count_macs, describe_peak, make_report, render_html
@@ -98,7 +100,8 @@ def compile(
     renamed = (
         [f"files and symbols begin with {prefix}: {name!r} cannot be such a name"] if name not in (None, prefix) else []
     )
-    known = _known(schedules).of(board.cpu)
+    given = Database.read(Path(schedules)) if schedules else Database()
+    known = merge([read_shipped(), given]).of(board.cpu)
     lowered = lower_programs(model, example_inputs, scheme, pipeline, input)
 
     def make(reserved: int) -> Artifact:
@@ -116,7 +119,8 @@ def compile(
             optimize,
             reserved,
         )
-        compiled = replace(compiled, notes=(*compiled.notes, *renamed))
+        chosen = [f"{schedules}: {_judge_schedules(given, compiled.programs, board.cpu)}"] if schedules else []
+        compiled = replace(compiled, notes=(*compiled.notes, *renamed, *chosen))
         return Artifact(compiled, scheme, board, clock_hz, _find_module(model))
 
     budget = scheme.budget.sram if memory_plan == "auto" else None
@@ -161,8 +165,18 @@ def _count_ram(artifact: "Artifact") -> tuple[int, int]:
     return memory["arena_bytes"] + memory["trained_bytes"], memory["static_ram_bytes"]
 
 
-def _known(schedules: Path | str | None) -> Database:
-    return merge([read_shipped(), *([Database.read(Path(schedules))] if schedules else [])])
+def _judge_schedules(given: Database, programs: Sequence[Program], core: str) -> str:
+    """What came of the measurements that the user gave."""
+    if not given.of(core):
+        others = ", ".join(filter(given.of, given.cores)) or "no core"
+        return f"nothing in it was measured for {core}, but for {others}"
+    without = _list_kernels(replace(program, measured=read_shipped().of(core)) for program in programs)
+    return f"{tally(len(_list_kernels(programs) - without), 'kernel')} of this project chosen by it"
+
+
+def _list_kernels(programs: Iterable[Program]) -> set[Kernel]:
+    """Those that call no others."""
+    return {k for program in programs for call in program.calls for k in call.kernel.family() if not k.parts}
 
 
 def _find_module(model: Any) -> Any:
