@@ -407,11 +407,18 @@ def test_a_template_stands_for_those_that_it_is_made_with(monkeypatch: pytest.Mo
     measured._source.cache_clear()
 
 
-def test_an_interruption_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(*_: object, **__: object) -> None:
+@pytest.mark.parametrize(
+    ("measured", "said"), [(3, "kept.json keeps what was measured"), (0, "stopped: before anything was measured")]
+)
+def test_an_interruption_says_what_is_kept(
+    measured: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, progress: Callable[[int, int], None], **__: object) -> None:
+        for done in range(measured):
+            progress(done + 1, 9)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tte, "tune", interrupt)
     with pytest.raises(KeyboardInterrupt):
         cli.tune("model.onnx", schedules=Path("kept.json"))
-    assert "kept.json keeps what was measured" in capsys.readouterr().err
+    assert said in capsys.readouterr().err

@@ -197,8 +197,15 @@ def tune(
 
     import tte
 
+    measured = 0
     try:
         with _bar("measuring") as show:
+
+            def move(done: int, count: int) -> None:
+                nonlocal measured
+                measured = done
+                show(done, count, "")
+
             found = tte.tune(
                 model,
                 update_scheme=update_scheme,
@@ -209,11 +216,13 @@ def tune(
                 metric=metric,
                 jobs=jobs or os.cpu_count() or 1,
                 runner=runner,
-                progress=lambda done, count: show(done, count, ""),
+                progress=move,
                 memory_plan=_memory_plan(memory_plan),
             )
     except KeyboardInterrupt:
-        print(f"stopped: {schedules} keeps what was measured; the same command goes on from there", file=sys.stderr)
+        kept = f"{schedules} keeps what was measured; the same command goes on from there"
+        said = kept if measured else "before anything was measured; the same command begins again"
+        print(f"stopped: {said}", file=sys.stderr)
         raise
     if json_:
         return _print_json(found.to_dict())
