@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import tte
 from tte.ir import evaluate
 from tte.runner.board import STATUS, unpack_state
-from tte.saved import read_state
+from tte.saved import read_state, write_onnx
 
 NONFINITE = STATUS.index("NONFINITE")
 SHAPE = (1, 3, 8, 8)
@@ -89,6 +89,9 @@ def test_a_new_head_learns_as_in_float(last: str, excluded: Any, tmp_path: Path)
     assert artifact.compiled.replaced == ("fc.weight", "fc.bias")
     weight = read_state(board.save_state(), artifact.build.folder)["fc.weight"]
     assert (weight.dtype, weight.shape) == (np.float32, (3, 8)) and weight.any()
+    with pytest.raises(tte.TTEError) as refused:
+        write_onnx(tmp_path / "new.onnx", {"fc.weight": weight}, model, artifact.build.folder)
+    assert refused.value.code == "TTE-E064" and ".npz" in refused.value.fix
 
 
 # --- what stays in float32 says why ----------------------------------------------------------------------------------

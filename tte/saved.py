@@ -100,16 +100,20 @@ def write_onnx(path: Path, weights: Mapping[str, np.ndarray], model: Path, folde
     proto = read_onnx(model)
     compiled = {} if folder is None else _read(folder)
     originals = _select(compiled, ORIGINAL)
+    instead = "after `head` in the scheme: write an .npz instead"
     other, fix = "this is not the model that was compiled", "give the file that `tte compile` was given"
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
     for name, array in weights.items():
+        if name not in tensors and HEAD + name in compiled:  # a quantised model has it under another name
+            what = f"{name} is of the new head, which the model does not have"
+            raise TTEError("TTE-E064", what, where=str(model), fix=instead)
         if name not in tensors:
             what = f"the model has no initializer {name!r}"
             raise TTEError("TTE-E063", what, where=str(model), fix=suggest(name, tensors, "initializers"))
         shape = tuple(tensors[name].dims)
         if array.shape != shape:
             what = f"{name} has shape {array.shape}, the model's {shape}"
-            raise TTEError("TTE-E064", what, where=str(model), fix="after `head` in the scheme: write an .npz instead")
+            raise TTEError("TTE-E064", what, where=str(model), fix=instead)
         if name in originals and checksum(originals[name]) != checksum(onnx.numpy_helper.to_array(tensors[name])):
             raise TTEError("TTE-E065", f"{other}: {name} differs", where=str(model), fix=fix)
     if compiled and not np.array_equal(digest_model(import_model(model)), compiled.get(MODEL, [])):
