@@ -39,7 +39,14 @@ def import_model(model: Any, example_inputs: Sequence[Any] | None = None, name: 
         if path.suffix == ".onnx":
             from tte.frontends.onnx_model import import_onnx_model, read_onnx
 
-            return import_onnx_model(read_onnx(path), name)
+            proto = read_onnx(path)
+            try:
+                return import_onnx_model(proto, name)
+            except TTEError as problem:
+                if problem.code != "TTE-E020":
+                    raise
+                where = f"{path}, {problem.where}"
+                raise TTEError(problem.code, problem.what, where=where, fix=problem.fix) from problem
         fix = "give a .onnx, .pt2 or .ir file"
         if path.suffix in (".pt", ".pth"):
             fix = (

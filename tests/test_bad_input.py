@@ -428,7 +428,7 @@ MISTAKES: dict[str, tuple[bytes | onnx.ModelProto | str, str, str]] = {  # what 
     "bit-flipped": (flipped(), "TTE-E020", "not a valid ONNX model"),
     "not-a-number": (weights_with(float("nan")), "TTE-E028", "c1.weight"),
     "infinite": (weights_with(float("-inf")), "TTE-E028", "c1.weight"),
-    "nameless": (nameless(), "TTE-E020", "input 1 has no name"),
+    "nameless": (nameless(), "TTE-E020", "m.onnx, "),
     "overflow": (overflowing(), "TTE-E028", "folded"),
     "batch": (network(batch=8), "TTE-E027", "export again with batch 1, shape (1, 2, 6, 6)"),
     "unknown-key": (TRAIN + "lr: 0.1\n", "TTE-E031", "s.yaml:4"),
@@ -529,7 +529,8 @@ def test_state_of_another_model(model: Path, tmp_path: Path, capfd: pytest.Captu
         assert board.load_state(state) != 0, name
         assert board.save_state() == blob
         (tmp_path / name).write_bytes(state)
-        refuse(capfd, "TTE-E060", "state", tmp_path / name, "--build", tmp_path / "0", "-o", tmp_path / "w.npz")
+        said = refuse(capfd, "TTE-E060", "state", tmp_path / name, "--build", tmp_path / "0", "-o", tmp_path / "w.npz")
+        assert f"where: {tmp_path / name}\n" in said
     assert not (tmp_path / "w.npz").exists()
     assert board.load_state(blob) == 0
     damage = {"": "no such file", "{\n": "line 2, column 1", "[]": "was changed", "\xff": "not JSON"}
@@ -559,3 +560,6 @@ def test_data_that_do_not_fit(model: Path, tmp_path: Path, capfd: pytest.Capture
     np.savez(tmp_path / "fits.npz", x=x, y=y)
     refuse(capfd, "TTE-E058", "run", build, "--data", tmp_path / "fits.npz", "--emulator", "bochs")
     assert tree(build) == before
+    np.savez(tmp_path / "large.npz", x=x + np.float32(3e38), y=y)
+    said = refuse(capfd, "TTE-E055", "run", build, "--data", tmp_path / "large.npz", "--host")
+    assert "training step 0 returned NONFINITE" in said and "of the training data" in said

@@ -232,7 +232,7 @@ def test_other_mistakes_are_refused(files: Path, monkeypatch: pytest.MonkeyPatch
     assert not out.exists()
     refused("TTE-E081", "cannot be exported for inputs of", nn.Linear(5, 3).eval())
     tte.quantize(files / "float.onnx", calibration, out)
-    refused("TTE-E080", "quantised already", out, out=files / "again.onnx")
+    refused("TTE-E080", f"quantised already\n  where: {out}", out, out=files / "again.onnx")
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else real(name))
     refused("TTE-E082", "onnxruntime, which is not installed", files / "float.onnx")

@@ -210,6 +210,7 @@ def test_new_head_learns() -> None:
 @pytest.mark.parametrize(
     ("scheme", "code", "said"),
     [
+        ("", "TTE-E030", "it is ''"),
         ("ful", "TTE-E030", "did you mean full?"),
         ("no/such/file.yaml", "TTE-E030", "no such file"),
         (train({"layer": "a", "weight": {"channels": 0.25}}), "TTE-E031", "did you mean in_channels?"),

@@ -37,7 +37,8 @@ def test_nearest_name() -> None:
     assert find_target("STM32F746") is TARGETS["stm32f746"]
     with pytest.raises(TTEError) as caught:
         find_target("cortex-m77")
-    assert caught.value.code == "TTE-E048" and "did you mean cortex-m7?" in caught.value.fix
+    assert (caught.value.code, caught.value.where) == ("TTE-E048", "--target")
+    assert "did you mean cortex-m7?" in caught.value.fix
 
 
 def test_what_a_board_shares_with_its_core() -> None:

@@ -449,7 +449,7 @@ def state(
     except OSError as problem:
         fix = "give the file that the bytes of <name>_state_save were written to"
         raise TTEError("TTE-E060", f"cannot read: {problem.strerror}", where=str(blob), fix=fix) from problem
-    shapes = _save_weights(output, content, build, model)
+    shapes = _save_weights(output, content, build, model, blob)
     if json_:
         return _print_json({"output": str(output), "weights": shapes})
     _print_table(str(output), ("tensor", "shape"), [(name, "x".join(map(str, s))) for name, s in shapes.items()])
@@ -680,13 +680,15 @@ def _require_foreign(path: Path, build: Path) -> None:
         raise TTEError("TTE-E062", "this file belongs to the project", where=str(path), fix="choose another place")
 
 
-def _save_weights(path: Path, state: bytes, build: Path, model: Path | None = None) -> dict[str, list[int]]:
+def _save_weights(
+    path: Path, state: bytes, build: Path, model: Path | None = None, source: Path | None = None
+) -> dict[str, list[int]]:
     """Write what a state holds, with the model's own names and layouts, as an .npz or into a copy of ``model`` (ONNX);
-    return the shapes."""
+    return the shapes. source: the file that the state was in."""
     from tte.saved import original_checksums, read_state, write_onnx
     from tte.weights import save_weights
 
-    weights = read_state(state, build)
+    weights = read_state(state, build, source)
     if model:
         write_onnx(path, weights, model, build)
     else:

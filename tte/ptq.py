@@ -64,7 +64,8 @@ def quantize(
         raise TTEError("TTE-E045", "the int8 model is an .onnx file", where=str(output), fix=fix)
     samples = _read(calibration, "calibration data")
     given = _as_onnx(model, samples["x"])
-    with _translated():
+    source = str(model) if isinstance(model, str | Path) else type(model).__name__
+    with _translated(source):
         fold_constants(given)  # else onnxruntime quantises arithmetic on shapes
     name_biases(given)
     fold_batch_norm(given)
@@ -73,31 +74,31 @@ def quantize(
         samples, name, shape, "calibration data" if isinstance(calibration, Mapping) else calibration
     )
     tests, y, metric = (
-        _read_tests(evaluation, given, name, shape) if evaluation is not None else ([], np.empty(0), None)
+        _read_tests(evaluation, given, source, name, shape) if evaluation is not None else ([], np.empty(0), None)
     )
     head = None if int8_head else _last_layer(given)
     if isinstance(model, str | Path) and output.resolve() == Path(model).resolve():
         raise TTEError("TTE-E045", "this is the float model itself", where=str(output), fix="choose another place")
     with tempfile.TemporaryDirectory() as folder:
-        result = _run_onnxruntime(given, calibrating, head, Path(folder))
+        result = _run_onnxruntime(given, source, calibrating, head, Path(folder))
     try:
         output.write_bytes(result.SerializeToString())
     except OSError as problem:
         what = f"cannot write: {problem.strerror}"
         raise TTEError("TTE-E045", what, where=str(output), fix="choose another place") from problem
-    before, after = (_measure(m, tests, y, metric) for m in (given, result)) if metric else (None, None)
+    before, after = (_measure(m, source, tests, y, metric) for m in (given, result)) if metric else (None, None)
     operator = next((str(n.op_type) for n in given.graph.node if n.name == head), None)
     return Quantization(output, len(calibrating), head, operator, metric, before, after, _warn(samples["x"]))
 
 
 def _read_tests(
-    data: Data, model: Any, name: str, shape: Sequence[int]
+    data: Data, model: Any, source: str, name: str, shape: Sequence[int]
 ) -> tuple[list[dict[str, Any]], np.ndarray, str]:
     """Feeds, class numbers or targets, and what is measured on them."""
     where = "evaluation data" if isinstance(data, Mapping) else data
     arrays = _read(data, "evaluation data")
     feeds = _fitting(arrays, name, shape, where)
-    with _translated():
+    with _translated(source):
         made = _session(model)(feeds[0]).shape[1:]
     metric = "mse" if arrays.get("y", np.empty(0, int)).dtype.kind == "f" else "accuracy"
     sample, classes = (made[:-1], made[-1]) if metric == "accuracy" and made else (made, None)
@@ -275,12 +276,12 @@ def _behind(model: Any, head: str) -> list[str]:
     return names
 
 
-def _run_onnxruntime(model: Any, feeds: list[dict[str, Any]], excluded: str | None, folder: Path) -> Any:
+def _run_onnxruntime(model: Any, source: str, feeds: list[dict[str, Any]], excluded: str | None, folder: Path) -> Any:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     if any(n.op_type in ("QuantizeLinear", "DequantizeLinear") for n in model.graph.node):
-        raise TTEError("TTE-E080", "the model is quantised already", fix="give the float model")
+        raise TTEError("TTE-E080", "the model is quantised already", where=source, fix="give the float model")
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -292,7 +293,7 @@ def _run_onnxruntime(model: Any, feeds: list[dict[str, Any]], excluded: str | No
     # A file, not the ModelProto: quantize_static would move its weights out of it.
     given, result = folder / "float.onnx", folder / "int8.onnx"
     onnx.save(model, given)
-    with _silence(), _translated():
+    with _silence(), _translated(source):
         quantize_static(
             given,
             result,
@@ -306,9 +307,9 @@ def _run_onnxruntime(model: Any, feeds: list[dict[str, Any]], excluded: str | No
     return onnx.load(result)
 
 
-def _measure(model: Any, feeds: list[dict[str, Any]], y: np.ndarray, metric: str) -> float:
+def _measure(model: Any, source: str, feeds: list[dict[str, Any]], y: np.ndarray, metric: str) -> float:
     """Accuracy, or the mean squared error."""
-    with _translated():
+    with _translated(source):
         run = _session(model)
         outputs = [run(feed) for feed in feeds]
     if metric == "accuracy":
@@ -328,7 +329,7 @@ def _session(model: Any) -> Callable[[dict[str, Any]], np.ndarray]:
 
 
 @contextlib.contextmanager
-def _translated() -> Iterator[None]:
+def _translated(source: str) -> Iterator[None]:
     """What onnxruntime raises on models that it cannot run."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -338,7 +339,9 @@ def _translated() -> Iterator[None]:
     except (*problems, state.RuntimeException, RuntimeError, ValueError) as problem:
         first = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         what = f"onnxruntime cannot quantise or run this model: {first}"
-        raise TTEError("TTE-E080", what, fix="check that the float model runs in onnxruntime") from problem
+        raise TTEError(
+            "TTE-E080", what, where=source, fix="check that the float model runs in onnxruntime"
+        ) from problem
 
 
 @contextlib.contextmanager

@@ -39,12 +39,13 @@ def pack_weights(
     return arrays
 
 
-def read_state(state: bytes, folder: Path | str) -> dict[str, np.ndarray]:
+def read_state(state: bytes, folder: Path | str, source: Path | None = None) -> dict[str, np.ndarray]:
     """The user's tensors after training, by their own names and in their own layouts.
 
-    state: what <name>_state_save wrote; folder: the project it ran. Raises TTEError (E050, E060, E061).
+    state: what <name>_state_save wrote; folder: the project it ran; source: the file it was in, for messages.
+    Raises TTEError (E050, E060, E061).
     """
-    trained = unpack_state(state, Build.open(folder))
+    trained = unpack_state(state, Build.open(folder), source)
     arrays = _read(folder)
     if trained and not arrays.keys() & {INITIAL + name for name in trained}:
         what = "this is not the weights.npz of the project"

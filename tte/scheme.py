@@ -265,6 +265,9 @@ class UpdateScheme(_Model):
         if isinstance(source, UpdateScheme):
             source._check()
             return source
+        if source == "":
+            fix = f"give a YAML file, or a short form: {SHORT_FORMS}"
+            raise TTEError("TTE-E030", "the update scheme has no name: it is ''", where="--update-scheme", fix=fix)
         if isinstance(source, str) and SHORT_FORM.fullmatch(source):
             document = Document("update scheme", {"train": source})
         elif isinstance(source, str) and source.startswith("last-k") and not Path(source).exists():

@@ -287,4 +287,4 @@ def find_target(name: str) -> Target:
         return TARGETS[key]
     near = difflib.get_close_matches(key, TARGETS, 1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise TTEError("TTE-E048", f"no target {name!r}", where="target", fix=f"{hint}targets: {', '.join(TARGETS)}")
+    raise TTEError("TTE-E048", f"no target {name!r}", where="--target", fix=f"{hint}targets: {', '.join(TARGETS)}")

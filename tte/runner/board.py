@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -44,7 +45,7 @@ class Board(Protocol):
     def close(self) -> None: ...
 
 
-def require_ok(status: int, what: str) -> None:
+def require_ok(status: int, what: str, where: str = "") -> None:
     """Raises TTEError (E055) for a status that is not OK."""
     if status:
         name = STATUS[status] if 0 <= status < len(STATUS) else str(status)
@@ -53,7 +54,7 @@ def require_ok(status: int, what: str) -> None:
             "NONFINITE": "look for NaN in the data, or lower the learning rate",
             "STATE_MODEL": "this state was saved by another model or scheme",
         }.get(name, "see docs/c-api.md")
-        raise TTEError("TTE-E055", f"{what} returned {name}", fix=fix)
+        raise TTEError("TTE-E055", f"{what} returned {name}", where=where, fix=fix)
 
 
 def require_rate(rate: float) -> None:
@@ -69,24 +70,28 @@ def require_open(is_open: bool) -> None:
         raise TTEError("TTE-E055", "the board was closed", fix="open another: it begins with the initial parameters")
 
 
-def unpack_state(blob: bytes, build: Build) -> dict[str, np.ndarray]:
-    """The trained tensors in a saved state. Raises TTEError (E060) for something else than a state of this project."""
+def unpack_state(blob: bytes, build: Build, source: Path | None = None) -> dict[str, np.ndarray]:
+    """The trained tensors in a saved state, which came from the file ``source``.
+
+    Raises TTEError (E060) for something else than a state of this project.
+    """
+    where = str(source or build.folder)
     payload = blob[STATE_HEADER:-4]
     if blob[:4] != b"TTES" or len(payload) != build.state_bytes:
         raise TTEError(
             "TTE-E060",
             f"{len(blob)} bytes are not a state of {build.name}, which has {STATE_HEADER + build.state_bytes + 4}",
-            where=str(build.folder),
+            where=where,
             fix="give what <name>_state_save wrote for this very project",
         )
     import zlib
 
     if struct.unpack("<I", blob[-4:])[0] != zlib.crc32(blob[:-4]):
         what = "the saved state is damaged: its checksum does not fit"
-        raise TTEError("TTE-E060", what, where=str(build.folder), fix="save it again")
+        raise TTEError("TTE-E060", what, where=where, fix="save it again")
     if blob[8:24] != build.model_hash:
         what = f"the state belongs to another model or scheme than {build.name}"
-        raise TTEError("TTE-E060", what, where=str(build.folder), fix="give the project whose firmware saved it")
+        raise TTEError("TTE-E060", what, where=where, fix="give the project whose firmware saved it")
     return {
         slot.name: np.frombuffer(payload, slot.dtype, int(np.prod(slot.shape, dtype=np.int64)), slot.offset).reshape(
             slot.shape

@@ -180,7 +180,7 @@ def measure(board: Board, data: Data) -> float:
     total = 0.0
     for i in range(len(data)):
         step = board.evaluate(data.x[i], None if data.y is None else data.y[i])
-        require_ok(step.status, f"evaluation of sample {i}")
+        require_ok(step.status, "evaluation", f"sample {i} of the evaluation data")
         if board.build.classes is None or data.y is None:
             total += step.loss
         else:
@@ -218,7 +218,7 @@ def run_training(
             order = np.random.default_rng((seed, epoch)).permutation(len(data))
         sample = order[position]
         step = board.train_step(data.x[sample], None if data.y is None else data.y[sample])
-        require_ok(step.status, f"training step {i} (sample {sample})")
+        require_ok(step.status, f"training step {i}", f"sample {sample} of the training data")
         losses.append(step.loss)
         counted += step.instructions
         if progress:
