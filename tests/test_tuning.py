@@ -413,12 +413,13 @@ def test_a_template_stands_for_those_that_it_is_made_with(monkeypatch: pytest.Mo
 def test_an_interruption_says_what_is_kept(
     measured: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*_: object, progress: Callable[[int, int], None], **__: object) -> None:
+    def interrupt(*_: object, progress: Callable[[int, int], None], input: str, **__: object) -> None:
+        assert input == "rows"
         for done in range(measured):
             progress(done + 1, 9)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tte, "tune", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        cli.tune("model.onnx", schedules=Path("kept.json"))
+        cli.tune("model.onnx", schedules=Path("kept.json"), input_="rows")
     assert said in capsys.readouterr().err

@@ -185,6 +185,7 @@ def tune(
     runner: Annotated[
         str, typer.Option(help="where: local, or rpc://HOST:PORT/KEY, by the servers that an RPC tracker knows")
     ] = "local",
+    input_: Annotated[str, typer.Option("--input", help="as for `tte compile`: what becomes of the input")] = "caller",
     memory_plan: Annotated[str, typer.Option(help="as for `tte compile`: what room it leaves for kernels")] = "auto",
     json_: Json = False,
 ) -> None:
@@ -217,6 +218,7 @@ def tune(
                 jobs=jobs or os.cpu_count() or 1,
                 runner=runner,
                 progress=move,
+                input=input_,
                 memory_plan=_memory_plan(memory_plan),
             )
     except KeyboardInterrupt:
