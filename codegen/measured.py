@@ -54,7 +54,10 @@ class Database:
     @staticmethod
     def read(path: Path) -> "Database":
         """Raises TTEError (E090) for a file that is none, or damaged."""
-        what, fix = "no database of schedules", "give a file that `tte tune` wrote, or another name for a new one"
+        what, fix = (
+            "no database of schedules",
+            "give a file that `tte tune` wrote; it makes one under a new name",
+        )
         reason = "it holds something else, or was changed"
         content = read_json(path, "TTE-E090", what, fix)
         result = Database()

@@ -105,9 +105,10 @@ def refuse_nonfinite(array: np.ndarray, name: str) -> None:
     """Raise TTEError if a weight holds NaN or infinity."""
     if not np.isfinite(array).all():
         count = int((~np.isfinite(array)).sum())
+        are = "is" if count == 1 else "are"
         raise TTEError(
             "TTE-E028",
-            f"{name} holds {count} value{'s' * (count > 1)} that are NaN or infinite",
+            f"{count:,} of the {tally(array.size, 'value')} of {name} {are} NaN or infinite",
             where=name,
             fix="train again or repair the checkpoint: nothing useful can be learned from here",
         )

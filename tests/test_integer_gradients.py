@@ -215,7 +215,7 @@ def test_ranges_survive_the_power_switch(models: dict[str, Path]) -> None:
 
 
 def test_what_is_not_integer_is_not_asked_for(models: dict[str, Path]) -> None:
-    with pytest.raises(TTEError, match="'int4' is not a valid gradients"):
+    with pytest.raises(TTEError, match="'int4' is no value of gradients"):
         compile_int8(models["mcunet"], gradients="int4")
     with pytest.raises(TTEError, match="TTE-E035"):
         compile_int8(models["mcunet"].with_name("float.onnx"))

@@ -262,6 +262,7 @@ def test_new_head_learns() -> None:
         ({"train": "last-kk"}, "TTE-E031", "did you mean last-k:6?"),
         ({"train": "full", "optimizer": {"momentum": 0.9}}, "TTE-E035", "not available yet"),
         ({"train": "full", "optimizer": {"accumulate": 4}}, "TTE-E035", "not available yet"),
+        ({"train": "full", "optimizer": {"lr": 1e7}}, "TTE-E031", "a number above 0, at most 1e+06"),
         ({"train": "full", "optimizer": {"lr": -1.0}}, "TTE-E031", "lr should be greater than 0, not -1.0"),
         ({"train": "full", "optimizer": {"lr": float("nan")}}, "TTE-E031", "finite"),
         ({"train": "full", "optimizer": {"lr": 10**5000}}, "TTE-E031", "lr"),

@@ -355,7 +355,7 @@ def _explain(problem: ValidationError, document: Document) -> TTEError:
     elif error["type"] == "missing":
         what, fix = f"{key} is missing", _MISSING.get(key, fix)
     elif error["type"] == "literal_error":
-        what = f"{show(value)} is not a valid {key}"
+        what = f"{show(value)} is no value of {key}"
         values = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
         fix = suggest(str(value)[:50], values + ["{in_channels: 0.25}"] * (key == "weight"), "values")
     elif error["type"] == "value_error":
@@ -365,11 +365,21 @@ def _explain(problem: ValidationError, document: Document) -> TTEError:
         what, fix = f"{key} is a mapping of keys to values, not {show(value)}", f"keys: {', '.join(_list_keys(path))}"
     else:
         what = f"{error['msg'].replace('Input', str(key), 1)}, not {show(value)}"
-        fix = _FORMS.get(error["type"], fix)
+        fix = _FORMS.get(error["type"]) or _limits(path) or fix
         if isinstance(value, list | tuple):
             several = "a pattern for several layers: {a,b}, or a rule for each"
             fix = several if key == "layer" else "one value, not a list"
     return TTEError("TTE-E031", what, where=document.where(path), fix=fix)
+
+
+def _limits(path: Place) -> str:
+    """Between what the number there may be; nothing where it has no limits."""
+    words = {"gt": "above", "ge": "from", "lt": "below", "le": "at most"}
+    place, key = tuple(0 if isinstance(p, int) else p for p in path[:-1]), path[-1] if path else ""
+    field = _PLACES[place].model_fields.get(str(key)) if place in _PLACES else None
+    limits = field.metadata if field else []
+    said = [f"{word} {getattr(x, k):g}" for x in limits for k, word in words.items() if hasattr(x, k)]
+    return f"a number {', '.join(said)}" if said else ""
 
 
 def _list_keys(path: Place) -> list[str]:
