@@ -23,7 +23,7 @@ from tte.codegen.share import share
 from tte.ir import Const, Graph, Node, Param, TensorType, Value
 from tte.ir.rows import STRATEGIES, expand, in_pieces
 from tte.ops.quantized import DEAD, add_terms, fixed_terms, tflite_terms
-from tte.target import FLAG
+from tte.target import CORTEX_M7, FLAG, find_target
 
 # What makes integers of floats: a NaN would not reach the loss.
 NAN_ENDS = ("qnn_quantize", "qnn_round")
@@ -102,6 +102,7 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
     environment = _environment(interface.name)
     layout = StateLayout.of(programs)
     constants = _constants(programs)
+    target = find_target(interface.target_name)
     names = _c_names(interface.name, constants)
     kernels: dict[Kernel, str] = {}
     for kernel in (k for program in programs for call in program.calls for k in call.kernel.family()):
@@ -136,6 +137,7 @@ def emit(programs: Sequence[Program], interface: Interface) -> dict[str, str]:
         "arena_bytes": max(1, *(program.plan.arena_bytes for program in programs)),
         "input_offset": programs[0].input_offset,
         "flag": FLAG[interface.optimize],
+        "core": target if target.gcc_flags and target.fpu else CORTEX_M7,
         "ctype": CTYPES,
     }
     paths = {template: path.format(m=interface.name) for template, path in FILES.items()}
@@ -426,7 +428,7 @@ def _description(interface: Interface, layout: StateLayout, programs: Sequence[P
 def emit_kernels(kernels: Mapping[Kernel, str], prefix: str) -> dict[str, str]:
     """Only the kernels, under the given names: file name -> text, all for one folder."""
     environment = _environment(prefix)
-    context = _functions(environment, kernels)
+    context = _functions(environment, kernels) | {"core": CORTEX_M7}
     files = {
         path.format(m=prefix): environment.get_template(template).render(context)
         for template, path in FILES.items()

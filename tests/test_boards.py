@@ -22,7 +22,7 @@ from test_runner import break_step, start, train, write_model
 import tte
 from tte.artifact import Artifact
 from tte.cli import main
-from tte.codegen.emit import RUNTIME
+from tte.codegen.emit import RUNTIME, emit
 from tte.codegen.schedule import schedule
 from tte.errors import TTEError
 from tte.ir import TensorType, Value
@@ -235,6 +235,16 @@ def test_flags_with_other_bits_are_refused(floats, what: str) -> None:  # type: 
     command = ["arm-none-eabi-gcc", "-mthumb", *flags.split(), "-fsyntax-only", str(source)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "cpu"), [("stm32f446", "cortex-m4"), ("cortex-m0plus", "cortex-m7"), ("host", "cortex-m7")]
+)
+def test_the_flags_of_the_projects_core_are_named(floats, target: str, cpu: str) -> None:  # type: ignore[no-untyped-def]
+    compiled = floats[0].compiled
+    files = emit(compiled.programs, replace(compiled.interface, target_name=target))
+    text = next(text for path, text in files.items() if path.endswith("_build.h"))
+    assert re.search(rf"select the core's FPU \(for [\w-]+: -mcpu={cpu} -mthumb -mfpu", text)
 
 
 @pytest.mark.parametrize("place", ["unicorn-zig", "qemu-zig"])
