@@ -230,7 +230,7 @@ class Artifact:
         """One line: what a notebook shows."""
         names = [learned.layer for learned in self.compiled.resolved.layers]
         learns = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        arena = max(program.plan.arena_bytes for program in self.compiled.programs)
+        arena = self.compiled.arena_bytes
         name, target = self.compiled.interface.name, self.target.name
         return f"<tte.Artifact {name} for {target}: arena {arena:,} bytes, learns {learns}>"
 
@@ -397,8 +397,7 @@ class Artifact:
         """What fills a memory, and what would make it less: the linker knows neither."""
         where, ways = problem.where, ""
         if "RAM needs" in problem.what:
-            arena = max(program.plan.arena_bytes for program in self.compiled.programs)
-            trained = sum(param.type.nbytes for param, _ in self.compiled.train.graph.updates)
+            arena, trained = self.compiled.arena_bytes, self.compiled.train.graph.trained_bytes
             where = f"arena {arena:,} B, trained parameters {trained:,} B; at the peak: "
             where += describe_peak(self.compiled.train)
             if self.scheme.budget.sram is None and trained < self.target.ram.size:

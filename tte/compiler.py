@@ -134,6 +134,11 @@ class Compiled:
     notes: tuple[str, ...]
 
     @property
+    def arena_bytes(self) -> int:
+        """Of the arena that all programs share."""
+        return _arena_bytes(self.programs)
+
+    @property
     def train(self) -> Program:
         return next(p for p in self.programs if p.role == "train")
 
@@ -350,7 +355,7 @@ def _find_limit(memory_plan: str | int, budget: int | None, train: Graph, reserv
     if isinstance(memory_plan, int):
         return memory_plan
     if memory_plan == "auto" and budget is not None:
-        return max(1, budget - reserved - sum(param.type.nbytes for param, _ in train.updates))
+        return max(1, budget - reserved - train.trained_bytes)
     return UNLIMITED if memory_plan == "fastest" else 0
 
 
@@ -432,7 +437,9 @@ def make_room(
         for share, known in product(SHARES, (measured, {}) if measured else ({},)):
             tried = _take_room(program, height, share, known, target, optimize)
             scratch = {c.node: c.kernel.scratch for c in tried.calls if c.kernel.scratch}
-            plan = plan_memory(graph, scratch, 4, arena.holds_input, program.input_offset, most=height)
+            plan = plan_memory(
+                graph, scratch, hold_input=arena.holds_input, input_offset=program.input_offset, most=height
+            )
             if plan.arena_bytes <= height:
                 check_plan(graph, plan, scratch)
                 program = replace(tried, plan=plan)

@@ -109,7 +109,7 @@ def explain_memory(
     return MemoryTable(
         target=planner.target.name,
         macs=count_macs(lowered.gradients),
-        trained_bytes=sum(param.type.nbytes for param, _ in lowered.roles["train"].updates),
+        trained_bytes=lowered.roles["train"].trained_bytes,
         plans=_pareto([planner.describe(program) for program in filled]),
         left_out={name: planner.describe(planner.fill(planner.divide(0, name), 0)) for name in TECHNIQUES},
     )

@@ -64,7 +64,7 @@ def make_report(
     largest = max((program.plan for program in programs), key=lambda plan: (plan.arena_bytes, plan.proved))
     consts = {c.name: c for program in programs for c in program.graph.consts}
     trained = [p for p, _ in graph.updates]
-    trained_bytes = sum(p.type.nbytes for p in trained)
+    trained_bytes = graph.trained_bytes
     saved_bytes = count_saved(train)
     lower_bound = max(program.plan.lower_bound for program in programs)
     macs = count_macs(graph)

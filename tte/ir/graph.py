@@ -168,6 +168,11 @@ class Graph(Subject):
             yield from node.outputs
 
     @property
+    def trained_bytes(self) -> int:
+        """Of the params that a step replaces."""
+        return sum(param.type.nbytes for param, _ in self.updates)
+
+    @property
     def lasting(self) -> tuple[Value, ...]:
         """What outlives the line: outputs, and what params become."""
         return *self.outputs, *(v for _, v in self.updates)
